@@ -1,0 +1,183 @@
+//! The states and choices that several rooms speak of: mode, urgency, reason, phase.
+//!
+//! What belongs to one room (the hand-over's persisted states, the evacuation's machine) stays
+//! in that room; here is only what crosses a wire or a room's wall.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// How a VM's memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The policy chooses per VM.
+    Auto,
+    /// All memory before the switchover, in iterations.
+    PreCopy,
+    /// Memory after the switchover, from the source's agent.
+    PostCopy,
+    /// Memory after the switchover, from stores at intermediaries.
+    ScatterGather,
+    /// Stopped at the source, moved, started at the destination: memory is not kept.
+    Cold,
+}
+
+impl Mode {
+    /// Every mode, in the order in which help texts list them.
+    pub const ALL: [Self; 5] =
+        [Self::Auto, Self::PreCopy, Self::PostCopy, Self::ScatterGather, Self::Cold];
+
+    /// The mode's name on command lines and in files.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy => "post-copy",
+            Self::ScatterGather => "scatter-gather",
+            Self::Cold => "cold",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A text that is none of the wanted words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{given}` is not a {kind}; choose one of {choices}")]
+pub struct UnknownTermError {
+    /// What was given.
+    pub given: String,
+    /// What it should have been.
+    pub kind: &'static str,
+    /// The words that are known.
+    pub choices: &'static str,
+}
+
+impl FromStr for Mode {
+    type Err = UnknownTermError;
+    fn from_str(text: &str) -> Result<Self, UnknownTermError> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == text).ok_or_else(|| UnknownTermError {
+            given: text.to_owned(),
+            kind: "mode",
+            choices: "auto, pre-copy, post-copy, scatter-gather, cold",
+        })
+    }
+}
+
+/// Why a host is being evacuated. It sets the urgency when none is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// Planned work: applications come first (urgency 30).
+    Maintenance,
+    /// The host is about to fail: the VMs come first (urgency 90).
+    Failing,
+}
+
+impl Reason {
+    /// The urgency that this reason stands for when the operator names none. SOLive V-A gives the
+    /// direction (high upon impending failure, low for maintenance); the figures are ours.
+    #[must_use]
+    pub const fn urgency(self) -> Urgency {
+        match self {
+            Self::Maintenance => Urgency(30),
+            Self::Failing => Urgency(90),
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Maintenance => "maintenance",
+            Self::Failing => "failing",
+        })
+    }
+}
+
+/// The percentage of a link that an evacuation is entitled to (SOLive V-A), 0 to 100.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Urgency(u8);
+
+/// An urgency that is no percentage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "urgency {given} is out of range: it is the percentage of each link that the evacuation is entitled to, 0 to 100"
+)]
+pub struct UrgencyError {
+    /// What was given.
+    pub given: u32,
+}
+
+impl Urgency {
+    /// The urgency of `percent`.
+    ///
+    /// # Errors
+    /// When it is more than 100.
+    pub fn new(percent: u32) -> Result<Self, UrgencyError> {
+        match u8::try_from(percent) {
+            Ok(small) if small <= 100 => Ok(Self(small)),
+            _ => Err(UrgencyError { given: percent }),
+        }
+    }
+
+    /// In percent, 0 to 100.
+    #[must_use]
+    pub const fn percent(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// As a share, 0.0 to 1.0.
+    #[must_use]
+    pub fn share(self) -> f64 {
+        f64::from(self.0) / 100.0
+    }
+}
+
+impl TryFrom<u32> for Urgency {
+    type Error = UrgencyError;
+    fn try_from(percent: u32) -> Result<Self, UrgencyError> {
+        Self::new(percent)
+    }
+}
+
+impl From<Urgency> for u32 {
+    fn from(urgency: Urgency) -> u32 {
+        urgency.percent()
+    }
+}
+
+impl fmt::Display for Urgency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} %", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mode_reads_as_it_prints() {
+        for mode in Mode::ALL {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        let error = "warm".parse::<Mode>().unwrap_err().to_string();
+        assert!(error.contains("`warm` is not a mode") && error.contains("pre-copy"), "{error}");
+    }
+
+    #[test]
+    fn an_urgency_of_140_says_what_urgency_is() {
+        assert_eq!(Urgency::new(100).unwrap().share(), 1.0);
+        let error = Urgency::new(140).unwrap_err().to_string();
+        assert!(error.contains("140") && error.contains("0 to 100"), "{error}");
+    }
+}
