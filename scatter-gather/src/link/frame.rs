@@ -1,0 +1,480 @@
+//! Frames of the page link: bytes to words and back; pure. Used by `migrate-agent`'s link.
+//!
+//! ```text
+//!  0      1      2      3      4                    8
+//!  +------+------+------+------+--------------------+------------- - - -
+//!  | type |  0   |  0   |  0   | payload length be32 | payload
+//!  +------+------+------+------+--------------------+------------- - - -
+//! ```
+//!
+//! Everything a peer sends is hostile until decoded: lengths are bounded before anything is
+//! allocated, names are checked names, an unknown type or a byte too many is an error. A frame
+//! that is not all there yet is `Ok(None)`. STREAM payloads are slices of the receive buffer:
+//! page bytes are not copied here.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NAME_BYTES_MAX, VmId};
+
+/// Bytes of a frame's header.
+pub const HEADER_BYTES: usize = 8;
+/// Longest payload: large enough that a header costs nothing, small enough that a demand can
+/// overtake between two frames.
+pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
+/// The link's version; a peer of another one is refused at HELLO.
+pub const LINK_VERSION: u16 = 1;
+/// Bytes of the token that the destination gives to the controller and the source shows.
+pub const TOKEN_BYTES: usize = 32;
+/// Longest reason, in bytes; a longer one is cut at a character.
+const REASON_BYTES_MAX: usize = 1024;
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Moves a VM.
+    Migrate,
+    /// Asks what became of a hand-over.
+    Ask,
+}
+
+/// The first frame of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// The migration that it is about.
+    pub migration: MigrationId,
+    /// The VM that moves.
+    pub vm: VmId,
+    /// The host that speaks.
+    pub host: HostId,
+    /// The generation that the destination owns after COMMIT.
+    pub generation: Generation,
+    /// Proof that the controller sent this connection; zeroes when asking.
+    pub token: [u8; TOKEN_BYTES],
+}
+
+/// What END says about the stream, so that a lost or changed byte is noticed before LOADED.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Bytes of all STREAM payloads.
+    pub total: u64,
+    /// xxh3-64 of them in order.
+    pub digest: u64,
+}
+
+/// How a host stands to a hand-over, durably: an answer is given only when the record behind it
+/// cannot change without the asker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Nothing is recorded here. Proves nothing.
+    Unknown,
+    /// The source still decides; ask again.
+    Pending,
+    /// The source gave it up before COMMIT and runs the VM; the destination must discard.
+    Aborted,
+    /// The source has ceded; the destination may own.
+    Ceded,
+    /// The destination has everything and waits for COMMIT.
+    Loaded,
+    /// The destination owns and the guest runs, or is about to.
+    Owned,
+    /// The destination will never own it in this migration; its guest never ran.
+    Refused,
+    /// The destination owned it, the guest may have run, and its QEMU is gone.
+    Died,
+}
+
+/// One word of the page link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frame {
+    /// First on every connection.
+    Hello(Hello),
+    /// The destination is ready for the stream.
+    Welcome,
+    /// Bytes of QEMU's migration stream.
+    Stream(Bytes),
+    /// The stream is complete.
+    End(Ended),
+    /// So many stream bytes have been written to the destination's QEMU.
+    Ack(u64),
+    /// The destination's QEMU has loaded everything and stands paused.
+    Loaded(Generation),
+    /// The point of no return, already durable at the source.
+    Commit(Generation),
+    /// The guest runs at the destination.
+    Running(Generation),
+    /// Before COMMIT: the migration is given up.
+    Abort(String),
+    /// The destination will never own it in this migration.
+    Refused(String),
+    /// The answer to a connection that asks.
+    Standing(Standing),
+    /// Is the other side there? Answered by [`Frame::Pong`] with the same number.
+    Ping(u64),
+    /// It is.
+    Pong(u64),
+}
+
+/// Why bytes are no frame.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// A type that this version does not know.
+    #[error("frame type {0} is unknown")]
+    UnknownType(u8),
+    /// A payload longer than any frame's.
+    #[error("frame states {stated} bytes, more than the {max} allowed")]
+    TooLong {
+        /// What the header states.
+        stated: u32,
+        /// What is allowed for its type.
+        max: usize,
+    },
+    /// The reserved header bytes are not zero: another protocol, or another version.
+    #[error("frame header has reserved bytes set")]
+    Reserved,
+    /// The payload of this type is cut short, too long, or holds a value that it cannot.
+    #[error("payload of a {0} frame is malformed")]
+    Malformed(&'static str),
+    /// A peer of another version.
+    #[error("the peer speaks page link version {theirs}, this agent speaks {LINK_VERSION}")]
+    Version {
+        /// The peer's version.
+        theirs: u16,
+    },
+}
+
+const HELLO: u8 = 1;
+const WELCOME: u8 = 2;
+const STREAM: u8 = 3;
+const END: u8 = 4;
+const ACK: u8 = 5;
+const LOADED: u8 = 6;
+const COMMIT: u8 = 7;
+const RUNNING: u8 = 8;
+const ABORT: u8 = 9;
+const REFUSED: u8 = 10;
+const STANDING: u8 = 11;
+const PING: u8 = 12;
+const PONG: u8 = 13;
+
+/// The header of a STREAM frame of `payload` bytes, for writers that send the payload itself
+/// from where it lies. `payload` must not exceed [`PAYLOAD_BYTES_MAX`].
+#[must_use]
+pub fn stream_header(payload: usize) -> [u8; HEADER_BYTES] {
+    assert!(payload <= PAYLOAD_BYTES_MAX, "a stream frame holds at most {PAYLOAD_BYTES_MAX} bytes");
+    header(STREAM, payload)
+}
+
+fn header(kind: u8, payload: usize) -> [u8; HEADER_BYTES] {
+    let length = (payload as u32).to_be_bytes();
+    [kind, 0, 0, 0, length[0], length[1], length[2], length[3]]
+}
+
+/// Appends `frame` to `to`.
+///
+/// # Panics
+/// When a STREAM payload exceeds [`PAYLOAD_BYTES_MAX`]: the caller cuts its stream.
+pub fn encode(frame: &Frame, to: &mut BytesMut) {
+    let number = |kind: u8, value: u64, to: &mut BytesMut| {
+        to.put_slice(&header(kind, 8));
+        to.put_u64(value);
+    };
+    match frame {
+        Frame::Hello(hello) => encode_hello(hello, to),
+        Frame::Welcome => to.put_slice(&header(WELCOME, 0)),
+        Frame::Stream(bytes) => {
+            to.put_slice(&stream_header(bytes.len()));
+            to.put_slice(bytes);
+        }
+        Frame::End(ended) => {
+            to.put_slice(&header(END, 16));
+            to.put_u64(ended.total);
+            to.put_u64(ended.digest);
+        }
+        Frame::Ack(bytes) => number(ACK, *bytes, to),
+        Frame::Loaded(generation) => number(LOADED, generation.0, to),
+        Frame::Commit(generation) => number(COMMIT, generation.0, to),
+        Frame::Running(generation) => number(RUNNING, generation.0, to),
+        Frame::Abort(reason) => encode_reason(ABORT, reason, to),
+        Frame::Refused(reason) => encode_reason(REFUSED, reason, to),
+        Frame::Standing(standing) => {
+            to.put_slice(&header(STANDING, 1));
+            to.put_u8(standing_number(*standing));
+        }
+        Frame::Ping(value) => number(PING, *value, to),
+        Frame::Pong(value) => number(PONG, *value, to),
+    }
+}
+
+fn encode_hello(hello: &Hello, to: &mut BytesMut) {
+    let names = [hello.migration.as_str(), hello.vm.as_str(), hello.host.as_str()];
+    let length = 2 + 1 + 8 + TOKEN_BYTES + names.iter().map(|name| 1 + name.len()).sum::<usize>();
+    to.put_slice(&header(HELLO, length));
+    to.put_u16(LINK_VERSION);
+    to.put_u8(match hello.purpose {
+        Purpose::Migrate => 1,
+        Purpose::Ask => 2,
+    });
+    to.put_u64(hello.generation.0);
+    to.put_slice(&hello.token);
+    for name in names {
+        to.put_u8(name.len() as u8);
+        to.put_slice(name.as_bytes());
+    }
+}
+
+fn encode_reason(kind: u8, reason: &str, to: &mut BytesMut) {
+    let mut end = reason.len().min(REASON_BYTES_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    to.put_slice(&header(kind, end));
+    to.put_slice(&reason.as_bytes()[..end]);
+}
+
+/// Takes the next frame out of `from`; `None` when it is not all there yet.
+///
+/// # Errors
+/// [`FrameError`]; the connection is of no use after one.
+pub fn decode(from: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+    let Some((head, _)) = from.split_first_chunk::<HEADER_BYTES>() else {
+        return Ok(None);
+    };
+    let kind = head[0];
+    if head[1..4] != [0, 0, 0] {
+        return Err(FrameError::Reserved);
+    }
+    let stated = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+    let max = payload_max(kind)?;
+    let length = usize::try_from(stated).unwrap_or(usize::MAX);
+    if length > max {
+        return Err(FrameError::TooLong { stated, max });
+    }
+    if from.len() < HEADER_BYTES + length {
+        return Ok(None);
+    }
+    from.advance(HEADER_BYTES);
+    let payload = from.split_to(length).freeze();
+    decode_payload(kind, payload).map(Some)
+}
+
+/// How long a payload of this type may be: a peer that states more is refused at its header.
+fn payload_max(kind: u8) -> Result<usize, FrameError> {
+    Ok(match kind {
+        HELLO => 2 + 1 + 8 + TOKEN_BYTES + 3 * (1 + NAME_BYTES_MAX),
+        WELCOME => 0,
+        STREAM => PAYLOAD_BYTES_MAX,
+        END => 16,
+        ACK | LOADED | COMMIT | RUNNING | PING | PONG => 8,
+        ABORT | REFUSED => REASON_BYTES_MAX,
+        STANDING => 1,
+        other => return Err(FrameError::UnknownType(other)),
+    })
+}
+
+fn decode_payload(kind: u8, payload: Bytes) -> Result<Frame, FrameError> {
+    let number = |what| match <[u8; 8]>::try_from(&payload[..]) {
+        Ok(bytes) => Ok(u64::from_be_bytes(bytes)),
+        Err(_) => Err(FrameError::Malformed(what)),
+    };
+    Ok(match kind {
+        HELLO => Frame::Hello(decode_hello(payload)?),
+        WELCOME => Frame::Welcome,
+        STREAM => Frame::Stream(payload),
+        END => {
+            let mut rest = payload;
+            if rest.len() != 16 {
+                return Err(FrameError::Malformed("END"));
+            }
+            Frame::End(Ended { total: rest.get_u64(), digest: rest.get_u64() })
+        }
+        ACK => Frame::Ack(number("ACK")?),
+        LOADED => Frame::Loaded(Generation(number("LOADED")?)),
+        COMMIT => Frame::Commit(Generation(number("COMMIT")?)),
+        RUNNING => Frame::Running(Generation(number("RUNNING")?)),
+        ABORT => Frame::Abort(reason(&payload)),
+        REFUSED => Frame::Refused(reason(&payload)),
+        STANDING => Frame::Standing(decode_standing(&payload)?),
+        PING => Frame::Ping(number("PING")?),
+        PONG => Frame::Pong(number("PONG")?),
+        other => return Err(FrameError::UnknownType(other)),
+    })
+}
+
+/// A reason is read by people and logged: control characters of a peer do not reach a terminal.
+fn reason(payload: &[u8]) -> String {
+    String::from_utf8_lossy(payload).chars().filter(|c| !c.is_control()).collect()
+}
+
+fn decode_hello(mut rest: Bytes) -> Result<Hello, FrameError> {
+    let malformed = || FrameError::Malformed("HELLO");
+    if rest.remaining() < 2 {
+        return Err(malformed());
+    }
+    let theirs = rest.get_u16();
+    if theirs != LINK_VERSION {
+        return Err(FrameError::Version { theirs });
+    }
+    if rest.remaining() < 1 + 8 + TOKEN_BYTES {
+        return Err(malformed());
+    }
+    let purpose = match rest.get_u8() {
+        1 => Purpose::Migrate,
+        2 => Purpose::Ask,
+        _ => return Err(malformed()),
+    };
+    let generation = Generation(rest.get_u64());
+    let mut token = [0; TOKEN_BYTES];
+    rest.copy_to_slice(&mut token);
+    let migration = MigrationId::new(decode_name(&mut rest)?).map_err(|_| malformed())?;
+    let vm = VmId::new(decode_name(&mut rest)?).map_err(|_| malformed())?;
+    let host = HostId::new(decode_name(&mut rest)?).map_err(|_| malformed())?;
+    if rest.has_remaining() {
+        return Err(malformed());
+    }
+    Ok(Hello { purpose, migration, vm, host, generation, token })
+}
+
+fn decode_name(rest: &mut Bytes) -> Result<String, FrameError> {
+    let malformed = || FrameError::Malformed("HELLO");
+    if !rest.has_remaining() {
+        return Err(malformed());
+    }
+    let length = usize::from(rest.get_u8());
+    if rest.remaining() < length {
+        return Err(malformed());
+    }
+    String::from_utf8(rest.split_to(length).to_vec()).map_err(|_| malformed())
+}
+
+const STANDINGS: [Standing; 8] = [
+    Standing::Unknown,
+    Standing::Pending,
+    Standing::Aborted,
+    Standing::Ceded,
+    Standing::Loaded,
+    Standing::Owned,
+    Standing::Refused,
+    Standing::Died,
+];
+
+fn standing_number(standing: Standing) -> u8 {
+    STANDINGS.iter().position(|known| *known == standing).unwrap_or(0) as u8
+}
+
+fn decode_standing(payload: &[u8]) -> Result<Standing, FrameError> {
+    match payload {
+        [number] => {
+            STANDINGS.get(usize::from(*number)).copied().ok_or(FrameError::Malformed("STANDING"))
+        }
+        _ => Err(FrameError::Malformed("STANDING")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hello() -> Hello {
+        Hello {
+            purpose: Purpose::Migrate,
+            migration: MigrationId::new("m1").unwrap(),
+            vm: VmId::new("web").unwrap(),
+            host: HostId::new("h1").unwrap(),
+            generation: Generation(2),
+            token: [7; TOKEN_BYTES],
+        }
+    }
+
+    #[test]
+    fn commit_is_sixteen_known_bytes() {
+        let mut bytes = BytesMut::new();
+        encode(&Frame::Commit(Generation(2)), &mut bytes);
+        assert_eq!(bytes[..], [7, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 2]);
+    }
+
+    #[test]
+    fn a_length_beyond_the_types_own_is_refused_at_the_header() {
+        let mut bytes = BytesMut::from(&[COMMIT, 0, 0, 0, 0xff, 0xff, 0xff, 0xff][..]);
+        assert_eq!(decode(&mut bytes), Err(FrameError::TooLong { stated: u32::MAX, max: 8 }));
+    }
+
+    #[test]
+    fn half_a_frame_is_not_an_error() {
+        let mut all = BytesMut::new();
+        encode(&Frame::Hello(hello()), &mut all);
+        for cut in 0..all.len() {
+            let mut part = BytesMut::from(&all[..cut]);
+            assert_eq!(decode(&mut part), Ok(None), "{cut} bytes");
+        }
+    }
+
+    #[test]
+    fn a_peer_of_another_version_is_told_so() {
+        let mut bytes = BytesMut::new();
+        encode(&Frame::Hello(hello()), &mut bytes);
+        bytes[HEADER_BYTES + 1] = 9;
+        assert_eq!(decode(&mut bytes), Err(FrameError::Version { theirs: 9 }));
+    }
+
+    #[test]
+    fn a_reason_cannot_write_to_a_terminal() {
+        let mut bytes = BytesMut::new();
+        encode(&Frame::Abort("\u{1b}[2Jgone".into()), &mut bytes);
+        assert_eq!(decode(&mut bytes), Ok(Some(Frame::Abort("[2Jgone".into()))));
+    }
+
+    fn any_frame() -> impl Strategy<Value = Frame> {
+        let standing = (0..STANDINGS.len()).prop_map(|at| Frame::Standing(STANDINGS[at]));
+        prop_oneof![
+            Just(Frame::Hello(hello())),
+            Just(Frame::Welcome),
+            proptest::collection::vec(any::<u8>(), 0..5000).prop_map(|b| Frame::Stream(b.into())),
+            any::<(u64, u64)>().prop_map(|(total, digest)| Frame::End(Ended { total, digest })),
+            any::<u64>().prop_map(Frame::Ack),
+            any::<u64>().prop_map(|g| Frame::Loaded(Generation(g))),
+            any::<u64>().prop_map(|g| Frame::Commit(Generation(g))),
+            any::<u64>().prop_map(|g| Frame::Running(Generation(g))),
+            "[ -~]{0,100}".prop_map(Frame::Abort),
+            "[ -~]{0,100}".prop_map(Frame::Refused),
+            standing,
+            any::<u64>().prop_map(Frame::Ping),
+            any::<u64>().prop_map(Frame::Pong),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn frames_survive_any_cutting(
+            frames in proptest::collection::vec(any_frame(), 1..8),
+            step in 1usize..700,
+        ) {
+            let mut bytes = BytesMut::new();
+            for frame in &frames {
+                encode(frame, &mut bytes);
+            }
+            let (mut buffer, mut seen) = (BytesMut::new(), Vec::new());
+            for piece in bytes.chunks(step) {
+                buffer.extend_from_slice(piece);
+                while let Some(frame) = decode(&mut buffer).unwrap() {
+                    seen.push(frame);
+                }
+            }
+            prop_assert_eq!(seen, frames);
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = decode(&mut buffer) {}
+        }
+
+        #[test]
+        fn no_payload_panics(kind in 0u8..16, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut buffer = BytesMut::from(&header(kind, payload.len())[..]);
+            buffer.extend_from_slice(&payload);
+            while let Ok(Some(_)) = decode(&mut buffer) {}
+        }
+    }
+}
