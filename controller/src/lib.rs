@@ -1,0 +1,7 @@
+//! Decides who leaves, where to, which way, how fast, in what order, and sees it done.
+//!
+//! The binary `lifeboat` (`main.rs`) is the daemon and the operator's commands; both are thin over
+//! this library. Deliberately not here: anything that touches a guest (the agents do), and any
+//! policy (`policy/` decides, this room acts).
+
+pub mod network;

@@ -1,0 +1,333 @@
+//! The seam between what the controller decides and the switches that carry it out.
+//!
+//! The driver (`driver.rs`) speaks only through [`Network`]; behind it are the connections to every
+//! OVSDB and OpenFlow switch. Here are the data that cross the seam and the errors that come back.
+//! Deliberately not here: any socket, any queue number or cookie chosen by the caller, and any
+//! decision on how much to reserve: that is `policy/`'s.
+//!
+//! What an implementation promises:
+//! - **Urgency belongs to the evacuation**: on one port all migrations of an evacuation share one
+//!   queue. `reserve` joins it (and makes it where it is the first), `release` of the last one
+//!   takes it away.
+//! - **Idempotent by id**: the same migration reserved twice holds one reservation; a release of
+//!   what is not there is a success that released nothing. After a restart of the controller a
+//!   release finds rows and flows by their marks, not by memory.
+//! - **All or nothing**: a `reserve` that fails has undone what it had done.
+//! - **An undo never stops at its first error**: `release` returns what it could not undo beside
+//!   what it did.
+//! - Foreign QoS rows and flows stay untouched.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
+use lifeboat_protocol::terms::Urgency;
+use lifeboat_protocol::units::BitsPerSec;
+use serde::{Deserialize, Serialize};
+
+/// A port of a switch by the names of the configuration. A host's own bridge is a switch too.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PortRef {
+    /// The switch.
+    pub switch: SwitchId,
+    /// The interface's name on it, as OVSDB has it.
+    pub port: String,
+}
+
+impl fmt::Display for PortRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.switch, self.port)
+    }
+}
+
+/// One egress port on a path, and what is wanted of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hop {
+    /// The port that the pages leave by.
+    pub at: PortRef,
+    /// What the link carries in this direction, by configuration.
+    pub capacity: BitsPerSec,
+    /// What the evacuation is entitled to here: the queue's minimum.
+    pub rate: BitsPerSec,
+}
+
+/// The packets that a reservation is for: the TCP connections of one page link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageFlow {
+    /// The source host's address on the data network.
+    pub source: IpAddr,
+    /// The destination's page listener.
+    pub destination: SocketAddr,
+}
+
+/// A wish for a reservation along a path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReservationRequest {
+    /// The evacuation that owns (and shares) the queue.
+    pub evacuation: EvacuationId,
+    /// The migration whose packets are sent there.
+    pub migration: MigrationId,
+    /// The evacuation's urgency: who gives way when a link cannot hold everybody's wish.
+    pub urgency: Urgency,
+    /// From the source's uplink to the port that faces the destination, in order.
+    pub hops: Vec<Hop>,
+    /// Which packets.
+    pub traffic: PageFlow,
+}
+
+/// What was reserved on one port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReservedHop {
+    /// The port.
+    pub at: PortRef,
+    /// What the link carries.
+    pub capacity: BitsPerSec,
+    /// What is guaranteed to the evacuation, after admission.
+    pub rate: BitsPerSec,
+    /// The number of its queue on this port.
+    pub queue: u32,
+}
+
+/// A reservation that is installed on every port of its path (seen by a barrier and by `cur_cfg`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Reserved {
+    /// The ports in order of the path.
+    pub hops: Vec<ReservedHop>,
+}
+
+impl Reserved {
+    /// What is guaranteed from end to end: the least of all ports; nothing without a port.
+    #[must_use]
+    pub fn rate(&self) -> BitsPerSec {
+        self.hops.iter().map(|hop| hop.rate).min().unwrap_or(BitsPerSec::ZERO)
+    }
+}
+
+/// New shares for the ports on which an evacuation already holds a queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adjustment {
+    /// The evacuation that owns the queues.
+    pub evacuation: EvacuationId,
+    /// Each port and its new minimum.
+    pub ports: Vec<(PortRef, BitsPerSec)>,
+}
+
+/// What a release did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ReleaseReport {
+    /// Ports from which a queue or a flow of ours was taken away.
+    pub released: Vec<PortRef>,
+    /// What could not be undone; it is tried again by the next release or leftover sweep.
+    pub failures: Vec<ReleaseFailure>,
+}
+
+/// One step of an undo that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReleaseFailure {
+    /// The switch on which something of ours may remain.
+    pub switch: SwitchId,
+    /// Why.
+    pub error: NetworkError,
+}
+
+/// What is known of a switch now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwitchStatus {
+    /// Its name in the configuration.
+    pub name: SwitchId,
+    /// The host whose own bridge it is; `None` for a switch of the fabric.
+    pub host: Option<HostId>,
+    /// Sixteen hex digits, as configured or as it said.
+    pub datapath_id: String,
+    /// Whether its OpenFlow 1.3 connection stands.
+    pub openflow_connected: bool,
+    /// Whether its OVSDB connection stands.
+    pub ovsdb_connected: bool,
+    /// `netdev` or `system`; empty while unknown.
+    pub datapath: String,
+    /// For a person: why it is not connected, what was wrong last.
+    pub detail: String,
+    /// Its ports, by number.
+    pub ports: Vec<PortStatus>,
+}
+
+/// What is known of a port now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortStatus {
+    /// The interface's name.
+    pub name: String,
+    /// Its OpenFlow number; 0 while unknown.
+    pub number: u32,
+    /// Who is at the other end, by configuration; empty where that says nothing.
+    pub peer: String,
+    /// What the link carries outwards, by configuration; zero where that says nothing.
+    pub capacity: BitsPerSec,
+    /// Sum of our queues' minimums.
+    pub reserved: BitsPerSec,
+    /// What left by it over about the last second; `None` before two samples.
+    pub transmitted: Option<BitsPerSec>,
+    /// Whether the link is up.
+    pub up: bool,
+}
+
+/// What passes on a port, for the policy that adapts reservations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortRate {
+    /// The port.
+    pub at: PortRef,
+    /// What the link carries.
+    pub capacity: BitsPerSec,
+    /// All that left by it over about the last second; `None` before two samples.
+    pub transmitted: Option<BitsPerSec>,
+    /// Per evacuation that holds a queue: its number, its minimum, and what left by it.
+    pub queues: Vec<QueueRate>,
+}
+
+/// One evacuation's queue on a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueRate {
+    /// Whose.
+    pub evacuation: EvacuationId,
+    /// The queue's number.
+    pub queue: u32,
+    /// Its minimum.
+    pub reserved: BitsPerSec,
+    /// What left by it over about the last second; `None` before two samples.
+    pub transmitted: Option<BitsPerSec>,
+}
+
+/// A VM's network interface has moved to another host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FollowVm {
+    /// Its MAC address, as `52:54:00:12:34:56`.
+    pub mac: String,
+    /// Its VLAN; 0 for none.
+    pub vlan: u16,
+    /// Where it runs now.
+    pub to: HostId,
+}
+
+/// Why the network did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NetworkError {
+    /// A connection that is needed does not stand.
+    #[error(
+        "the {protocol} connection to switch {switch} is down ({detail}); see `lifeboat switches`"
+    )]
+    NotConnected {
+        /// The switch.
+        switch: SwitchId,
+        /// `OVSDB` or `OpenFlow`.
+        protocol: &'static str,
+        /// What the last try said.
+        detail: String,
+    },
+    /// A switch that the configuration does not have.
+    #[error("switch {switch} is not in the configuration")]
+    UnknownSwitch {
+        /// The name that was asked for.
+        switch: SwitchId,
+    },
+    /// A port that its switch does not have.
+    #[error("{at} does not exist on its switch; correct the [[link]] in the configuration")]
+    UnknownPort {
+        /// The port that was asked for.
+        at: PortRef,
+    },
+    /// A port that carries QoS which is not ours and cannot be joined.
+    #[error(
+        "{at} already carries QoS that is not Lifeboat's ({detail}); remove it or leave this link out of the evacuation"
+    )]
+    ForeignQos {
+        /// The port.
+        at: PortRef,
+        /// What is there.
+        detail: String,
+    },
+    /// The link cannot hold the wish beside more urgent ones.
+    #[error(
+        "{at} has {free} of {capacity} left to promise and {asked} was asked; lower the urgency or wait for the other evacuation"
+    )]
+    NoRoom {
+        /// The port.
+        at: PortRef,
+        /// What was wished.
+        asked: BitsPerSec,
+        /// What could be given.
+        free: BitsPerSec,
+        /// What the link carries.
+        capacity: BitsPerSec,
+    },
+    /// The switch or its database said no.
+    #[error("switch {switch} refused to {doing}: {answer}")]
+    Refused {
+        /// The switch.
+        switch: SwitchId,
+        /// What it was asked to do.
+        doing: &'static str,
+        /// Its words.
+        answer: String,
+    },
+    /// No answer in time; what was done is undone or found by its mark later.
+    #[error("switch {switch} did not {doing} within {after:?}")]
+    Late {
+        /// The switch.
+        switch: SwitchId,
+        /// What it was asked to do.
+        doing: &'static str,
+        /// The deadline that passed.
+        after: Duration,
+    },
+    /// The switch cannot do it at all.
+    #[error("switch {switch} cannot {doing}: {detail}")]
+    Unable {
+        /// The switch.
+        switch: SwitchId,
+        /// What was wanted.
+        doing: &'static str,
+        /// Why not, and what would help.
+        detail: String,
+    },
+}
+
+impl NetworkError {
+    /// Whether the same wish may succeed a little later without anybody's doing.
+    #[must_use]
+    pub const fn may_retry(&self) -> bool {
+        matches!(self, Self::NotConnected { .. } | Self::Late { .. } | Self::NoRoom { .. })
+    }
+}
+
+/// The switches, as the controller's driver sees them.
+pub trait Network: Send + Sync + 'static {
+    /// Reserves along a path and sends the migration's packets there. Idempotent by migration.
+    fn reserve(&self, request: ReservationRequest)
+    -> BoxFuture<'_, Result<Reserved, NetworkError>>;
+
+    /// Changes the minimum of queues that an evacuation holds. Ports on which it holds none are
+    /// left alone.
+    fn adjust(&self, adjustment: Adjustment) -> BoxFuture<'_, Result<Reserved, NetworkError>>;
+
+    /// Takes away what `migration` holds; with `None` all that the evacuation holds.
+    fn release(
+        &self,
+        evacuation: EvacuationId,
+        migration: Option<MigrationId>,
+    ) -> BoxFuture<'_, ReleaseReport>;
+
+    /// Takes away all that carries our mark and belongs to none of `keep`: what a controller that
+    /// was killed left behind. Called once after a start, when the switches are there.
+    fn release_leftovers(&self, keep: Vec<MigrationId>) -> BoxFuture<'_, ReleaseReport>;
+
+    /// Every configured switch, by name.
+    fn switches(&self) -> BoxFuture<'_, Vec<SwitchStatus>>;
+
+    /// What passes on every port of a configured link.
+    fn rates(&self) -> BoxFuture<'_, Vec<PortRate>>;
+
+    /// Moves what flows we have for a VM's MAC to its new host. Without such flows (the usual case:
+    /// the switches learn from the destination's announcement) it is a success that did nothing.
+    fn follow_vm(&self, follow: FollowVm) -> BoxFuture<'_, Result<(), NetworkError>>;
+}
