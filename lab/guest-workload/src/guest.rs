@@ -1,0 +1,239 @@
+//! The program inside a guest: one loop that plays the role and proves that the guest is
+//! unharmed.
+//!
+//! Started by the guest image's init. One thread, one `poll`, everything paced, because four
+//! such guests share two emulated-on cores. What it says on the serial console is read by
+//! `lab/demo` and the tests:
+//!
+//! ```text
+//! LIFEBOAT-READY name=web role=NO boot=0b5e... pages=16384     once
+//! LIFEBOAT-TICK 17 ok pages=16384 version=3 errors=0 ...       each second
+//! LIFEBOAT-CORRUPT page 5 word 100: found ...                  at once, for each wrong byte
+//! ```
+
+use std::io;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::checked::Checked;
+use crate::clock::Clock;
+use crate::heartbeat::{self, Answer};
+use crate::pace::Pace;
+use crate::params::{GuestParams, Role};
+use crate::pattern::Region;
+use crate::ports;
+use crate::stream::{FROM_CLIENT, FROM_GUEST};
+use crate::sys::{Watch, wait};
+use crate::traffic::{Outflow, Sink};
+
+/// The loop's own beat. Work is done in portions of this, and a heartbeat waits no longer.
+const BEAT: Duration = Duration::from_millis(10);
+/// How much of a beat goes to pages at most: a small machine falls behind, it does not go silent.
+const PAGE_BUDGET: Duration = Duration::from_millis(4);
+const SECOND: Duration = Duration::from_secs(1);
+const BURST: Duration = Duration::from_millis(100);
+
+/// Runs until the machine stops.
+pub(crate) fn run(params: GuestParams, boot_id: [u8; 16]) -> io::Result<()> {
+    let clock = Clock::start();
+    let mut guest = Guest::new(params, boot_id, clock)?;
+    guest.say_ready();
+    loop {
+        wait(&guest.watched(), BEAT)?;
+        guest.beat();
+    }
+}
+
+struct Guest {
+    params: GuestParams,
+    clock: Clock,
+    region: Region,
+    writing: Pace,
+    checking: Pace,
+    computing: Pace,
+    digest: u64,
+    heartbeat: UdpSocket,
+    listener: TcpListener,
+    stream: Option<Checked>,
+    outflow: Option<Outflow>,
+    sink: Option<Sink>,
+    state: Answer,
+    seconds: u64,
+}
+
+impl Guest {
+    fn new(params: GuestParams, boot_id: [u8; 16], clock: Clock) -> io::Result<Self> {
+        // The seed differs per boot: a page of another guest or of an earlier life is wrong too.
+        let region = Region::new(params.region, xxh3_64_with_seed(&boot_id, 0));
+        let now = clock.now();
+        let heartbeat = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, ports::HEARTBEAT))?;
+        heartbeat.set_nonblocking(true)?;
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, ports::STREAM))?;
+        listener.set_nonblocking(true)?;
+        let outflow = match (params.role, params.client) {
+            (Role::No, Some(client)) => {
+                Some(Outflow::new(client, params.transport, params.rate, now)?)
+            }
+            _ => None,
+        };
+        let sink = if params.role == Role::Ni { Some(Sink::new()?) } else { None };
+        let cpu = if params.role == Role::C { params.cpu * 10_000_000 } else { 0 };
+        Ok(Self {
+            writing: Pace::new(params.dirty, BURST, 1, now),
+            checking: Pace::new(params.check, BURST, 1, now),
+            computing: Pace::new(cpu, BEAT * 2, 1, now),
+            digest: 0,
+            state: Answer { boot_id, ..Answer::default() },
+            seconds: 0,
+            stream: None,
+            params,
+            clock,
+            region,
+            heartbeat,
+            listener,
+            outflow,
+            sink,
+        })
+    }
+
+    fn watched(&self) -> Vec<Watch> {
+        let fixed = [self.heartbeat.as_raw_fd(), self.listener.as_raw_fd()];
+        let fixed = fixed.into_iter().map(|fd| Watch { fd, writable: false });
+        let sink = self.sink.as_ref().map(Sink::watch);
+        fixed.chain(self.stream.as_ref().map(Checked::watch)).chain(sink).collect()
+    }
+
+    fn beat(&mut self) {
+        self.answer_heartbeats();
+        self.serve_stream();
+        self.work_on_pages();
+        self.move_traffic();
+        self.compute();
+        self.each_second();
+    }
+
+    fn answer_heartbeats(&mut self) {
+        let mut buffer = [0; heartbeat::QUESTION_BYTES + 1];
+        while let Ok((count, from)) = self.heartbeat.recv_from(&mut buffer) {
+            let Some(sequence) = heartbeat::read_question(&buffer[..count]) else { continue };
+            self.state.sequence = sequence;
+            self.state.tick += 1;
+            self.state.writes = self.region.writes();
+            self.state.checked = self.region.checked();
+            // A full send buffer loses the answer, as the network might: the client counts it.
+            let _ = self.heartbeat.send_to(&heartbeat::answer(&self.state), from);
+        }
+    }
+
+    fn serve_stream(&mut self) {
+        let now = self.clock.now();
+        while let Ok((socket, _)) = self.listener.accept() {
+            if socket.set_nonblocking(true).is_ok() {
+                let rate = self.params.stream;
+                self.stream = Some(Checked::new(socket, FROM_GUEST, FROM_CLIENT, rate, now));
+            }
+        }
+        match self.stream.as_mut().map(|stream| stream.drive(now)) {
+            Some(Ok(Some(wrong))) => self.say_corrupt(&wrong),
+            Some(Err(_)) => self.stream = None,
+            _ => {}
+        }
+    }
+
+    fn work_on_pages(&mut self) {
+        let start = self.clock.now();
+        let (writes, checks) = (self.writing.due(start), self.checking.due(start));
+        let mut wrote = 0;
+        while wrote < writes && self.within(start, wrote) {
+            self.region.write_next();
+            wrote += 1;
+        }
+        self.writing.took(wrote);
+        let mut checked = 0;
+        while checked < checks && self.within(start, checked) {
+            if let Err(wrong) = self.region.check_next() {
+                self.say_corrupt(&wrong);
+            }
+            checked += 1;
+        }
+        self.checking.took(checked);
+    }
+
+    /// Reads the clock only now and then: under emulation a reading is as dear as a page.
+    fn within(&self, start: Duration, done: u64) -> bool {
+        !done.is_multiple_of(8) || self.clock.now().saturating_sub(start) < PAGE_BUDGET
+    }
+
+    fn move_traffic(&mut self) {
+        if let Some(outflow) = &mut self.outflow {
+            outflow.drive(self.clock.now());
+        }
+        if let Some(sink) = &mut self.sink {
+            sink.drive();
+        }
+    }
+
+    /// Computes for the share of time that is due, in nanoseconds of the guest's own clock.
+    fn compute(&mut self) {
+        let start = self.clock.now();
+        let due = Duration::from_nanos(self.computing.due(start));
+        if due.is_zero() {
+            return;
+        }
+        while self.clock.now().saturating_sub(start) < due {
+            for _ in 0..64 {
+                self.digest = xxh3_64_with_seed(&self.digest.to_le_bytes(), self.digest);
+            }
+        }
+        let spent = self.clock.now().saturating_sub(start).as_nanos();
+        self.computing.took(u64::try_from(spent).unwrap_or(u64::MAX));
+    }
+
+    fn each_second(&mut self) {
+        if self.clock.now() < SECOND * (self.seconds as u32 + 1) {
+            return;
+        }
+        self.seconds = self.clock.now().as_secs();
+        if self.params.spoil_after == Some(SECOND * self.seconds as u32) {
+            self.region.spoil();
+        }
+        self.say_tick();
+    }
+
+    fn say_ready(&self) {
+        let boot: String = self.state.boot_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (name, role) = (&self.params.name, self.params.role);
+        println!(
+            "LIFEBOAT-READY name={name} role={role} boot={boot} pages={}",
+            self.region.pages()
+        );
+    }
+
+    fn say_tick(&self) {
+        let verdict = if self.state.errors == 0 { "ok" } else { "CORRUPT" };
+        let stream = self.stream.as_ref().map_or((0, 0), |s| (s.sent(), s.received()));
+        println!(
+            "LIFEBOAT-TICK {} {verdict} pages={} version={} writes={} checked={} errors={} \
+             stream_out={} stream_in={} traffic_out={} traffic_in={} digest={:x}",
+            self.seconds,
+            self.region.pages(),
+            self.region.version(),
+            self.region.writes(),
+            self.region.checked(),
+            self.state.errors,
+            stream.0,
+            stream.1,
+            self.outflow.as_ref().map_or(0, Outflow::sent),
+            self.sink.as_ref().map_or(0, Sink::received),
+            self.digest,
+        );
+    }
+
+    fn say_corrupt(&mut self, wrong: &dyn std::fmt::Display) {
+        self.state.errors += 1;
+        println!("LIFEBOAT-CORRUPT {wrong}");
+    }
+}
