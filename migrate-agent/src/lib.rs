@@ -1,0 +1,17 @@
+//! Runs on each host and takes its VMs through migration, phase by phase.
+//!
+//! The binary `lifeboat-agent` and the integration tests use this library; nothing else does.
+//!
+//! ```text
+//!   server/ (gRPC) --> vms/ (definitions, start, stop) --> qemu/ (QMP, processes, memory)
+//!        |          --> measure/   host.rs   switch/
+//!        '--> Migrations --> source.rs, destination.rs --> handover/ (pure), link/
+//! ```
+//!
+//! Sibling modules do not import each other sideways; what must know several is `vms/`,
+//! `source.rs` or `destination.rs`. OVSDB, OpenFlow and every choice between VMs, hosts or
+//! ways are the controller's.
+
+pub mod clock;
+pub mod qemu;
+pub mod tasks;

@@ -1,0 +1,6 @@
+//! All that knows QEMU: its control protocol, its command line, its process and its memory.
+//!
+//! Used by `source.rs`, `destination.rs`, `vms/` and `measure/`. It knows neither migrations nor
+//! ownership; whether a VM *may* start is decided elsewhere before anything here is called.
+
+pub mod qmp;
