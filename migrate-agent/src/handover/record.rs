@@ -1,0 +1,234 @@
+//! The durable record of how this host stands to one VM. Written by [`super::store`]; read at
+//! start, before any guest is touched. No I/O here.
+
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId};
+use serde::{Deserialize, Serialize};
+
+use super::Standing;
+
+/// One VM's record on one host. No record: this host has never had to do with the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Record {
+    /// This host owns the VM.
+    Owner {
+        /// The generation that it owns.
+        generation: Generation,
+        /// The migration that brought it here; `None` for a VM first started here, or claimed.
+        via: Option<MigrationId>,
+        /// The host that it came from, by that migration.
+        from: Option<HostId>,
+        /// Whether the guest has been seen to run since it came; until then a paused guest is one
+        /// that a crash kept from being resumed, afterwards one that somebody paused.
+        resumed: bool,
+    },
+    /// Owned, and being sent away; not ceded.
+    Sending {
+        /// The generation that this host owns.
+        generation: Generation,
+        /// The migration.
+        migration: MigrationId,
+        /// Where to.
+        destination: HostId,
+        /// Where that host answers ([`Standing`]).
+        page_address: String,
+    },
+    /// Ceded: the point of no return has been passed. This host may neither start nor resume it.
+    Ceded {
+        /// The generation that the destination owns.
+        generation: Generation,
+        /// The migration.
+        migration: MigrationId,
+        /// Where to.
+        destination: HostId,
+        /// Where that host answers.
+        page_address: String,
+        /// Whether the destination has said that the guest runs.
+        confirmed: bool,
+    },
+    /// Loaded and paused here, and the source told so: it may have ceded.
+    Loaded {
+        /// The generation that this host will own.
+        generation: Generation,
+        /// The migration.
+        migration: MigrationId,
+        /// Where from.
+        source: HostId,
+        /// Where that host answers.
+        page_address: String,
+    },
+    /// This host will never own the VM by this migration; its guest never ran here.
+    Refused {
+        /// The generation that it would have owned.
+        generation: Generation,
+        /// The migration.
+        migration: MigrationId,
+        /// Where from.
+        source: HostId,
+    },
+}
+
+impl Record {
+    /// Whether a guest of this VM may be started or resumed here, now, without a hand-over.
+    #[must_use]
+    pub const fn may_run(&self) -> bool {
+        matches!(self, Self::Owner { .. } | Self::Sending { .. })
+    }
+
+    /// The generation that the record speaks of.
+    #[must_use]
+    pub const fn generation(&self) -> Generation {
+        match self {
+            Self::Owner { generation, .. }
+            | Self::Sending { generation, .. }
+            | Self::Ceded { generation, .. }
+            | Self::Loaded { generation, .. }
+            | Self::Refused { generation, .. } => *generation,
+        }
+    }
+
+    /// What this host answers when the *destination* of `migration` asks it, the source.
+    #[must_use]
+    pub fn standing_as_source(
+        record: Option<&Self>,
+        migration: &MigrationId,
+        asked: Generation,
+    ) -> Standing {
+        match record {
+            Some(Self::Sending { migration: ours, .. }) if ours == migration => Standing::Pending,
+            Some(Self::Ceded { migration: ours, .. }) if ours == migration => Standing::Ceded,
+            // Owned again, by an abort (a lower generation than asked for), by the destination's
+            // refusal, or by a claim (a higher one); in each case that migration is over.
+            Some(Self::Owner { generation, via, .. })
+                if via.as_ref() != Some(migration) && *generation != asked =>
+            {
+                Standing::Aborted
+            }
+            // Being sent again by another migration: the one asked about was given up.
+            Some(Self::Sending { generation, .. }) if *generation < asked => Standing::Aborted,
+            _ => Standing::Unknown,
+        }
+    }
+
+    /// What this host answers when the *source* of `migration` asks it, the destination.
+    /// `guest_lives`: whether the QEMU that this record speaks of is there.
+    #[must_use]
+    pub fn standing_as_destination(
+        record: Option<&Self>,
+        migration: &MigrationId,
+        asked: Generation,
+        guest_lives: bool,
+    ) -> Standing {
+        match record {
+            Some(Self::Loaded { migration: ours, .. }) if ours == migration => Standing::Loaded,
+            Some(Self::Refused { migration: ours, .. }) if ours == migration => Standing::Refused,
+            Some(Self::Owner { via: Some(ours), .. }) if ours == migration && guest_lives => {
+                Standing::Owned
+            }
+            Some(Self::Owner { via: Some(ours), .. }) if ours == migration => Standing::Died,
+            // It came by that migration, or must have, and has gone on from here since: it ran.
+            Some(Self::Sending { generation, .. }) if *generation == asked => Standing::Owned,
+            Some(Self::Owner { generation, .. } | Self::Ceded { generation, .. })
+                if *generation > asked =>
+            {
+                Standing::Owned
+            }
+            _ => Standing::Unknown,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn migration(name: &str) -> MigrationId {
+        MigrationId::new(name).unwrap()
+    }
+
+    fn owner(generation: u64, via: Option<&str>) -> Record {
+        Record::Owner {
+            generation: Generation(generation),
+            via: via.map(migration),
+            from: None,
+            resumed: true,
+        }
+    }
+
+    fn host() -> HostId {
+        HostId::new("h2").unwrap()
+    }
+
+    #[test]
+    fn only_an_owner_may_run_a_guest() {
+        let (generation, page_address) = (Generation(2), "10.0.0.2:7000".to_owned());
+        let m = migration("m1");
+        let ceded = |confirmed| Record::Ceded {
+            generation,
+            migration: m.clone(),
+            destination: host(),
+            page_address: page_address.clone(),
+            confirmed,
+        };
+        let refused = Record::Refused { generation, migration: m.clone(), source: host() };
+        let loaded = Record::Loaded {
+            generation,
+            migration: m.clone(),
+            source: host(),
+            page_address: page_address.clone(),
+        };
+        assert!(owner(1, None).may_run());
+        for record in [ceded(false), ceded(true), refused, loaded] {
+            assert!(!record.may_run(), "{record:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_recorded_proves_nothing() {
+        let m = migration("m1");
+        assert_eq!(Record::standing_as_source(None, &m, Generation(2)), Standing::Unknown);
+        assert_eq!(
+            Record::standing_as_destination(None, &m, Generation(2), true),
+            Standing::Unknown
+        );
+    }
+
+    #[test]
+    fn a_source_that_owns_again_says_aborted() {
+        let m = migration("m1");
+        let standing =
+            |record: Record| Record::standing_as_source(Some(&record), &m, Generation(2));
+        assert_eq!(standing(owner(1, None)), Standing::Aborted);
+        assert_eq!(standing(owner(3, None)), Standing::Aborted);
+        // The very generation asked about cannot be owned by the source: no proof in that.
+        assert_eq!(standing(owner(2, None)), Standing::Unknown);
+    }
+
+    #[test]
+    fn a_destination_that_has_passed_it_on_did_own_it() {
+        let m = migration("m1");
+        let passed_on = Record::Ceded {
+            generation: Generation(3),
+            migration: migration("m2"),
+            destination: host(),
+            page_address: String::new(),
+            confirmed: true,
+        };
+        let standing = |record: &Record| {
+            Record::standing_as_destination(Some(record), &m, Generation(2), true)
+        };
+        assert_eq!(standing(&passed_on), Standing::Owned);
+        assert_eq!(standing(&owner(2, Some("m1"))), Standing::Owned);
+        assert_eq!(standing(&owner(1, None)), Standing::Unknown);
+    }
+
+    #[test]
+    fn an_owner_without_its_qemu_is_dead_not_unknown() {
+        let m = migration("m1");
+        let record = owner(2, Some("m1"));
+        assert_eq!(
+            Record::standing_as_destination(Some(&record), &m, Generation(2), false),
+            Standing::Died
+        );
+    }
+}
