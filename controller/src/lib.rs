@@ -4,4 +4,8 @@
 //! this library. Deliberately not here: anything that touches a guest (the agents do), and any
 //! policy (`policy/` decides, this room acts).
 
+pub mod audit;
+pub mod clock;
+pub mod evacuation;
+pub mod journal;
 pub mod network;

@@ -1,0 +1,52 @@
+//! What an operator asked for, after every word of it was checked.
+//!
+//! Made by `grpc/` from a request, kept in the journal, never changed afterwards. Whether it can
+//! be done is the planner's business.
+
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::terms::{Mode, Reason, Urgency};
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMs;
+
+/// One `evacuate` or `migrate` command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvacuationOrder {
+    /// The hosts to empty; of a `migrate`, the host where the VM was when it was asked for.
+    pub hosts: Vec<HostId>,
+    /// The VMs to move; empty for all that the hosts run.
+    pub vms: Vec<VmId>,
+    /// What share of each link it is entitled to.
+    pub urgency: Urgency,
+    /// How memory moves.
+    pub mode: Mode,
+    /// The only destinations allowed; empty for any.
+    pub to: Vec<HostId>,
+    /// How many VMs move at a time; at least 1.
+    pub parallel: u32,
+    /// Why.
+    pub reason: Reason,
+    /// When it should be over; a warning in the plan and a deadline for the agents.
+    pub deadline: Option<UnixMs>,
+    /// The pause to aim for at the switchover, in milliseconds.
+    pub downtime_limit_ms: u32,
+    /// The caller's operation id: the same one again is the same evacuation.
+    pub operation: String,
+    /// Who asked, as the audit log names them.
+    pub operator: String,
+}
+
+impl EvacuationOrder {
+    /// Whether the hosts themselves are being emptied, so that they may take no VM. A `migrate`
+    /// leaves its source open.
+    #[must_use]
+    pub fn empties_hosts(&self) -> bool {
+        self.vms.is_empty()
+    }
+
+    /// Whether a VM is among what was asked for.
+    #[must_use]
+    pub fn wants(&self, vm: &VmId) -> bool {
+        self.vms.is_empty() || self.vms.contains(vm)
+    }
+}

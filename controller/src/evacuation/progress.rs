@@ -1,0 +1,90 @@
+//! How far, and how long still: what a person is shown. Pure arithmetic.
+//!
+//! Two promises. `done` never runs backwards: it is mapped from what can only grow, and the greater
+//! of old and new is kept. And a time to go that is not known is `None`, never a guess: one part
+//! unknown makes the whole unknown.
+
+use lifeboat_protocol::agent::{MigrationProgress, Phase};
+
+use super::machine::Evacuation;
+use super::vm::{VmPhase, VmRecord};
+
+/// Share of the bar that the first pass over the memory fills.
+const FIRST_PASS: f64 = 0.80;
+/// Where all further iterations together end; each fills half of what is left.
+const ITERATIONS_END: f64 = 0.95;
+/// Shown while the guest is paused.
+const SWITCHOVER: f64 = 0.96;
+/// Shown from COMMIT on.
+const COMMITTED: f64 = 0.98;
+
+/// How much of a migration is done, 0 to 1, not below `before`.
+///
+/// The first pass fills the bar in proportion to the memory no longer outstanding. Each further
+/// iteration sends what was dirtied meanwhile; how many there will be is not known, so iteration
+/// n + 1 begins half way between where iteration n began and the end of them all.
+#[must_use]
+pub fn done_share(progress: &MigrationProgress, before: f64) -> f64 {
+    let now = match progress.phase() {
+        Phase::Unspecified | Phase::Setup | Phase::DiskBulk => 0.0,
+        Phase::MemoryCopy => copied(progress),
+        Phase::Switchover => SWITCHOVER,
+        Phase::Committing | Phase::Uncertain => COMMITTED,
+        Phase::PostCopy | Phase::Gather | Phase::DiskRest => COMMITTED,
+        Phase::Completed => 1.0,
+        Phase::Failed | Phase::Cancelled | Phase::Lost => before,
+    };
+    now.max(before).clamp(0.0, 1.0)
+}
+
+fn copied(progress: &MigrationProgress) -> f64 {
+    let total = progress.bytes_total.max(1) as f64;
+    let left = (progress.bytes_remaining as f64 / total).clamp(0.0, 1.0);
+    if progress.iteration <= 1 {
+        return FIRST_PASS * (1.0 - left);
+    }
+    let further = f64::from(progress.iteration.saturating_sub(2).min(60));
+    let left_of_bar = (ITERATIONS_END - FIRST_PASS) * 0.5_f64.powf(further);
+    ITERATIONS_END - left_of_bar * (0.5 + 0.5 * left)
+}
+
+/// Milliseconds until the evacuation is over; `None` when it cannot be said.
+///
+/// What moves now counts with the agents' own estimate, what waits with the plan's. Side by side,
+/// the waiting ones share the slots.
+#[must_use]
+pub fn time_to_go(evacuation: &Evacuation) -> Option<u64> {
+    let slots = u64::from(evacuation.order.parallel.max(1));
+    let mut live = 0;
+    let mut waiting: u64 = 0;
+    for record in evacuation.vms.iter().filter(|record| !record.phase.is_final()) {
+        match record.phase {
+            VmPhase::Waiting | VmPhase::Measuring => {
+                waiting = waiting.saturating_add(predicted(record)?);
+            }
+            _ => live = live.max(vm_time_to_go(record)?),
+        }
+    }
+    Some(waiting.div_ceil(slots).saturating_add(live))
+}
+
+/// Milliseconds until a VM's leg is over; `None` when it cannot be said.
+#[must_use]
+pub fn vm_time_to_go(record: &VmRecord) -> Option<u64> {
+    match (record.phase, &record.progress) {
+        (VmPhase::Reserving | VmPhase::Preparing, _) | (VmPhase::Sending, None) => {
+            predicted(record)
+        }
+        (VmPhase::Sending | VmPhase::Committing, Some(progress)) => {
+            progress.time_to_go_known.then_some(progress.time_to_go_ms)
+        }
+        (VmPhase::Releasing, _) => Some(0),
+        _ => None,
+    }
+}
+
+fn predicted(record: &VmRecord) -> Option<u64> {
+    let leg = record.leg.as_ref().filter(|_| record.phase.is_live());
+    let prediction = leg.map_or(record.prediction, |leg| leg.prediction);
+    (prediction.total_ms > 0).then_some(prediction.total_ms)
+}

@@ -1,0 +1,210 @@
+//! One VM in an evacuation: where it stands, its current leg, what became of it.
+//!
+//! Pure data, kept in the journal. The rules by which it changes are in `machine`.
+
+use lifeboat_protocol::agent::MigrationProgress;
+use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
+use lifeboat_protocol::terms::Mode;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::UnixMs;
+use crate::network::{Hop, Reserved};
+
+/// Where a VM stands. The picture is in the module's doc.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmPhase {
+    /// Still at its source, its turn has not come.
+    Waiting,
+    /// Being measured, to choose who goes next.
+    Measuring,
+    /// A share of the path is being reserved.
+    Reserving,
+    /// The destination makes room.
+    Preparing,
+    /// Pages travel; the VM runs at its source.
+    Sending,
+    /// COMMIT is under way or sent: there is no way back.
+    Committing,
+    /// The agents are asked what became of it.
+    Settling,
+    /// What was reserved is being given back.
+    Releasing,
+    /// Runs at its destination.
+    Moved,
+    /// Runs at its source, with a reason.
+    LeftBehind,
+    /// Not known where it runs; see `lifeboat claim`.
+    Uncertain,
+    /// Runs nowhere: the destination failed after COMMIT.
+    Lost,
+}
+
+impl VmPhase {
+    /// Every phase, for tables.
+    pub const ALL: [Self; 12] = [
+        Self::Waiting,
+        Self::Measuring,
+        Self::Reserving,
+        Self::Preparing,
+        Self::Sending,
+        Self::Committing,
+        Self::Settling,
+        Self::Releasing,
+        Self::Moved,
+        Self::LeftBehind,
+        Self::Uncertain,
+        Self::Lost,
+    ];
+
+    /// Whether this evacuation does nothing more for the VM.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Moved | Self::LeftBehind | Self::Uncertain | Self::Lost)
+    }
+
+    /// Whether a leg is under way: it holds a slot and, perhaps, a reservation.
+    #[must_use]
+    pub const fn is_live(self) -> bool {
+        matches!(
+            self,
+            Self::Reserving
+                | Self::Preparing
+                | Self::Sending
+                | Self::Committing
+                | Self::Settling
+                | Self::Releasing
+        )
+    }
+
+    /// The phase's name as operators read it.
+    #[must_use]
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Measuring => "measuring",
+            Self::Reserving => "reserving",
+            Self::Preparing => "preparing",
+            Self::Sending => "sending",
+            Self::Committing => "committing",
+            Self::Settling => "settling",
+            Self::Releasing => "releasing",
+            Self::Moved => "moved",
+            Self::LeftBehind => "left-behind",
+            Self::Uncertain => "uncertain",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// What the plan said about one migration, to stand beside what was measured.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Prediction {
+    /// Order to nothing left to transfer, milliseconds.
+    pub total_ms: u64,
+    /// Pause at the source to resume at the destination, milliseconds.
+    pub downtime_ms: u64,
+    /// On the wire.
+    pub bytes: u64,
+}
+
+/// One attempt to move one VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Leg {
+    /// Its id at the agents and on the switches.
+    pub migration: MigrationId,
+    /// Where to.
+    pub destination: HostId,
+    /// How.
+    pub mode: Mode,
+    /// The path, with what is wanted on each port.
+    pub hops: Vec<Hop>,
+    /// What was reserved; empty before.
+    pub reserved: Reserved,
+    /// What the plan said.
+    pub prediction: Prediction,
+    /// When it was chosen.
+    pub started: UnixMs,
+    /// Since when nobody has known whether COMMIT arrived.
+    pub uncertain_since: Option<UnixMs>,
+    /// Whether the agents were told to cancel it.
+    pub cancel_sent: bool,
+    /// How it ended, from Releasing on.
+    pub outcome: Option<Outcome>,
+}
+
+/// How a leg ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The VM runs at the destination.
+    Moved,
+    /// The VM never left (or returned to) the source, because of this.
+    Stayed(String),
+    /// Nobody knows, because of this.
+    Uncertain(String),
+    /// The VM runs nowhere, because of this.
+    Lost(String),
+}
+
+/// One VM of an evacuation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Which.
+    pub vm: VmId,
+    /// Where it was when the evacuation began.
+    pub source: HostId,
+    /// Where it stands.
+    pub phase: VmPhase,
+    /// Legs begun so far.
+    pub attempts: u32,
+    /// Destinations that failed; they are not tried again.
+    pub tried: Vec<HostId>,
+    /// The current leg, or the last one.
+    pub leg: Option<Leg>,
+    /// The first plan's word, shown while it waits.
+    pub prediction: Prediction,
+    /// The newest progress of the current or last leg, as the source's agent told it.
+    pub progress: Option<MigrationProgress>,
+    /// How much is done, 0 to 1; of this leg it never runs backwards.
+    pub done: f64,
+    /// Why it was left behind, is uncertain, is lost; or what went wrong with its last attempt.
+    pub reason: String,
+}
+
+impl VmRecord {
+    /// A VM whose turn has not come.
+    #[must_use]
+    pub fn waiting(vm: VmId, source: HostId, prediction: Prediction) -> Self {
+        Self {
+            vm,
+            source,
+            phase: VmPhase::Waiting,
+            attempts: 0,
+            tried: Vec::new(),
+            leg: None,
+            prediction,
+            progress: None,
+            done: 0.0,
+            reason: String::new(),
+        }
+    }
+
+    /// A VM that does not even begin, with its reason.
+    #[must_use]
+    pub fn left_behind(vm: VmId, source: HostId, reason: String) -> Self {
+        let phase = VmPhase::LeftBehind;
+        Self { phase, reason, ..Self::waiting(vm, source, Prediction::default()) }
+    }
+
+    /// Whether its leg has this migration id.
+    #[must_use]
+    pub fn has_leg(&self, migration: &MigrationId) -> bool {
+        self.leg.as_ref().is_some_and(|leg| leg.migration == *migration)
+    }
+
+    /// Its leg, if that has this migration id. Whatever else arrives is of an older attempt.
+    pub(super) fn leg_of(&mut self, migration: &MigrationId) -> Option<&mut Leg> {
+        self.leg.as_mut().filter(|leg| leg.migration == *migration)
+    }
+}
