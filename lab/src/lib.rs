@@ -1,1 +1,10 @@
-//! Placeholder.
+//! The scenario of a lab cloud: what a TOML file says, checked, and what follows from it.
+//!
+//! Used by the binary `lifeboat-lab`, which prints a checked scenario as JSON: `lab/up` (Python,
+//! Mininet) and the experiments read that, so there is one parser and one set of rules.
+//! Deliberately not here: raising anything. No I/O but reading the file the caller names.
+
+pub mod proportions;
+pub mod scenario;
+
+pub use scenario::{Scenario, ScenarioError, parse};
