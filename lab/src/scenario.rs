@@ -158,7 +158,7 @@ pub struct ScenarioError {
     /// The key, as a path such as `vm.db.host`.
     pub key: String,
     /// What is wrong with it.
-    pub problem: Problem,
+    pub problem: Box<Problem>,
 }
 
 /// Reads and checks the text of a scenario file; `file` is only for error messages.

@@ -390,7 +390,12 @@ impl<'a> Checker<'a> {
     }
 
     fn error(&self, at: usize, key: String, problem: Problem) -> ScenarioError {
-        ScenarioError { file: self.file.to_owned(), line: self.line_at(at), key, problem }
+        ScenarioError {
+            file: self.file.to_owned(),
+            line: self.line_at(at),
+            key,
+            problem: Box::new(problem),
+        }
     }
 
     fn line_at(&self, at: usize) -> usize {

@@ -116,5 +116,5 @@ fn one_host_is_too_few() {
     let client = DEFAULT.find("[client]").unwrap();
     let one = format!("{}[[host]]{}{}", hosts[0], hosts[1], &DEFAULT[client..]);
     let error = parse("x.toml", &one).unwrap_err();
-    assert_eq!(error.problem, Problem::HostCount(1));
+    assert_eq!(*error.problem, Problem::HostCount(1));
 }
