@@ -6,6 +6,8 @@
 
 pub mod audit;
 pub mod clock;
+pub mod config;
 pub mod evacuation;
 pub mod journal;
 pub mod network;
+pub mod tls;

@@ -1,0 +1,156 @@
+//! Who is who: certificates with a role, and where they lie.
+//!
+//! A certificate says its role in a URI among its alternative names: `lifeboat://operator/ann`,
+//! `lifeboat://agent/h1`, `lifeboat://controller/c1`. One directory holds `ca.pem`, `cert.pem` and
+//! `key.pem`. Used by the gRPC server, by the connections to the agents, and by the CLI; made by
+//! `lifeboat certs init`. Deliberately not here: revocation; a lost key means a new CA.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// What the holder of a certificate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// May give commands.
+    Operator,
+    /// A host's agent.
+    Agent,
+    /// A controller.
+    Controller,
+}
+
+impl Role {
+    /// The role's word in the URI.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Operator => "operator",
+            Self::Agent => "agent",
+            Self::Controller => "controller",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What is wrong with a certificate or its directory.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file of the directory cannot be read.
+    #[error(
+        "{file} cannot be read; `lifeboat certs init` makes a directory with ca.pem, cert.pem and key.pem"
+    )]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Bytes that are no certificate.
+    #[error("the peer's certificate cannot be read")]
+    Malformed,
+    /// A certificate without exactly one `lifeboat://` name.
+    #[error(
+        "the certificate names no role: it needs one URI such as lifeboat://operator/NAME (see `lifeboat certs init`)"
+    )]
+    NoRole,
+}
+
+/// The three files of a directory.
+#[derive(Clone)]
+pub struct TlsFiles {
+    ca: Vec<u8>,
+    cert: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl fmt::Debug for TlsFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsFiles").finish_non_exhaustive()
+    }
+}
+
+impl TlsFiles {
+    /// Reads `ca.pem`, `cert.pem` and `key.pem`.
+    ///
+    /// # Errors
+    /// With the first file that cannot be read.
+    pub fn load(dir: &Path) -> Result<Self, TlsError> {
+        let read = |name: &str| {
+            let file = dir.join(name);
+            std::fs::read(&file).map_err(|source| TlsError::Read { file, source })
+        };
+        Ok(Self { ca: read("ca.pem")?, cert: read("cert.pem")?, key: read("key.pem")? })
+    }
+
+    /// To serve with: the caller must show a certificate of the same CA.
+    #[must_use]
+    pub fn server(&self) -> ServerTlsConfig {
+        ServerTlsConfig::new()
+            .identity(Identity::from_pem(&self.cert, &self.key))
+            .client_ca_root(Certificate::from_pem(&self.ca))
+    }
+
+    /// To call with: `name` must be among the names of the one that is called.
+    #[must_use]
+    pub fn client(&self, name: &str) -> ClientTlsConfig {
+        ClientTlsConfig::new()
+            .identity(Identity::from_pem(&self.cert, &self.key))
+            .ca_certificate(Certificate::from_pem(&self.ca))
+            .domain_name(name)
+    }
+}
+
+/// The role and the name that a certificate (DER) carries.
+///
+/// # Errors
+/// When it is no certificate, or carries no role or more than one.
+pub fn role_of(der: &[u8]) -> Result<(Role, String), TlsError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| TlsError::Malformed)?;
+    let names = certificate.subject_alternative_name().map_err(|_| TlsError::Malformed)?;
+    let mut found = Vec::new();
+    for name in names.iter().flat_map(|names| names.value.general_names.iter()) {
+        if let GeneralName::URI(uri) = name {
+            found.extend(role_in(uri));
+        }
+    }
+    match (found.pop(), found.is_empty()) {
+        (Some(role), true) => Ok(role),
+        _ => Err(TlsError::NoRole),
+    }
+}
+
+fn role_in(uri: &str) -> Option<(Role, String)> {
+    let (role, name) = uri.strip_prefix("lifeboat://")?.split_once('/')?;
+    let roles = [Role::Operator, Role::Agent, Role::Controller];
+    let role = roles.into_iter().find(|known| known.as_str() == role)?;
+    (!name.is_empty() && !name.contains('/')).then(|| (role, name.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_is_read_from_its_uri_and_nothing_else() {
+        assert_eq!(role_in("lifeboat://operator/ann"), Some((Role::Operator, "ann".to_owned())));
+        for bad in [
+            "https://operator/ann",
+            "lifeboat://root/ann",
+            "lifeboat://agent/",
+            "lifeboat://agent/a/b",
+        ] {
+            assert_eq!(role_in(bad), None, "{bad}");
+        }
+        assert!(matches!(role_of(b"no certificate"), Err(TlsError::Malformed)));
+    }
+}
