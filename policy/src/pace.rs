@@ -1,0 +1,173 @@
+//! One rate, one owner: what a migration may send now, and when its next chunk may go.
+//!
+//! The agent's page link asks. A rate is the smaller of what the path has reserved and what the
+//! broker allows (ARCHITECTURE.md: neither loop fights the other). Not here: who changes either of
+//! them, and any clock: times are `Duration`s since a moment that the caller chose.
+
+use std::time::Duration;
+
+use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
+
+/// A pacer that was idle may send this much of a second at once, so that a late wake-up costs no
+/// throughput. A tenth of the relay buffer's 50 ms: a queue of the path never sees more than that
+/// in a row.
+pub const BURST: Duration = Duration::from_millis(5);
+
+/// What the relay between two agents holds at most, as time at the current rate: a longer queue
+/// would be sent during the pause, and 50 ms are a sixth of the 300 ms that a guest may stand
+/// still.
+pub const RELAY_TIME: Duration = Duration::from_millis(50);
+
+/// The relay never holds less than this: one read of a socket.
+pub const RELAY_MIN: Bytes = Bytes(64 << 10);
+
+/// The relay never holds more than this: at 10 Gbit/s, 50 ms are 62 MB.
+pub const RELAY_MAX: Bytes = Bytes(64 << 20);
+
+/// What a migration may send: the smaller of the path's reservation and the broker's allowance;
+/// `None` sets no limit on its side.
+#[must_use]
+pub fn owned_rate(
+    reserved: Option<BitsPerSec>,
+    allowed: Option<BytesPerSec>,
+) -> Option<BytesPerSec> {
+    let reserved = reserved.map(BitsPerSec::bytes_per_sec);
+    match (reserved, allowed) {
+        (Some(path), Some(broker)) => Some(path.min(broker)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// How many bytes the relay may hold at `rate`.
+#[must_use]
+pub fn relay_buffer(rate: BytesPerSec) -> Bytes {
+    rate.over(RELAY_TIME).clamp(RELAY_MIN, RELAY_MAX)
+}
+
+/// A token bucket, kept as the moment at which everything granted so far will have been paid for.
+///
+/// Over any span, what was granted is at most `rate * span + rate * BURST` and one chunk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pacer {
+    rate: BytesPerSec,
+    paid_at: Duration,
+}
+
+impl Pacer {
+    /// A pacer that owes nothing, at `rate` bytes/s. At zero nothing may be sent.
+    #[must_use]
+    pub const fn new(rate: BytesPerSec) -> Self {
+        Self { rate, paid_at: Duration::ZERO }
+    }
+
+    /// The current rate, bytes/s.
+    #[must_use]
+    pub const fn rate(&self) -> BytesPerSec {
+        self.rate
+    }
+
+    /// Changes the rate at `now`. What is still owed is owed in bytes: it is paid at the new rate.
+    pub fn set_rate(&mut self, now: Duration, rate: BytesPerSec) {
+        let owed = nanos_bytes(self.paid_at.saturating_sub(now), self.rate);
+        self.rate = rate;
+        if let Some(time) = time_for(owed, rate).filter(|_| owed > 0) {
+            self.paid_at = now.saturating_add(time);
+        }
+    }
+
+    /// Grants `bytes` and says from when on they may be sent (`now` or later); `None`, granting
+    /// nothing, while the rate is zero. Ask once for each chunk.
+    pub fn ready_at(&mut self, now: Duration, bytes: Bytes) -> Option<Duration> {
+        let time = time_for(u128::from(bytes.0), self.rate)?;
+        let start = self.paid_at.max(now.saturating_sub(BURST));
+        self.paid_at = start.saturating_add(time);
+        Some(start.max(now))
+    }
+}
+
+/// How long `bytes` take, rounded up so that rounding never lends; `None` at a rate of zero.
+fn time_for(bytes: u128, rate: BytesPerSec) -> Option<Duration> {
+    let nanos = bytes.saturating_mul(1_000_000_000).checked_div(u128::from(rate.0))?;
+    Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX).saturating_add(1)))
+}
+
+fn nanos_bytes(time: Duration, rate: BytesPerSec) -> u128 {
+    time.as_nanos().saturating_mul(u128::from(rate.0)) / 1_000_000_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_smaller_of_reservation_and_allowance_counts() {
+        let (path, broker) = (BitsPerSec(80), BytesPerSec(7));
+        assert_eq!(owned_rate(Some(path), Some(broker)), Some(BytesPerSec(7)));
+        assert_eq!(owned_rate(Some(path), Some(BytesPerSec(11))), Some(BytesPerSec(10)));
+        assert_eq!(owned_rate(Some(path), None), Some(BytesPerSec(10)));
+        assert_eq!(owned_rate(None, Some(broker)), Some(broker));
+        assert_eq!(owned_rate(None, None), None);
+    }
+
+    #[test]
+    fn the_relay_holds_fifty_milliseconds_within_bounds() {
+        assert_eq!(relay_buffer(BytesPerSec(25_000_000)), Bytes(1_250_000));
+        assert_eq!(relay_buffer(BytesPerSec(0)), RELAY_MIN);
+        assert_eq!(relay_buffer(BytesPerSec(u64::MAX)), RELAY_MAX);
+    }
+
+    #[test]
+    fn a_second_of_chunks_takes_a_second() {
+        let mut pacer = Pacer::new(BytesPerSec(1_000_000));
+        let start = Duration::from_secs(5);
+        let mut now = start;
+        for _ in 0..100 {
+            now = pacer.ready_at(now, Bytes(10_000)).unwrap();
+        }
+        let took = now - start;
+        assert!(took > 980 * MS && took < 1000 * MS, "{took:?}");
+    }
+
+    #[test]
+    fn a_rate_of_zero_holds_everything_and_owes_nothing() {
+        let mut pacer = Pacer::new(BytesPerSec(0));
+        assert_eq!(pacer.ready_at(MS, Bytes(1)), None);
+        pacer.set_rate(2 * MS, BytesPerSec(1000));
+        assert_eq!(pacer.ready_at(2 * MS, Bytes(1)), Some(2 * MS));
+    }
+
+    #[test]
+    fn a_debt_is_in_bytes_and_is_paid_at_the_new_rate() {
+        let mut pacer = Pacer::new(BytesPerSec(1000));
+        let now = Duration::from_secs(1);
+        pacer.ready_at(now, Bytes(1005)).unwrap();
+        pacer.set_rate(now, BytesPerSec(10_000));
+        let next = pacer.ready_at(now, Bytes(1)).unwrap() - now;
+        assert!(next > 99 * MS && next < 101 * MS, "{next:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_the_rate_a_burst_and_a_chunk(
+            rate in 1_000u64..10_000_000,
+            steps in prop::collection::vec((0u64..20_000_000, 1u64..50_000), 1..60),
+        ) {
+            let mut pacer = Pacer::new(BytesPerSec(rate));
+            let (mut now, mut granted) = (Duration::ZERO, 0u64);
+            let mut first = None;
+            for (wait, bytes) in steps {
+                now += Duration::from_nanos(wait);
+                let at = pacer.ready_at(now, Bytes(bytes)).unwrap();
+                prop_assert!(at >= now);
+                now = at;
+                let begin = *first.get_or_insert(at);
+                let span = (at - begin + BURST).as_secs_f64();
+                prop_assert!(granted as f64 <= rate as f64 * span + 1.0);
+                granted += bytes;
+            }
+        }
+    }
+}

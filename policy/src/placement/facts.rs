@@ -1,0 +1,190 @@
+//! What a VM needs and what a host offers, as far as placement cares.
+//!
+//! The agents report both; the controller fills these in. Nothing is decided here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
+use serde::Serialize;
+
+/// QEMU's version, major and minor: migration is promised from older to newer with the same machine
+/// type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct QemuVersion {
+    /// The first number.
+    pub major: u32,
+    /// The second number.
+    pub minor: u32,
+}
+
+impl fmt::Display for QemuVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// The CPU that the guest was started with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CpuNeed {
+    /// A named model, the same everywhere.
+    Named(String),
+    /// The source's own (`host`, `max`): the destination must have every flag that the guest was
+    /// shown.
+    HostLike {
+        /// The model's name.
+        model: String,
+        /// The flags shown.
+        flags: BTreeSet<String>,
+    },
+}
+
+/// One network card of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NicNeed {
+    /// The bridge that its tap is a port of, by name.
+    pub bridge: String,
+    /// Largest packet, bytes.
+    pub mtu: u32,
+    /// Its VLAN tag, if it has one.
+    pub vlan: Option<u16>,
+}
+
+/// What a guest's disks need.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskNeed {
+    /// No disk, or none that it may write.
+    None,
+    /// Storage that several hosts reach, by the name that they know it by. A host counts only with
+    /// a proof (a probe file).
+    Shared(BTreeSet<String>),
+    /// A disk that it writes and that only the source has.
+    Local,
+}
+
+/// What one VM needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VmNeeds {
+    /// The VM.
+    pub id: VmId,
+    /// Its memory.
+    pub memory: Bytes,
+    /// Its virtual CPUs.
+    pub vcpus: u32,
+    /// What it receives, bit/s: its destination's link must have room for that.
+    pub network_in: BitsPerSec,
+    /// The QEMU that it runs in.
+    pub qemu: QemuVersion,
+    /// Its machine type with version, such as `pc-q35-7.2`.
+    pub machine_type: String,
+    /// Its CPU.
+    pub cpu: CpuNeed,
+    /// The device models that it has, such as `virtio-net-pci`.
+    pub devices: BTreeSet<String>,
+    /// Its network cards.
+    pub nics: Vec<NicNeed>,
+    /// Its disks.
+    pub disk: DiskNeed,
+    /// Who else manages it (libvirt, Proxmox, an HA manager), if anybody does.
+    pub foreign_owner: Option<String>,
+}
+
+/// Whether a host takes VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostState {
+    /// It does.
+    Ready,
+    /// An operator said no.
+    Cordoned,
+    /// It is being emptied itself.
+    Evacuating,
+    /// Its agent does not answer.
+    Unreachable,
+}
+
+/// VLAN tags, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct VlanRange {
+    /// The first.
+    pub first: u16,
+    /// The last.
+    pub last: u16,
+}
+
+/// A bridge of a host that guests can be ports of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Bridge {
+    /// Largest packet that passes, bytes.
+    pub mtu: u32,
+    /// The tags that its uplink carries; empty: all of them.
+    pub vlans: Vec<VlanRange>,
+}
+
+/// What one host offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HostFacts {
+    /// The host.
+    pub id: HostId,
+    /// Whether it takes VMs.
+    pub state: HostState,
+    /// All memory that it may give to guests.
+    pub memory_total: Bytes,
+    /// What of it is free now.
+    pub memory_free: Bytes,
+    /// Memory and virtual CPUs of each VM on its way there that is not in `memory_free` yet.
+    pub arrivals: Vec<(Bytes, u32)>,
+    /// What its link can still take in, bit/s.
+    pub spare_in: BitsPerSec,
+    /// Its QEMU.
+    pub qemu: QemuVersion,
+    /// The machine types that its QEMU offers.
+    pub machine_types: BTreeSet<String>,
+    /// The CPU models that its QEMU offers and its processor can run.
+    pub cpu_models: BTreeSet<String>,
+    /// Its processor's flags, as its QEMU shows them.
+    pub cpu_flags: BTreeSet<String>,
+    /// The device models that its QEMU offers.
+    pub devices: BTreeSet<String>,
+    /// Its bridges by name.
+    pub bridges: BTreeMap<String, Bridge>,
+    /// The shared storage that was proven to be reachable there.
+    pub storage: BTreeSet<String>,
+}
+
+/// What a QEMU process needs besides the guest's memory: something for itself, something that grows
+/// with the memory (page tables, dirty bitmaps, the migration's buffers) and with the CPUs (stacks,
+/// coroutines). The defaults are careful estimates of ours, not measurements; an operator who has
+/// measured says so in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Overhead {
+    /// For each process.
+    pub fixed: Bytes,
+    /// For each GiB of guest memory, begun or whole.
+    pub per_gib: Bytes,
+    /// For each virtual CPU.
+    pub per_vcpu: Bytes,
+}
+
+impl Default for Overhead {
+    fn default() -> Self {
+        Self {
+            fixed: Bytes::from_mib(96),
+            per_gib: Bytes::from_mib(16),
+            per_vcpu: Bytes::from_mib(4),
+        }
+    }
+}
+
+impl Overhead {
+    /// Everything that a guest of `memory` with `vcpus` takes of a host.
+    #[must_use]
+    pub fn total(&self, memory: Bytes, vcpus: u32) -> Bytes {
+        let per_gib = self.per_gib.0.saturating_mul(memory.0.div_ceil(1 << 30));
+        let per_vcpu = self.per_vcpu.0.saturating_mul(u64::from(vcpus));
+        memory + self.fixed + Bytes(per_gib) + Bytes(per_vcpu)
+    }
+}

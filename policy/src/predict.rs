@@ -1,0 +1,188 @@
+//! How long a VM's migration takes and what it costs, before it starts.
+//!
+//! `plan` prints it, the report sets the measurement beside it. Not here: the network that decides
+//! the bandwidth ([`host`]), and the measuring itself.
+//!
+//! The model: iteration 1 sends every non-zero page; while an iteration lasts `t`, the guest
+//! dirties `D(t) = W * (1 - exp(-S * t / W))` distinct pages: S per second at first, but never more
+//! than the working set W, because a page that is dirtied twice is sent once. The next iteration
+//! sends those. (SOLive's equation (2) is the same without the bound, and grows without end where S
+//! exceeds B.) It ends when what is left fits into the pause that is wanted, or at a cap; then the
+//! remainder is sent in the pause.
+//!
+//! **The error** is carried, not hidden: [`Range`] holds the figure computed with pages and dirty
+//! rate lowered, and the bandwidth raised, by what the measurement says it may be off by; as
+//! measured; and the other way round. The model's own error is not in it; the report shows that
+//! one.
+
+mod host;
+
+pub use host::{
+    Departure, HostPrediction, HostTerms, LinkUse, VmPrediction, available, predict_host,
+};
+
+use std::time::Duration;
+
+use lifeboat_protocol::units::{Bytes, BytesPerSec, PAGE_BYTES};
+use serde::Serialize;
+
+use crate::measured::MeasuredVm;
+use crate::stop::StopCriteria;
+
+/// A page in QEMU's stream is preceded by its address and flags, 8 bytes (`ram.c`,
+/// `save_page_header`).
+const PAGE_HEADER: u64 = 8;
+
+/// A zero page is its header and one byte.
+const ZERO_PAGE: u64 = 9;
+
+/// Bytes that a full Ethernet frame of TCP has on the wire for each byte of payload: 1514 for 1448
+/// (timestamps on).
+const FRAMING: f64 = 1514.0 / 1448.0;
+
+/// What one migration will take.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Pre-copy iterations; the pause's is not counted. 0 when no memory moves.
+    pub iterations: u32,
+    /// Start to nothing left to transfer.
+    pub total_time: Duration,
+    /// Pause at the source to resume at the destination.
+    pub downtime: Duration,
+    /// Bytes on the wire, framing included.
+    pub bytes: Bytes,
+    /// Whether the pause that is wanted is reached without a cap.
+    pub converges: bool,
+}
+
+/// A figure with its stated error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Range<T> {
+    /// If every measurement was off to our advantage.
+    pub low: T,
+    /// As measured.
+    pub likely: T,
+    /// If every measurement was off to our disadvantage.
+    pub high: T,
+}
+
+impl<T> Range<T> {
+    /// Each of the three figures turned into another.
+    pub fn map<U>(&self, turn: impl Fn(&T) -> U) -> Range<U> {
+        Range { low: turn(&self.low), likely: turn(&self.likely), high: turn(&self.high) }
+    }
+
+    /// The three figures of two ranges joined.
+    pub fn join<U, V>(&self, other: &Range<U>, join: impl Fn(&T, &U) -> V) -> Range<V> {
+        Range {
+            low: join(&self.low, &other.low),
+            likely: join(&self.likely, &other.likely),
+            high: join(&self.high, &other.high),
+        }
+    }
+}
+
+/// Pre-copy at a `bandwidth` on the wire, bytes/s, with the figures exactly as given. A bandwidth
+/// of zero counts as one byte per second.
+#[must_use]
+pub fn pre_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteria) -> Prediction {
+    let page_bytes = (PAGE_BYTES + PAGE_HEADER) as f64 * FRAMING;
+    let rate = bandwidth.0.max(1) as f64;
+    let memory_pages = vm.memory.pages().0.max(vm.non_zero.0);
+    let zero_bytes = (memory_pages - vm.non_zero.0) as f64 * ZERO_PAGE as f64 * FRAMING;
+    let wanted = criteria.downtime.saturating_sub(criteria.fixed_pause).as_secs_f64();
+    let (mut sent, mut seconds, mut iterations) = (0.0, 0.0, 0);
+    let mut left = vm.non_zero.0 as f64 * page_bytes + zero_bytes;
+    let converges = loop {
+        let lasts = left / rate;
+        (sent, seconds, iterations) = (sent + left, seconds + lasts, iterations + 1);
+        left = dirtied(vm, memory_pages, lasts) * page_bytes;
+        if left / rate <= wanted {
+            break true;
+        }
+        if iterations >= criteria.max_iterations || seconds >= criteria.max_time.as_secs_f64() {
+            break false;
+        }
+    };
+    let downtime = span(left / rate).saturating_add(criteria.fixed_pause);
+    let total_time = span(seconds).saturating_add(downtime);
+    Prediction { iterations, total_time, downtime, bytes: Bytes((sent + left) as u64), converges }
+}
+
+/// Distinct pages dirtied in `seconds`.
+fn dirtied(vm: &MeasuredVm, memory_pages: u64, seconds: f64) -> f64 {
+    let written = if vm.working_set.0 == 0 { vm.non_zero.0 } else { vm.working_set.0 };
+    let working_set = written.min(memory_pages) as f64;
+    if working_set == 0.0 {
+        return 0.0;
+    }
+    working_set * -(-(vm.dirty_rate.0 as f64) * seconds / working_set).exp_m1()
+}
+
+/// Pre-copy with the measurement's error, and with a bandwidth that may be off by the share
+/// `bandwidth_error`.
+#[must_use]
+pub fn pre_copy_range(
+    vm: &MeasuredVm,
+    bandwidth: BytesPerSec,
+    bandwidth_error: f64,
+    criteria: &StopCriteria,
+) -> Range<Prediction> {
+    let off = vm.error.clamp(0.0, 1.0);
+    let rate_off = bandwidth_error.clamp(0.0, 0.99);
+    let with = |sign: f64| {
+        let scaled = MeasuredVm {
+            non_zero: vm.non_zero.scale(1.0 + sign * off),
+            dirty_rate: vm.dirty_rate.scale(1.0 + sign * off),
+            working_set: vm.working_set.scale(1.0 + sign * off),
+            ..vm.clone()
+        };
+        let scaled = MeasuredVm {
+            non_zero: scaled.non_zero.min(vm.memory.pages().max(vm.non_zero)),
+            ..scaled
+        };
+        pre_copy(&scaled, bandwidth.scale(1.0 - sign * rate_off), criteria)
+    };
+    Range { low: with(-1.0), likely: with(0.0), high: with(1.0) }
+}
+
+/// What stopping and starting take, from the operator's experience or an earlier report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ColdTimes {
+    /// Order to shut down until the guest has gone.
+    pub stop: Duration,
+    /// Start until the guest does its work.
+    pub start: Duration,
+}
+
+impl Default for ColdTimes {
+    /// A guest that shuts down in 10 s and boots in 20 s.
+    fn default() -> Self {
+        Self { stop: Duration::from_secs(10), start: Duration::from_secs(20) }
+    }
+}
+
+/// A cold migration: no memory moves, and the whole of it is downtime. Times may be half or twice
+/// as long.
+#[must_use]
+pub fn cold(times: ColdTimes) -> Range<Prediction> {
+    let with = |factor: f64| {
+        let downtime = (times.stop.saturating_add(times.start)).mul_f64(factor);
+        Prediction {
+            iterations: 0,
+            total_time: downtime,
+            downtime,
+            bytes: Bytes::ZERO,
+            converges: true,
+        }
+    };
+    Range { low: with(0.5), likely: with(1.0), high: with(2.0) }
+}
+
+/// Seconds as a `Duration`; what no `Duration` can hold is the longest one.
+fn span(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+//! How long a whole host takes: its VMs in order, with the network that each departure leaves
+//! behind.
+//!
+//! `plan` asks with the order and the destinations that it chose. Two links are counted: the
+//! source's, which gets emptier as VMs that send leave, and each destination's, which gets fuller
+//! as VMs that receive arrive; what lies between is a constant of each way. VMs of the host that
+//! speak with each other are counted as if they spoke with others.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::terms::{Mode, Urgency};
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
+use serde::Serialize;
+
+use super::{ColdTimes, Prediction, Range, cold, pre_copy_range};
+use crate::measured::MeasuredVm;
+use crate::reserve::{Floor, ReserveParameters, initial};
+use crate::stop::StopCriteria;
+
+/// Relative error of a bandwidth that is computed from counters of the last second.
+const BANDWIDTH_ERROR: f64 = 0.1;
+
+/// One direction of a host's link: what it carries and what passes now, bit/s.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkUse {
+    /// What it carries.
+    pub capacity: BitsPerSec,
+    /// What passes, the VMs that are to leave included.
+    pub used: BitsPerSec,
+}
+
+/// One VM about to leave.
+#[derive(Debug, Clone)]
+pub struct Departure<'a> {
+    /// The VM.
+    pub vm: &'a MeasuredVm,
+    /// Pre-copy or cold.
+    pub mode: Mode,
+    /// Where to.
+    pub destination: &'a HostId,
+    /// What lies between the two hosts' own links can give it, bit/s; `None` where nothing does.
+    pub between: Option<BitsPerSec>,
+}
+
+/// One VM's place in the evacuation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VmPrediction {
+    /// The VM.
+    pub vm: VmId,
+    /// What the migration is expected to get, bit/s on the wire.
+    pub bandwidth: BitsPerSec,
+    /// When it starts, counted from the evacuation's start.
+    pub starts: Range<Duration>,
+    /// What it takes.
+    pub prediction: Range<Prediction>,
+}
+
+/// The whole evacuation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HostPrediction {
+    /// The VMs in the order in which they were given.
+    pub vms: Vec<VmPrediction>,
+    /// Until the last one has nothing left to transfer.
+    pub total_time: Range<Duration>,
+    /// Bytes on the wire of all of them.
+    pub bytes: Range<Bytes>,
+}
+
+/// What a migration can get of a link: what nobody uses, or its urgency's share if that is more;
+/// the floor of everybody else stays (Algorithm 1 begins so, and over time comes back to it).
+#[must_use]
+pub fn available(link: LinkUse, urgency: Urgency, floor: Floor) -> BitsPerSec {
+    initial(&ReserveParameters::alone(link.capacity, urgency, floor), link.used)
+}
+
+/// What holds for the whole evacuation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HostTerms {
+    /// The share of each link that it is entitled to.
+    pub urgency: Urgency,
+    /// What everybody else keeps of a link.
+    pub floor: Floor,
+    /// When pre-copy stops.
+    pub criteria: StopCriteria,
+    /// What stopping and starting a guest takes.
+    pub cold: ColdTimes,
+    /// How many migrations at a time; 0 counts as 1.
+    pub parallel: usize,
+}
+
+/// Predicts `departures` in their order. A wave of `parallel` migrations begins when the one before
+/// has ended, and its migrations share what there is evenly. A destination that is not in
+/// `destinations` is taken to have a link as the source's, unused.
+#[must_use]
+pub fn predict_host(
+    departures: &[Departure<'_>],
+    source: LinkUse,
+    destinations: &BTreeMap<HostId, LinkUse>,
+    terms: &HostTerms,
+) -> HostPrediction {
+    let unused = LinkUse { used: BitsPerSec::ZERO, ..source };
+    let mut links = Links { source, destinations: destinations.clone(), unused };
+    let zero = Range { low: Duration::ZERO, likely: Duration::ZERO, high: Duration::ZERO };
+    let none = Range { low: Bytes::ZERO, likely: Bytes::ZERO, high: Bytes::ZERO };
+    let mut all = HostPrediction { vms: Vec::new(), total_time: zero, bytes: none };
+    for wave in departures.chunks(terms.parallel.max(1)) {
+        let starts = all.total_time;
+        for departure in wave {
+            let bandwidth = links.bandwidth(departure, terms).scale(1.0 / wave.len() as f64);
+            let prediction = predict(departure, bandwidth, terms);
+            let ended = starts.join(&prediction, |start, one| start.saturating_add(one.total_time));
+            all.total_time = all.total_time.join(&ended, |a, b| *a.max(b));
+            all.bytes = all.bytes.join(&prediction, |sum, one| *sum + one.bytes);
+            let vm = departure.vm.id.clone();
+            all.vms.push(VmPrediction { vm, bandwidth, starts, prediction });
+        }
+        for departure in wave {
+            links.arrived(departure);
+        }
+    }
+    all
+}
+
+/// The hosts' links as the evacuation changes them.
+struct Links {
+    source: LinkUse,
+    destinations: BTreeMap<HostId, LinkUse>,
+    unused: LinkUse,
+}
+
+impl Links {
+    fn bandwidth(&self, departure: &Departure<'_>, terms: &HostTerms) -> BitsPerSec {
+        let into = self.destinations.get(departure.destination).copied().unwrap_or(self.unused);
+        let of = |link| available(link, terms.urgency, terms.floor);
+        let ends = of(self.source).min(of(into));
+        departure.between.map_or(ends, |between| between.min(ends))
+    }
+
+    /// From now on the VM's traffic passes the destination's link and no longer the source's.
+    fn arrived(&mut self, departure: &Departure<'_>) {
+        self.source.used = self.source.used - departure.vm.network_out;
+        let into = self.destinations.entry(departure.destination.clone()).or_insert(self.unused);
+        into.used += departure.vm.network_in;
+    }
+}
+
+fn predict(
+    departure: &Departure<'_>,
+    bandwidth: BitsPerSec,
+    terms: &HostTerms,
+) -> Range<Prediction> {
+    match departure.mode {
+        Mode::Cold => cold(terms.cold),
+        // What waits at the source or in stores is absorbed by the same pre-copy first, so its time
+        // is the upper bound for the other two.
+        Mode::Auto | Mode::PreCopy | Mode::PostCopy | Mode::ScatterGather => {
+            let rate = bandwidth.bytes_per_sec();
+            pre_copy_range(departure.vm, rate, BANDWIDTH_ERROR, &terms.criteria)
+        }
+    }
+}

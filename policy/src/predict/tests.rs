@@ -1,0 +1,151 @@
+//! Tests of the prediction: figures worked out by hand, and what must hold for any VM.
+
+use super::*;
+use crate::reserve::Floor;
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::terms::{Mode, Urgency};
+use lifeboat_protocol::units::{BitsPerSec, Pages, PagesPerSec};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+fn vm(id: &str, pages: u64, dirty: u64, working_set: u64) -> MeasuredVm {
+    MeasuredVm {
+        id: VmId::new(id).unwrap(),
+        memory: Pages(pages).bytes(),
+        non_zero: Pages(pages),
+        dirty_rate: PagesPerSec(dirty),
+        working_set: Pages(working_set),
+        network_out: BitsPerSec::ZERO,
+        network_in: BitsPerSec::ZERO,
+        error: 0.1,
+    }
+}
+
+/// 25 MB/s: 200 Mbit/s.
+const RATE: BytesPerSec = BytesPerSec(25_000_000);
+
+#[test]
+fn an_idle_vm_is_sent_once() {
+    let one = pre_copy(&vm("idle", 10_000, 0, 0), RATE, &StopCriteria::default());
+    // 10 000 pages * 4104 bytes * 1514 / 1448 = 42.91 MB, 1.716 s, and the pause's fixed 40 ms.
+    assert_eq!((one.iterations, one.converges), (1, true));
+    assert_eq!(one.bytes.0 / 10_000, 4_291);
+    assert_eq!(one.total_time.as_millis(), 1_756);
+    assert_eq!(one.downtime, Duration::from_millis(40));
+}
+
+#[test]
+fn zero_pages_cost_nine_bytes_each() {
+    let mut sparse = vm("sparse", 10_000, 0, 0);
+    sparse.memory = Pages(110_000).bytes();
+    let dense = pre_copy(&vm("dense", 10_000, 0, 0), RATE, &StopCriteria::default());
+    let one = pre_copy(&sparse, RATE, &StopCriteria::default());
+    // 900 000 bytes and their framing.
+    assert_eq!((one.bytes - dense.bytes).0 / 1000, 941);
+}
+
+#[test]
+fn a_working_set_that_fits_into_the_pause_always_converges() {
+    // 1400 pages are 6 MB: 240 ms, however often they are rewritten.
+    let hot = pre_copy(&vm("hot", 50_000, 1_000_000, 1_400), RATE, &StopCriteria::default());
+    assert!(hot.converges && hot.iterations == 1, "{hot:?}");
+    let hotter = pre_copy(&vm("hot", 50_000, 1_000_000, 10_000), RATE, &StopCriteria::default());
+    assert!(!hotter.converges && hotter.iterations == 30, "{hotter:?}");
+    // What does not converge says what the pause would be: the whole working set.
+    assert_eq!(hotter.downtime.as_millis(), 1_756);
+}
+
+#[test]
+fn equation_2_is_the_model_while_the_working_set_is_far_away() {
+    // r = S / B = 0.25, so about N * (1 + 0.25 + 0.0625 + ...).
+    let pages_per_second = 25_000_000.0 / (4104.0 * FRAMING);
+    let dirty = (pages_per_second * 0.25) as u64;
+    let mut large = vm("large", 1_000_000, dirty, 900_000_000);
+    large.memory = Pages(1_000_000_000).bytes();
+    large.non_zero = Pages(1_000_000_000);
+    let criteria = StopCriteria { max_time: Duration::from_secs(u64::MAX), ..Default::default() };
+    let one = pre_copy(&large, RATE, &criteria);
+    let ratio = one.bytes.0 as f64 / (1_000_000_000.0 * 4104.0 * FRAMING);
+    assert!(one.converges && ratio > 1.2 && ratio < 1.0 / 0.75, "{ratio}");
+}
+
+#[test]
+fn a_cold_migration_moves_no_memory_and_is_all_downtime() {
+    let one = cold(ColdTimes::default()).likely;
+    assert_eq!((one.bytes, one.downtime), (Bytes::ZERO, Duration::from_secs(30)));
+}
+
+fn mbit(rate: u64) -> BitsPerSec {
+    BitsPerSec::from_mbit(rate)
+}
+
+/// A sender of 100 Mbit/s and an idle VM on a link of 200 Mbit/s.
+fn evacuate(sender_first: bool, parallel: usize) -> HostPrediction {
+    let mut sender = vm("sender", 10_000, 0, 0);
+    sender.network_out = mbit(100);
+    let idle = vm("idle", 40_000, 0, 0);
+    let destination = HostId::new("h2").unwrap();
+    let leave =
+        |vm| Departure { vm, mode: Mode::PreCopy, destination: &destination, between: None };
+    let mut departures = vec![leave(&sender), leave(&idle)];
+    if !sender_first {
+        departures.reverse();
+    }
+    let source = LinkUse { capacity: mbit(200), used: mbit(100) };
+    let destinations = BTreeMap::from([(destination.clone(), LinkUse { used: mbit(0), ..source })]);
+    let terms = HostTerms {
+        urgency: Urgency::new(30).unwrap(),
+        floor: Floor::default(),
+        criteria: StopCriteria::default(),
+        cold: ColdTimes::default(),
+        parallel,
+    };
+    predict_host(&departures, source, &destinations, &terms)
+}
+
+#[test]
+fn whoever_sends_leaves_the_link_to_those_that_follow() {
+    let good = evacuate(true, 1);
+    assert_eq!(good.vms[0].bandwidth, mbit(100));
+    assert_eq!(good.vms[1].bandwidth, mbit(190));
+    assert_eq!(good.vms[1].starts.likely, good.vms[0].prediction.likely.total_time);
+    assert!(good.total_time.likely < evacuate(false, 1).total_time.likely);
+}
+
+#[test]
+fn two_at_a_time_share_what_there_is() {
+    let both = evacuate(true, 2);
+    assert_eq!(both.vms[0].bandwidth, mbit(50));
+    assert_eq!(both.vms[1].starts.likely, Duration::ZERO);
+    assert_eq!(both.total_time.likely, both.vms[1].prediction.likely.total_time);
+}
+
+proptest! {
+    #[test]
+    fn low_likely_and_high_are_in_order_and_nothing_is_sent_less_than_once(
+        pages in 0u64..2_000_000, zero in 0u64..1_000_000, dirty in 0u64..100_000,
+        working_set in 0u64..2_000_000, rate in 1u64..2_000_000_000, error in 0.0f64..0.5,
+    ) {
+        let mut one = vm("any", pages, dirty, working_set.min(pages));
+        one.memory = Pages(pages + zero).bytes();
+        one.error = error;
+        let range = pre_copy_range(&one, BytesPerSec(rate), 0.1, &StopCriteria::default());
+        prop_assert!(range.likely.bytes.0 >= pages * PAGE_BYTES);
+        prop_assert!(range.likely.total_time >= range.likely.downtime);
+        // First iterations are ordered; a non-converging high case may be cut short by its caps.
+        if range.high.converges {
+            prop_assert!(range.likely.converges && range.low.converges);
+            prop_assert!(range.low.total_time <= range.high.total_time);
+        }
+        let pause = StopCriteria::default().downtime;
+        prop_assert!(!range.likely.converges || range.likely.downtime <= pause + Duration::from_millis(1));
+    }
+
+    #[test]
+    fn nothing_overflows(pages in any::<u64>(), dirty in any::<u64>(), set in any::<u64>(), rate in any::<u64>()) {
+        let mut one = vm("any", pages, dirty, set);
+        one.memory = Bytes(rate);
+        let range = pre_copy_range(&one, BytesPerSec(rate), 0.1, &StopCriteria::default());
+        prop_assert!(range.likely.total_time >= range.likely.downtime);
+    }
+}
