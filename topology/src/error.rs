@@ -1,6 +1,7 @@
 //! What can be wrong with a network's description, or with a question about it.
 //!
-//! Used by the whole room. Every variant names the part that was asked for; a missing way names where it is cut.
+//! Used by the whole room. Every variant names the part that was asked for; a missing way names
+//! where it is cut.
 
 use lifeboat_protocol::ids::{HostId, SwitchId};
 use std::fmt;
@@ -79,8 +80,8 @@ pub enum TopologyError {
         from_host: HostId,
         /// Where it should end.
         to_host: HostId,
-        /// The links that are down and that lead out of what `from_host` still reaches; empty when no link does,
-        /// up or down.
+        /// The links that are down and that lead out of what `from_host` still reaches; empty when
+        /// no link does, up or down.
         cut: Vec<CutLink>,
     },
     /// A host asked for a way to itself.

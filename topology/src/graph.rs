@@ -1,7 +1,8 @@
 //! [`Topology`]: built from configuration, kept current by what switches report, asked for ways.
 //!
-//! The controller owns one. Every link is two directed edges, so that capacity, use and reservations are counted
-//! per direction. Deliberately not here: ageing (a report is true until the next one) and discovery by LLDP.
+//! The controller owns one. Every link is two directed edges, so that capacity, use and
+//! reservations are counted per direction. Deliberately not here: ageing (a report is true until
+//! the next one) and discovery by LLDP.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +22,8 @@ enum Node {
     Switch(SwitchId),
 }
 
-/// One direction of a link, or the inside of a host between it and its own bridge (`along` is `None`).
+/// One direction of a link, or the inside of a host between it and its own bridge (`along` is
+/// `None`).
 #[derive(Debug, Clone)]
 struct Edge {
     along: Option<DirectedLink>,
@@ -124,8 +126,8 @@ impl Topology {
         Ok(self.add_edges(forward, (b, Egress::Port(spec.b), spec.b_to_a)))
     }
 
-    /// A link's or port's state as one switch reports it: a link passes traffic only while both of its ports are
-    /// up.
+    /// A link's or port's state as one switch reports it: a link passes traffic only while both of
+    /// its ports are up.
     ///
     /// # Errors
     /// [`TopologyError::UnknownPort`] when no link ends there: such a port is none of ours.
@@ -149,7 +151,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Records what passes along one direction of a link now (applications and migrations together), bit/s.
+    /// Records what passes along one direction of a link now (applications and migrations
+    /// together), bit/s.
     ///
     /// # Errors
     /// [`TopologyError::UnknownLink`].
@@ -214,8 +217,9 @@ impl Topology {
         }
     }
 
-    /// The host's rack, named by its edge switch: the switch that its cable, or its own bridge's first uplink,
-    /// leads to. A host whose bridge has no uplink is a rack of its own. Up or down makes no difference.
+    /// The host's rack, named by its edge switch: the switch that its cable, or its own bridge's
+    /// first uplink, leads to. A host whose bridge has no uplink is a rack of its own. Up or down
+    /// makes no difference.
     ///
     /// # Errors
     /// [`TopologyError::UnknownHost`].
@@ -233,11 +237,13 @@ impl Topology {
         }
     }
 
-    /// Up to `k` ways from one host to another over what is up now, shortest first; of two of the same length the
-    /// one with more spare capacity at its narrowest hop. At least one, or an error.
+    /// Up to `k` ways from one host to another over what is up now, shortest first; of two of the
+    /// same length the one with more spare capacity at its narrowest hop. At least one, or an
+    /// error.
     ///
     /// # Errors
-    /// An unknown host, the same host twice, or [`TopologyError::NoWay`] with the links that cut it.
+    /// An unknown host, the same host twice, or [`TopologyError::NoWay`] with the links that cut
+    /// it.
     pub fn ways(&self, from: &HostId, to: &HostId, k: usize) -> Result<Vec<Way>, TopologyError> {
         let (start, end) = (self.host(from)?.0, self.host(to)?.0);
         if from == to {

@@ -1,7 +1,7 @@
 //! What a network's parts are called: ports, link ends, links and their two directions.
 //!
-//! Used by everything in this room and by whoever describes a network to it. Host and switch names come from
-//! `protocol/`. No graph here.
+//! Used by everything in this room and by whoever describes a network to it. Host and switch names
+//! come from `protocol/`. No graph here.
 
 use std::fmt;
 
@@ -14,8 +14,8 @@ use crate::error::TopologyError;
 /// Longest name that Linux gives a network interface (`IFNAMSIZ` less the terminating zero).
 pub const PORT_NAME_BYTES_MAX: usize = 15;
 
-/// A switch port by its name in OVSDB, such as `s1-eth2`. Port *numbers* change when a bridge is made again, so the
-/// topology speaks of names and the controller looks the number up.
+/// A switch port by its name in OVSDB, such as `s1-eth2`. Port *numbers* change when a bridge is
+/// made again, so the topology speaks of names and the controller looks the number up.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PortName(String);
@@ -109,8 +109,8 @@ impl LinkSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Attachment {
-    /// The host has a bridge of its own (as every hypervisor has), inside the same machine: nothing between
-    /// the two can be full. The host's uplink is then an ordinary link of that bridge.
+    /// The host has a bridge of its own (as every hypervisor has), inside the same machine: nothing
+    /// between the two can be full. The host's uplink is then an ordinary link of that bridge.
     OwnBridge {
         /// The bridge.
         bridge: SwitchId,

@@ -1,6 +1,7 @@
 //! A way from host to host: the ports that its traffic leaves through, in order.
 //!
-//! The controller reserves a queue at each hop; `policy/` takes the narrowest hop. How ways are found is in `yen`.
+//! The controller reserves a queue at each hop; `policy/` takes the narrowest hop. How ways are
+//! found is in `yen`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,7 +16,8 @@ use crate::names::{DirectedLink, End};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Egress {
-    /// The network card of a host without a bridge of its own: no switch can shape it, only the host.
+    /// The network card of a host without a bridge of its own: no switch can shape it, only the
+    /// host.
     Card(HostId),
     /// A port of a switch: a queue can be set up there.
     Port(End),
@@ -43,8 +45,9 @@ pub struct Hop {
     pub spare: BitsPerSec,
 }
 
-/// A way without loops from one host to another. It begins with the source's uplink and ends with the port that
-/// faces the destination (its cable, or its own bridge's uplink); between two hosts on one bridge it has no hops.
+/// A way without loops from one host to another. It begins with the source's uplink and ends with
+/// the port that faces the destination (its cable, or its own bridge's uplink); between two hosts
+/// on one bridge it has no hops.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Way {
     /// Where it begins.
@@ -76,8 +79,8 @@ impl Way {
         })
     }
 
-    /// The directions of links that both ways use: where their migrations would compete. Opposite directions of
-    /// one link do not compete.
+    /// The directions of links that both ways use: where their migrations would compete. Opposite
+    /// directions of one link do not compete.
     #[must_use]
     pub fn shared_with(&self, other: &Self) -> Vec<DirectedLink> {
         let theirs: BTreeSet<DirectedLink> = other.hops.iter().map(|hop| hop.along).collect();

@@ -1,8 +1,9 @@
-//! The k shortest ways without loops between two nodes (Yen, Management Science 17(11), 1971), over directed edges
-//! of length one.
+//! The k shortest ways without loops between two nodes (Yen, Management Science 17(11), 1971), over
+//! directed edges of length one.
 //!
-//! Used by `graph` only. Of two ways of the same length the one with more spare capacity comes first, then the one
-//! whose links were added earlier: the same network always gives the same answer.
+//! Used by `graph` only. Of two ways of the same length the one with more spare capacity comes
+//! first, then the one whose links were added earlier: the same network always gives the same
+//! answer.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashSet};
@@ -49,7 +50,8 @@ fn rank<N, E: Passable>(graph: &DiGraph<N, E>, way: Found) -> Rank {
     (way.len(), Reverse(narrowest), way)
 }
 
-/// For each prefix of `best`: the shortest way that shares the prefix and then leaves every way found so far.
+/// For each prefix of `best`: the shortest way that shares the prefix and then leaves every way
+/// found so far.
 fn deviations<N, E: Passable>(
     graph: &DiGraph<N, E>,
     from: NodeIndex,
@@ -77,8 +79,8 @@ fn deviations<N, E: Passable>(
     ways
 }
 
-/// The best-ranked shortest way that avoids some nodes and edges: distances to the end by breadth, then a walk that
-/// keeps, node by node, the widest beginning.
+/// The best-ranked shortest way that avoids some nodes and edges: distances to the end by breadth,
+/// then a walk that keeps, node by node, the widest beginning.
 fn search<N, E: Passable>(
     graph: &DiGraph<N, E>,
     from: NodeIndex,

@@ -1,4 +1,5 @@
-//! Tests of [`Topology`]: the lab's two racks by hand, and random networks against a search by exhaustion.
+//! Tests of [`Topology`]: the lab's two racks by hand, and random networks against a search by
+//! exhaustion.
 
 use proptest::prelude::*;
 
