@@ -128,7 +128,8 @@ pub fn pre_copy_range(
     bandwidth_error: f64,
     criteria: &StopCriteria,
 ) -> Range<Prediction> {
-    let off = vm.error.clamp(0.0, 1.0);
+    // What states no error is not thereby exact.
+    let off = if vm.error.is_finite() { vm.error.clamp(0.0, 1.0) } else { 1.0 };
     let rate_off = bandwidth_error.clamp(0.0, 0.99);
     let with = |sign: f64| {
         let scaled = MeasuredVm {

@@ -24,6 +24,9 @@ pub fn incompatibilities(vm: &VmNeeds, host: &HostFacts) -> Vec<Obstacle> {
     if !devices.is_empty() {
         found.push(Obstacle::Devices { missing: devices });
     }
+    if let Some(profile) = vm.profile.as_ref().filter(|name| !host.profiles.contains(*name)) {
+        found.push(Obstacle::Profile { wanted: profile.clone() });
+    }
     found.extend(vm.nics.iter().flat_map(|nic| network(nic, host)));
     if let DiskNeed::Shared(storage) = &vm.disk {
         let storage = missing(storage, &host.storage);

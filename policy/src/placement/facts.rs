@@ -88,6 +88,8 @@ pub struct VmNeeds {
     pub nics: Vec<NicNeed>,
     /// Its disks.
     pub disk: DiskNeed,
+    /// The root-owned profile of extra QEMU arguments that it was started with, if any.
+    pub profile: Option<String>,
     /// Who else manages it (libvirt, Proxmox, an HA manager), if anybody does.
     pub foreign_owner: Option<String>,
 }
@@ -151,6 +153,8 @@ pub struct HostFacts {
     pub devices: BTreeSet<String>,
     /// Its bridges by name.
     pub bridges: BTreeMap<String, Bridge>,
+    /// The profiles of extra QEMU arguments that it has.
+    pub profiles: BTreeSet<String>,
     /// The shared storage that was proven to be reachable there.
     pub storage: BTreeSet<String>,
 }

@@ -100,6 +100,14 @@ pub enum Obstacle {
         /// Those.
         missing: BTreeSet<String>,
     },
+    /// The profile of extra QEMU arguments is missing.
+    #[error(
+        "it has no profile {wanted} of QEMU arguments; put the same file there as at the source"
+    )]
+    Profile {
+        /// The VM's.
+        wanted: String,
+    },
     /// A bridge is missing.
     #[error("it has no bridge {bridge}")]
     Bridge {

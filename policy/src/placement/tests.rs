@@ -26,6 +26,7 @@ pub(crate) fn needs(name: &str, mib: u64) -> VmNeeds {
         devices: set(&["virtio-net-pci"]),
         nics: vec![NicNeed { bridge: "br0".to_owned(), mtu: 1500, vlan: Some(7) }],
         disk: DiskNeed::None,
+        profile: None,
         foreign_owner: None,
     }
 }
@@ -45,6 +46,7 @@ pub(crate) fn facts(name: &str, free_mib: u64) -> HostFacts {
         cpu_flags: set(&["sse2"]),
         devices: set(&["virtio-net-pci", "virtio-blk-pci"]),
         bridges: BTreeMap::from([("br0".to_owned(), bridge)]),
+        profiles: set(&["fast-net"]),
         storage: set(&["nfs1"]),
     }
 }
@@ -105,6 +107,9 @@ fn every_obstacle_is_named() {
     assert_eq!(against(|_, v| v.cpu = like(&["avx2", "sse2", "avx"])), [missing]);
     let missing = Obstacle::Devices { missing: set(&["vfio-pci"]) };
     assert_eq!(against(|_, v| v.devices = set(&["virtio-net-pci", "vfio-pci"])), [missing]);
+    assert_eq!(against(|_, v| v.profile = Some("fast-net".to_owned())), []);
+    let wanted = "gpu".to_owned();
+    assert_eq!(against(|_, v| v.profile = Some("gpu".to_owned())), [Obstacle::Profile { wanted }]);
     let bridge = || "br0".to_owned();
     assert_eq!(against(|h, _| h.bridges.clear()), [Obstacle::Bridge { bridge: bridge() }]);
     let mtu = Obstacle::Mtu { bridge: bridge(), wanted: 9000, has: 1500 };

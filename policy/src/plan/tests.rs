@@ -60,6 +60,7 @@ fn planned(name: &str, dirty: u64, out: u64, into: u64) -> PlannedVm {
         devices: set(&[]),
         nics: Vec::new(),
         disk: DiskNeed::None,
+        profile: None,
         foreign_owner: None,
     };
     let measured = MeasuredVm {
@@ -89,6 +90,7 @@ fn facts(name: &str) -> HostFacts {
         cpu_flags: set(&[]),
         devices: set(&[]),
         bridges: BTreeMap::<String, Bridge>::new(),
+        profiles: set(&[]),
         storage: set(&[]),
     }
 }

@@ -104,7 +104,7 @@ const SIBLINGS: [Siblings; 2] = [
     Siblings {
         folder: "migrate-agent/src/",
         modules: &["qemu", "disk", "broker"],
-        know_all: &["source", "destination", "main", "lib", "run", "agent"],
+        know_all: &["source", "destination", "main", "lib", "run", "agent", "vms"],
     },
 ];
 
