@@ -1,0 +1,70 @@
+"""Lifeboat's own processes in the cloud: one agent per host, one controller.
+
+They are started in their nodes' namespaces with their output in run/NODE/*.log, and stopped by
+their pids. QEMUs are the agents' business.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+from .network import Cloud
+from .shell import in_node
+from .state import RUN, LabError, State
+
+STOP_SECONDS = 3
+
+
+class Services:
+    """The processes that this lab started."""
+
+    def __init__(self, cloud: Cloud, binaries: str) -> None:
+        self.cloud = cloud
+        self.binaries = Path(binaries)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.env = {
+            **os.environ,
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "LIFEBOAT_LAB_RUN": str(RUN),
+        }
+
+    def start_all(self) -> None:
+        """The agents, then the controller that connects to them."""
+        for name in ("lifeboat-agent", "lifeboat"):
+            if not (self.binaries / name).exists():
+                raise LabError(f"{self.binaries}/{name} is missing: run `cargo build --bins`, "
+                               "or raise the network alone with --network-only")
+        for host in self.cloud.scenario.hosts:
+            config = RUN / host.name / "agent.toml"
+            self._start(f"agent-{host.name}", self.cloud.node(host.name).pid,
+                        RUN / host.name / "agent.log", "lifeboat-agent", "--config", str(config))
+        self._start("controller", None, RUN / "controller.log",
+                    "lifeboat", "controller", "--config", str(RUN / "lab.toml"))
+        state = State.load()
+        state.services = {name: process.pid for name, process in self.running.items()}
+        state.save()
+
+    def _start(self, name: str, pid: Optional[int], log: Path, binary: str, *args: str) -> None:
+        command = in_node(pid, [str(self.binaries / binary), *args])
+        with open(log, "ab") as out:
+            self.running[name] = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                # Ctrl-C is for the lab, which then stops them in order.
+                start_new_session=True,
+            )
+
+    def stop_all(self) -> None:
+        """Asks all of them to end, then makes them."""
+        for process in self.running.values():
+            if process.poll() is None:
+                process.terminate()
+        for name, process in self.running.items():
+            try:
+                process.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                print(f"lab/up: {name} did not end when asked to", file=sys.stderr)
+                process.kill()
