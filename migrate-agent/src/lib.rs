@@ -13,5 +13,8 @@
 //! ways are the controller's.
 
 pub mod clock;
+pub mod handover;
 pub mod qemu;
 pub mod tasks;
+pub mod toml_file;
+pub mod vms;

@@ -3,4 +3,8 @@
 //! Used by `source.rs`, `destination.rs`, `vms/` and `measure/`. It knows neither migrations nor
 //! ownership; whether a VM *may* start is decided elsewhere before anything here is called.
 
+pub mod launch;
+pub mod process;
+pub mod procfs;
 pub mod qmp;
+pub mod run_dir;

@@ -9,14 +9,14 @@ use std::time::Duration;
 use lifeboat_agent::qemu::qmp::Qmp;
 
 /// One running QEMU and the directory of its sockets.
-pub struct BareQemu {
-    pub child: Child,
-    pub directory: tempfile::TempDir,
+pub(crate) struct BareQemu {
+    pub(crate) child: Child,
+    pub(crate) directory: tempfile::TempDir,
 }
 
 impl BareQemu {
     /// Starts one that stands paused, with `extra` arguments.
-    pub fn start(extra: &[&str]) -> Self {
+    pub(crate) fn start(extra: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = format!("unix:{}/qmp,server=on,wait=off", directory.path().display());
         let child = Command::new("qemu-system-x86_64")
@@ -31,12 +31,12 @@ impl BareQemu {
     }
 
     /// The monitor socket.
-    pub fn qmp_path(&self) -> PathBuf {
+    pub(crate) fn qmp_path(&self) -> PathBuf {
         self.directory.path().join("qmp")
     }
 
     /// Connects, once QEMU listens.
-    pub async fn connect(&self) -> Qmp {
+    pub(crate) async fn connect(&self) -> Qmp {
         connect_when_ready(&self.qmp_path()).await
     }
 }
@@ -49,7 +49,7 @@ impl Drop for BareQemu {
 }
 
 /// Connects to a monitor that is about to appear; 20 s at most.
-pub async fn connect_when_ready(path: &Path) -> Qmp {
+pub(crate) async fn connect_when_ready(path: &Path) -> Qmp {
     for _ in 0..400 {
         match Qmp::connect(path).await {
             Ok(qmp) => return qmp,

@@ -1,0 +1,397 @@
+//! The command line of a QEMU, from a checked VM. Pure; used by `vms/`.
+//!
+//! Everything that decides what the guest sees is stated: nothing is left to QEMU's defaults,
+//! which differ between versions, and devices stand at fixed PCI addresses, because the source's
+//! and the destination's QEMU must be the same machine down to the slot.
+//!
+//! Two kinds of values reach QEMU: whole arguments (`-append TEXT`), which it takes as they are,
+//! and options (`-netdev tap,ifname=X`), where a comma would begin the next option. The latter are
+//! built by [`Options`] alone, which doubles commas.
+//!
+//! Memory is plain `-m`: its block is called `pc.ram` in the migration stream of every version,
+//! and it is found by its size in the process's mappings (`ram`).
+//!
+//! Which user QEMU runs as is not here: it is that user from its first instruction (`process`).
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use lifeboat_protocol::units::Bytes;
+
+use super::run_dir::RunDir;
+
+/// First PCI slot of the disks and of the NICs; 8 slots each. Lower slots belong to the chipset.
+const DISK_SLOT_FIRST: usize = 0x08;
+const NIC_SLOT_FIRST: usize = 0x10;
+/// Disks, and NICs, that a VM may have.
+pub const DEVICES_MAX: usize = 8;
+
+/// How QEMU runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// By the CPU itself.
+    Kvm,
+    /// In emulation.
+    Tcg,
+}
+
+impl Accelerator {
+    /// As QEMU and the protocol spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What the new QEMU waits for. In both cases its guest stands until `cont`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// The guest boots at `cont`.
+    Boot,
+    /// The guest's state arrives by `migrate-incoming` first.
+    Incoming,
+}
+
+/// A NIC, and the tap that it is plugged into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NicSpec {
+    /// `52:54:00:12:34:56`.
+    pub mac: String,
+    /// Interface name on this host; made before (`taps`).
+    pub tap: String,
+    /// Told to the guest; `None` leaves it to the guest.
+    pub mtu: Option<u32>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The image.
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: &'static str,
+    /// The guest cannot write to it.
+    pub read_only: bool,
+}
+
+/// All that a command line depends on. Its values are checked before they come here (`vms/`);
+/// the escaping does not rely on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchSpec {
+    /// The VM's name.
+    pub name: String,
+    /// Memory; whole MiB.
+    pub memory: Bytes,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Machine type with its version.
+    pub machine: String,
+    /// Model, perhaps with features: `qemu64,+ssse3`.
+    pub cpu_model: String,
+    /// How instructions are run.
+    pub accelerator: Accelerator,
+    /// Linux kernel to boot; without one, the first disk boots.
+    pub kernel: Option<PathBuf>,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub kernel_arguments: String,
+    /// In the order of their slots.
+    pub nics: Vec<NicSpec>,
+    /// In the order of their slots.
+    pub disks: Vec<DiskSpec>,
+    /// Extra arguments of a root-owned profile.
+    pub profile_arguments: Vec<String>,
+    /// What it waits for.
+    pub begin: Begin,
+}
+
+/// The arguments for QEMU, the program's own name left out.
+#[must_use]
+pub fn command_line(spec: &LaunchSpec, run_dir: &RunDir) -> Vec<OsString> {
+    let mut line = CommandLine::default();
+    line.flag("-nodefaults").flag("-no-user-config").flag("-no-shutdown").flag("-S");
+    line.options("-name", Options::new().set("guest", &spec.name));
+    line.options("-sandbox", sandbox());
+    line.options("-machine", Options::first(&spec.machine));
+    line.options("-accel", Options::first(spec.accelerator.as_str()));
+    // A model's features are options of their own: its commas are meant.
+    line.pair("-cpu", &spec.cpu_model);
+    line.options("-m", Options::new().set("size", format!("{}M", spec.memory.mib())));
+    line.options("-smp", Options::new().set("cpus", spec.vcpus.to_string()));
+    line.pair("-display", "none");
+    boot(&mut line, spec);
+    for (index, disk) in spec.disks.iter().enumerate() {
+        disk_arguments(&mut line, index, disk);
+    }
+    for (index, nic) in spec.nics.iter().enumerate() {
+        nic_arguments(&mut line, index, nic);
+    }
+    consoles(&mut line, run_dir);
+    line.pair("-pidfile", run_dir.pid_file());
+    if spec.begin == Begin::Incoming {
+        line.pair("-incoming", "defer");
+    }
+    line.0.extend(spec.profile_arguments.iter().map(OsString::from));
+    line.0
+}
+
+/// QEMU gives up what it never needs once it runs: new programs, other identities, its limits.
+fn sandbox() -> Options {
+    let denied = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
+    denied.iter().fold(Options::first("on"), |options, what| options.set(what, "deny"))
+}
+
+fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
+    let Some(kernel) = &spec.kernel else { return };
+    line.pair("-kernel", kernel);
+    if let Some(initrd) = &spec.initrd {
+        line.pair("-initrd", initrd);
+    }
+    if !spec.kernel_arguments.is_empty() {
+        line.pair("-append", &spec.kernel_arguments);
+    }
+}
+
+fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
+    let on_off = |on| if on { "on" } else { "off" };
+    let file = Options::new()
+        .set("driver", "file")
+        .set("node-name", format!("file{index}"))
+        .set_path("filename", &disk.path)
+        .set("read-only", on_off(disk.read_only));
+    line.options("-blockdev", file);
+    let format = Options::new()
+        .set("driver", disk.format)
+        .set("node-name", format!("disk{index}"))
+        .set("file", format!("file{index}"))
+        .set("read-only", on_off(disk.read_only));
+    line.options("-blockdev", format);
+    // `werror=stop`: a guest that meets a broken disk waits for it rather than lose a write.
+    let device = Options::first("virtio-blk-pci")
+        .set("id", format!("vd{index}"))
+        .set("drive", format!("disk{index}"))
+        .set("addr", format!("{:#x}", DISK_SLOT_FIRST + index))
+        .set("werror", "stop")
+        .set("rerror", "stop");
+    line.options("-device", device);
+}
+
+/// Offloads are off (`vnet_hdr=off`): with them a guest leaves its checksums to the tap, and OVS'
+/// userspace datapath passes such frames on unfinished. They are part of what the guest was told
+/// and so must be the same wherever it runs, whichever datapath is there.
+fn nic_arguments(line: &mut CommandLine, index: usize, nic: &NicSpec) {
+    let tap = Options::first("tap")
+        .set("id", format!("net{index}"))
+        .set("ifname", &nic.tap)
+        .set("script", "no")
+        .set("downscript", "no")
+        .set("vnet_hdr", "off");
+    line.options("-netdev", tap);
+    // No boot ROM: its size differs between packages, and it travels in the stream.
+    let device = Options::first("virtio-net-pci")
+        .set("id", format!("nic{index}"))
+        .set("netdev", format!("net{index}"))
+        .set("mac", &nic.mac)
+        .set("addr", format!("{:#x}", NIC_SLOT_FIRST + index))
+        .set("romfile", "");
+    let device = match nic.mtu {
+        Some(mtu) => device.set("host_mtu", mtu.to_string()),
+        None => device,
+    };
+    line.options("-device", device);
+}
+
+/// The monitor, and the serial line: a socket for a person, and a log that misses nothing.
+fn consoles(line: &mut CommandLine, run_dir: &RunDir) {
+    let socket = |id: &str, path: &Path| {
+        Options::first("socket")
+            .set("id", id)
+            .set_path("path", path)
+            .set("server", "on")
+            .set("wait", "off")
+    };
+    line.options("-chardev", socket("monitor", &run_dir.qmp_socket()));
+    line.options("-mon", Options::new().set("chardev", "monitor").set("mode", "control"));
+    let serial = socket("serial0", &run_dir.serial_socket())
+        .set_path("logfile", &run_dir.serial_log())
+        .set("logappend", "on");
+    line.options("-chardev", serial);
+    line.pair("-serial", "chardev:serial0");
+}
+
+/// A growing list of arguments.
+#[derive(Default)]
+struct CommandLine(Vec<OsString>);
+
+impl CommandLine {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.into());
+        self
+    }
+
+    /// A value that QEMU takes whole.
+    fn pair(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.push(name.into());
+        self.0.push(value.into());
+    }
+
+    fn options(&mut self, name: &str, options: Options) {
+        self.pair(name, options.0);
+    }
+}
+
+/// The options of one argument: `first,key=value,...`, commas in values doubled.
+struct Options(OsString);
+
+impl Options {
+    fn new() -> Self {
+        Self(OsString::new())
+    }
+
+    fn first(value: &str) -> Self {
+        Self(escaped(value).into())
+    }
+
+    fn set(self, key: &str, value: impl AsRef<str>) -> Self {
+        self.set_path(key, Path::new(value.as_ref()))
+    }
+
+    fn set_path(mut self, key: &str, value: &Path) -> Self {
+        use std::os::unix::ffi::{OsStrExt, OsStringExt};
+        if !self.0.is_empty() {
+            self.0.push(",");
+        }
+        self.0.push(key);
+        self.0.push("=");
+        let mut bytes = vec![];
+        for &byte in value.as_os_str().as_bytes() {
+            bytes.push(byte);
+            if byte == b',' {
+                bytes.push(byte);
+            }
+        }
+        self.0.push(OsString::from_vec(bytes));
+        self
+    }
+}
+
+fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> LaunchSpec {
+        LaunchSpec {
+            name: "web-1".to_owned(),
+            memory: Bytes::from_mib(256),
+            vcpus: 2,
+            machine: "pc-i440fx-7.2".to_owned(),
+            cpu_model: "qemu64,+ssse3".to_owned(),
+            accelerator: Accelerator::Tcg,
+            kernel: Some("/images/vmlinuz".into()),
+            initrd: Some("/images/initrd".into()),
+            kernel_arguments: "console=ttyS0 a=b,c".to_owned(),
+            nics: vec![NicSpec {
+                mac: "52:54:00:00:00:01".to_owned(),
+                tap: "lb0".to_owned(),
+                mtu: None,
+            }],
+            disks: vec![],
+            profile_arguments: vec![],
+            begin: Begin::Boot,
+        }
+    }
+
+    fn words(spec: &LaunchSpec) -> Vec<String> {
+        let line = command_line(spec, &RunDir::new(Path::new("/run/lb"), "web-1"));
+        line.into_iter().map(|word| word.into_string().unwrap()).collect()
+    }
+
+    fn after<'a>(words: &'a [String], name: &str) -> Vec<&'a str> {
+        let pairs = words.windows(2).filter(|pair| pair[0] == name);
+        pairs.map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn the_machine_is_stated_whole() {
+        let words = words(&spec());
+        assert_eq!(after(&words, "-machine"), ["pc-i440fx-7.2"]);
+        assert_eq!(after(&words, "-m"), ["size=256M"]);
+        assert_eq!(after(&words, "-smp"), ["cpus=2"]);
+        assert_eq!(after(&words, "-cpu"), ["qemu64,+ssse3"]);
+        assert_eq!(after(&words, "-append"), ["console=ttyS0 a=b,c"]);
+        assert_eq!(
+            after(&words, "-sandbox"),
+            ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+        );
+        for flag in ["-nodefaults", "-S", "-no-shutdown", "-no-user-config"] {
+            assert!(words.iter().any(|word| word == flag), "{flag}");
+        }
+    }
+
+    #[test]
+    fn nics_stand_at_fixed_addresses_in_their_order() {
+        let mut two = spec();
+        two.nics.push(NicSpec { mac: "m2".to_owned(), tap: "lb1".to_owned(), mtu: Some(1400) });
+        let words = words(&two);
+        assert_eq!(
+            after(&words, "-device"),
+            [
+                "virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:00:00:01,addr=0x10,romfile=",
+                "virtio-net-pci,id=nic1,netdev=net1,mac=m2,addr=0x11,romfile=,host_mtu=1400"
+            ]
+        );
+        assert_eq!(
+            after(&words, "-netdev")[1],
+            "tap,id=net1,ifname=lb1,script=no,downscript=no,vnet_hdr=off"
+        );
+    }
+
+    #[test]
+    fn no_value_can_begin_another_option() {
+        let mut evil = spec();
+        evil.name = "a,debug-threads=on".to_owned();
+        evil.machine = "pc,dump-guest-core=on".to_owned();
+        evil.nics[0].tap = "x,script=/bin/sh".to_owned();
+        evil.nics[0].mac = "x,romfile=/etc/shadow".to_owned();
+        evil.disks.push(DiskSpec { path: "/d/a,b=c".into(), format: "raw", read_only: true });
+        let words = words(&evil);
+        assert_eq!(after(&words, "-name"), ["guest=a,,debug-threads=on"]);
+        assert_eq!(after(&words, "-machine"), ["pc,,dump-guest-core=on"]);
+        assert!(after(&words, "-netdev")[0].contains("ifname=x,,script=/bin/sh,script=no"));
+        assert!(after(&words, "-device")[1].contains("mac=x,,romfile=/etc/shadow,addr"));
+        assert_eq!(
+            after(&words, "-blockdev")[0],
+            "driver=file,node-name=file0,filename=/d/a,,b=c,read-only=on"
+        );
+    }
+
+    #[test]
+    fn an_incoming_vm_differs_from_a_booting_one_by_that_alone() {
+        let boot = words(&spec());
+        let mut incoming = spec();
+        incoming.begin = Begin::Incoming;
+        let incoming = words(&incoming);
+        assert_eq!(incoming[..boot.len()], boot[..]);
+        assert_eq!(incoming[boot.len()..], ["-incoming", "defer"]);
+    }
+
+    #[test]
+    fn the_serial_line_is_logged_and_can_be_watched() {
+        let words = words(&spec());
+        let chardevs = after(&words, "-chardev");
+        assert_eq!(
+            chardevs[1],
+            "socket,id=serial0,path=/run/lb/web-1/io/serial.sock,server=on,wait=off,\
+             logfile=/run/lb/web-1/io/serial.log,logappend=on"
+        );
+        assert_eq!(after(&words, "-pidfile"), ["/run/lb/web-1/io/pid"]);
+    }
+}

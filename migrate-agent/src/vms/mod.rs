@@ -1,0 +1,4 @@
+//! The VMs of this host.
+pub mod definition;
+pub mod files;
+mod wire;
