@@ -51,13 +51,15 @@ pub fn relay_buffer(rate: BytesPerSec) -> Bytes {
 pub struct Pacer {
     rate: BytesPerSec,
     paid_at: Duration,
+    /// Bytes still owed, while the rate is zero and no moment pays for them.
+    held: u128,
 }
 
 impl Pacer {
     /// A pacer that owes nothing, at `rate` bytes/s. At zero nothing may be sent.
     #[must_use]
     pub const fn new(rate: BytesPerSec) -> Self {
-        Self { rate, paid_at: Duration::ZERO }
+        Self { rate, paid_at: Duration::ZERO, held: 0 }
     }
 
     /// The current rate, bytes/s.
@@ -68,10 +70,16 @@ impl Pacer {
 
     /// Changes the rate at `now`. What is still owed is owed in bytes: it is paid at the new rate.
     pub fn set_rate(&mut self, now: Duration, rate: BytesPerSec) {
-        let owed = nanos_bytes(self.paid_at.saturating_sub(now), self.rate);
+        let owed = match self.rate {
+            BytesPerSec::ZERO => self.held,
+            old => bytes_in(self.paid_at.saturating_sub(now), old),
+        };
         self.rate = rate;
-        if let Some(time) = time_for(owed, rate).filter(|_| owed > 0) {
-            self.paid_at = now.saturating_add(time);
+        match time_for(owed, rate) {
+            None => self.held = owed,
+            Some(time) if owed > 0 => self.paid_at = now.saturating_add(time),
+            // Nothing is owed: the credit of an idle time stays.
+            Some(_) => self.paid_at = self.paid_at.min(now),
         }
     }
 
@@ -91,8 +99,8 @@ fn time_for(bytes: u128, rate: BytesPerSec) -> Option<Duration> {
     Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX).saturating_add(1)))
 }
 
-fn nanos_bytes(time: Duration, rate: BytesPerSec) -> u128 {
-    time.as_nanos().saturating_mul(u128::from(rate.0)) / 1_000_000_000
+fn bytes_in(time: Duration, rate: BytesPerSec) -> u128 {
+    time.as_nanos().saturating_mul(u128::from(rate.0)).div_ceil(1_000_000_000)
 }
 
 #[cfg(test)]
@@ -147,6 +155,17 @@ mod tests {
         pacer.set_rate(now, BytesPerSec(10_000));
         let next = pacer.ready_at(now, Bytes(1)).unwrap() - now;
         assert!(next > 99 * MS && next < 101 * MS, "{next:?}");
+    }
+
+    #[test]
+    fn a_debt_made_at_a_crawl_does_not_outlive_a_stop() {
+        let mut pacer = Pacer::new(BytesPerSec(1));
+        pacer.ready_at(Duration::from_secs(1), Bytes(65_536)).unwrap();
+        pacer.set_rate(Duration::from_secs(2), BytesPerSec::ZERO);
+        let now = Duration::from_secs(3);
+        pacer.set_rate(now, BytesPerSec(65_536_000));
+        let next = pacer.ready_at(now, Bytes(1)).unwrap() - now;
+        assert!(next > Duration::ZERO && next <= MS + Duration::from_nanos(1), "{next:?}");
     }
 
     proptest! {

@@ -15,8 +15,8 @@ mod obstacle;
 
 pub use compatible::incompatibilities;
 pub use facts::{
-    Bridge, CpuNeed, DiskNeed, HostFacts, HostState, NicNeed, Overhead, QemuVersion, VlanRange,
-    VmNeeds,
+    Bridge, CpuNeed, DiskNeed, HostFacts, HostState, NicNeed, Overhead, QemuVersion,
+    QemuVersionError, VlanRange, VmNeeds,
 };
 pub use obstacle::{Obstacle, VmObstacle};
 

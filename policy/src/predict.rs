@@ -1,7 +1,7 @@
 //! How long a VM's migration takes and what it costs, before it starts.
 //!
 //! `plan` prints it, the report sets the measurement beside it. Not here: the network that decides
-//! the bandwidth ([`host`]), and the measuring itself.
+//! the bandwidth (`predict/host.rs`), and the measuring itself.
 //!
 //! The model: iteration 1 sends every non-zero page; while an iteration lasts `t`, the guest
 //! dirties `D(t) = W * (1 - exp(-S * t / W))` distinct pages: S per second at first, but never more

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::str::FromStr;
 
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
@@ -22,6 +23,28 @@ pub struct QemuVersion {
 impl fmt::Display for QemuVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// A text that does not begin with a version.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{given}` is no QEMU version such as 7.2.22")]
+pub struct QemuVersionError {
+    /// What was given, shortened.
+    pub given: String,
+}
+
+impl FromStr for QemuVersion {
+    type Err = QemuVersionError;
+
+    /// Reads what QEMU says of itself (`7.2.22 (Debian 1:7.2+dfsg-7)`): the first two numbers.
+    fn from_str(text: &str) -> Result<Self, QemuVersionError> {
+        let mut numbers = text.trim().split(|c: char| !c.is_ascii_digit());
+        let mut next = || numbers.next().and_then(|number| number.parse().ok());
+        match (next(), next()) {
+            (Some(major), Some(minor)) => Ok(Self { major, minor }),
+            _ => Err(QemuVersionError { given: text.chars().take(40).collect() }),
+        }
     }
 }
 
@@ -190,5 +213,27 @@ impl Overhead {
         let per_gib = self.per_gib.0.saturating_mul(memory.0.div_ceil(1 << 30));
         let per_vcpu = self.per_vcpu.0.saturating_mul(u64::from(vcpus));
         memory + self.fixed + Bytes(per_gib) + Bytes(per_vcpu)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_read_as_qemu_says_it() {
+        let version = |text: &str| text.parse::<QemuVersion>().map(|v| v.to_string());
+        assert_eq!(version("7.2.22 (Debian 1:7.2+dfsg-7)"), Ok("7.2".to_owned()));
+        assert_eq!(version("10.0"), Ok("10.0".to_owned()));
+        for bad in ["", "seven", "7", "v7.2", "99999999999.1"] {
+            assert!(version(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn overhead_counts_a_begun_gib_as_whole() {
+        let small = Overhead::default().total(Bytes::from_mib(256), 1);
+        assert_eq!(small, Bytes::from_mib(256 + 96 + 16 + 4));
+        assert_eq!(Overhead::default().total(Bytes(u64::MAX), u32::MAX), Bytes(u64::MAX));
     }
 }
