@@ -60,6 +60,11 @@ fn sibling_modules_do_not_import_each_other() {
 }
 
 #[test]
+fn every_file_belongs_to_a_module() {
+    hold(words::orphans(&rust_files()));
+}
+
+#[test]
 fn petgraph_stays_inside_topology() {
     hold(each(&rust_files(), words::petgraph_offences));
 }

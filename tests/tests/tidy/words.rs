@@ -170,6 +170,71 @@ fn public_signatures(code: &str) -> Vec<String> {
         .collect()
 }
 
+/// Files that no `mod` leads to: rustc, clippy and the tests never see them.
+pub(crate) fn orphans(files: &[File]) -> Vec<String> {
+    let code: BTreeMap<&str, String> = files.iter().map(|f| (f.path.as_str(), f.code())).collect();
+    let is_declared = |parents: &[String], module: &str| {
+        let found = parents.iter().filter_map(|parent| code.get(parent.as_str()));
+        found.into_iter().any(|code: &String| declares(code, module))
+    };
+    let belongs = |file: &&File| match parents_of(&file.path) {
+        None => true,
+        Some((parents, module)) => {
+            is_declared(&parents, &module) || is_shared(file, files) || is_named(file, files)
+        }
+    };
+    let lost = files.iter().filter(|file| !belongs(file));
+    lost.map(|file| format!("{}: no module declares it", file.path)).collect()
+}
+
+/// A folder with a `mod.rs` beside integration tests: each test is a crate root that may declare it.
+fn is_shared(file: &File, files: &[File]) -> bool {
+    let Some((tests, module)) =
+        file.path.strip_suffix("/mod.rs").and_then(|folder| folder.rsplit_once('/'))
+    else {
+        return false;
+    };
+    let beside = |other: &&File| other.path.rsplit_once('/').is_some_and(|(at, _)| at == tests);
+    files.iter().filter(beside).any(|other| declares(&other.code(), module))
+}
+
+/// Is it named by a `#[path]` in a file of its folder?
+fn is_named(file: &File, files: &[File]) -> bool {
+    let Some((folder, name)) = file.path.rsplit_once('/') else { return false };
+    let attribute = format!("path = \"{name}\"");
+    let beside = |other: &&File| other.path.rsplit_once('/').is_some_and(|(at, _)| at == folder);
+    files.iter().filter(beside).any(|other| other.text.contains(&attribute))
+}
+
+fn declares(code: &str, module: &str) -> bool {
+    code.match_indices(&format!("mod {module}")).any(|(at, found)| {
+        let after = code[at + found.len()..].trim_start();
+        after.starts_with(';') || after.starts_with('{')
+    })
+}
+
+/// Where a file's `mod` line may be, and the module's name; `None` for a crate's root.
+fn parents_of(path: &str) -> Option<(Vec<String>, String)> {
+    let (folder, name) = path.rsplit_once('/')?;
+    let stem = name.strip_suffix(".rs")?;
+    let crate_folder = |folder: &str| {
+        ["src", "tests", "benches", "examples", "bin"]
+            .contains(&folder.rsplit('/').next().unwrap_or(folder))
+    };
+    let is_root = matches!(stem, "lib" | "main" | "build")
+        || crate_folder(folder) && !folder.ends_with("src");
+    if is_root {
+        return None;
+    }
+    let (folder, module) = match stem {
+        "mod" => folder.rsplit_once('/')?,
+        _ => (folder, stem),
+    };
+    let beside = ["mod.rs", "lib.rs", "main.rs"].map(|file| format!("{folder}/{file}"));
+    let parents = beside.into_iter().chain([format!("{folder}.rs")]).collect();
+    Some((parents, module.to_owned()))
+}
+
 /// Two variants of one package that print the same sentence: a log line would not say which one
 /// happened.
 pub(crate) fn repeated_sentences(files: &[File]) -> Vec<String> {
@@ -234,6 +299,28 @@ fn siblings_that_know_each_other_are_found() {
     assert_eq!(found("migrate-agent/src/report.rs", "use crate::disk::A; use crate::qemu::B;"), 1);
     assert_eq!(found("migrate-agent/src/report.rs", "use crate::qemu::B;"), 0);
     assert_eq!(found("migrate-agent/src/source.rs", "use crate::disk::A; use crate::qemu::B;"), 0);
+}
+
+#[test]
+fn a_file_without_a_module_is_found() {
+    let at = |path, text| File::new(path, text);
+    let whole = [
+        at("policy/src/lib.rs", "pub mod a; // mod c;"),
+        at("policy/src/a.rs", "mod b;\nmod tests;"),
+        at("policy/src/a/b.rs", ""),
+        at("policy/src/a/tests.rs", ""),
+        at("tests/tests/tidy/main.rs", "mod words;"),
+        at("tests/tests/tidy/words.rs", ""),
+        at("tests/tests/real.rs", "mod shared;"),
+        at("tests/tests/shared/mod.rs", ""),
+        at("lab/src/lib.rs", "#[path = \"a_tests.rs\"] mod tests;"),
+        at("lab/src/a_tests.rs", ""),
+    ];
+    assert_eq!(orphans(&whole), [] as [String; 0]);
+    let lost = [at("policy/src/lib.rs", "pub mod a; // mod c;"), at("policy/src/c.rs", "")];
+    assert_eq!(orphans(&lost).len(), 1);
+    let prefix = [at("policy/src/lib.rs", "mod cab;"), at("policy/src/c.rs", "")];
+    assert_eq!(orphans(&prefix).len(), 1);
 }
 
 #[test]
