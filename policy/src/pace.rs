@@ -170,6 +170,23 @@ mod tests {
 
     proptest! {
         #[test]
+        fn whatever_the_rate_was_a_debt_is_paid_at_the_last_one(
+            rates in prop::collection::vec(0u64..1_000_000_000, 1..20), bytes in 1u64..1_000_000,
+        ) {
+            let mut pacer = Pacer::new(BytesPerSec(rates[0]));
+            let now = Duration::from_secs(1);
+            let granted = pacer.ready_at(now, Bytes(bytes)).map_or(0, |_| bytes);
+            for rate in &rates {
+                pacer.set_rate(now, BytesPerSec(*rate));
+            }
+            let last = *rates.last().unwrap();
+            if let Some(ready) = pacer.ready_at(now, Bytes(1)) {
+                let owed = (ready - now).as_secs_f64() * last as f64;
+                prop_assert!(owed <= granted as f64 + 1.0 + rates.len() as f64 * (1.0 + last as f64 * 1e-9));
+            }
+        }
+
+        #[test]
         fn never_more_than_the_rate_a_burst_and_a_chunk(
             rate in 1_000u64..10_000_000,
             steps in prop::collection::vec((0u64..20_000_000, 1u64..50_000), 1..60),

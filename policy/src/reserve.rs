@@ -202,6 +202,28 @@ mod tests {
         }
     }
 
+    /// A link of 100 Mbit/s under an application that floods it: the migration gets its queue, the
+    /// application the rest. `wants` is what the migration could send in each second.
+    fn beside_a_flood(urgency: u32, wants: &[u64]) -> Vec<u64> {
+        let parameters = at(urgency);
+        let mut reserved = initial(&parameters, mbit(100));
+        let second = |wanted: &u64| {
+            let migration = mbit(*wanted).min(reserved);
+            reserved = next(&parameters, reserved, Readings { used: mbit(100), migration }).0;
+            reserved.0 / 1_000_000
+        };
+        wants.iter().map(second).collect()
+    }
+
+    #[test]
+    fn beside_a_flood_a_migration_keeps_its_urgency_lends_it_while_idle_and_has_it_back_at_once() {
+        assert_eq!(beside_a_flood(75, &[200; 5]), [75; 5]);
+        assert_eq!(beside_a_flood(75, &[200, 0, 0, 200, 200]), [75, 1, 1, 75, 75]);
+        // A steady demand below the urgency is probed every other second, as printed: the queue
+        // lends what is reserved and unused, so nobody loses by it.
+        assert_eq!(beside_a_flood(30, &[12; 4]), [12, 30, 12, 30]);
+    }
+
     #[test]
     fn a_ceiling_from_admission_wins_over_urgency() {
         let narrow = ReserveParameters { ceiling: mbit(20), ..at(75) };
