@@ -4,10 +4,14 @@
 //! this library. Deliberately not here: anything that touches a guest (the agents do), and any
 //! policy (`policy/` decides, this room acts).
 
+pub mod agents;
 pub mod audit;
 pub mod clock;
 pub mod config;
 pub mod evacuation;
+pub mod inventory;
 pub mod journal;
 pub mod network;
+pub mod planner;
+pub mod tasks;
 pub mod tls;

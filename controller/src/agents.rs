@@ -1,0 +1,340 @@
+//! The agents, as the controller calls them: one connection each, every call with a deadline and
+//! with a typed error that names the host and what was wanted.
+//!
+//! Commands carry the controller's term and an operation id made from the migration's: a command
+//! that is repeated (after a restart, after an answer that was lost) is the same command. The poll
+//! tasks that fill the inventory are in `poll`. Deliberately not here: what to do about an error.
+
+mod poll;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use lifeboat_protocol::agent::agent_client::AgentClient;
+use lifeboat_protocol::agent::{
+    ClaimVmRequest, Command, CommandOnMigration, DescribeHostRequest, HostDescription,
+    ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
+    PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply, ProbeStorageRequest,
+    QueryMigrationRequest, StartMigrationRequest, VmMeasurement, VmStatus,
+};
+use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status, Streaming};
+
+use crate::config::{HostConfig, Listen};
+use crate::tls::TlsFiles;
+
+pub use poll::poll_forever;
+
+/// For answers that need no work.
+const QUICK: Duration = Duration::from_secs(5);
+/// For answers that need work: a QEMU started, room made.
+const WORK: Duration = Duration::from_secs(30);
+
+/// What a call to an agent came to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AgentError {
+    /// No such host in the configuration.
+    #[error("host {host} is not in the configuration")]
+    UnknownHost {
+        /// The name that was asked for.
+        host: HostId,
+    },
+    /// No connection, or it broke.
+    #[error("the agent of {host} cannot be reached to {doing}: {detail}")]
+    Unreachable {
+        /// Whose agent.
+        host: HostId,
+        /// What was wanted.
+        doing: &'static str,
+        /// What the transport says.
+        detail: String,
+    },
+    /// No answer in time.
+    #[error("the agent of {host} did not {doing} within {after:?}")]
+    Late {
+        /// Whose agent.
+        host: HostId,
+        /// What was wanted.
+        doing: &'static str,
+        /// The deadline that passed.
+        after: Duration,
+    },
+    /// It does not know what was asked about.
+    #[error("the agent of {host} knows nothing of it when asked to {doing}: {detail}")]
+    NotKnown {
+        /// Whose agent.
+        host: HostId,
+        /// What was wanted.
+        doing: &'static str,
+        /// Its words.
+        detail: String,
+    },
+    /// It said no.
+    #[error("the agent of {host} refused to {doing}: {detail}")]
+    Refused {
+        /// Whose agent.
+        host: HostId,
+        /// What was wanted.
+        doing: &'static str,
+        /// Its words.
+        detail: String,
+    },
+    /// An address that no connection can be made from.
+    #[error(
+        "the agent of {host} has an address that cannot be used, or its certificates cannot: {detail}"
+    )]
+    Address {
+        /// Whose agent.
+        host: HostId,
+        /// What is wrong.
+        detail: String,
+    },
+}
+
+impl AgentError {
+    /// Whether nothing is known of what the agent did: it may have done it.
+    #[must_use]
+    pub const fn is_silence(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Late { .. })
+    }
+
+    fn from_status(host: &HostId, doing: &'static str, status: &Status) -> Self {
+        let host = host.clone();
+        let detail = shorten(status.message());
+        match status.code() {
+            Code::Unavailable | Code::Cancelled | Code::Unknown => {
+                Self::Unreachable { host, doing, detail }
+            }
+            Code::DeadlineExceeded => Self::Late { host, doing, after: WORK },
+            Code::NotFound => Self::NotKnown { host, doing, detail },
+            _ => Self::Refused { host, doing, detail },
+        }
+    }
+}
+
+/// An agent's words reach logs, the journal and terminals: one line, of bounded length.
+fn shorten(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect()
+}
+
+/// Every agent of the configuration.
+#[derive(Debug, Clone)]
+pub struct Agents {
+    channels: BTreeMap<HostId, Channel>,
+    term: Term,
+}
+
+impl Agents {
+    /// One connection per host, made when it is first needed and again whenever it breaks.
+    ///
+    /// # Errors
+    /// With the first address or certificate that cannot be used.
+    pub fn new(
+        hosts: &[HostConfig],
+        tls: Option<&TlsFiles>,
+        term: Term,
+    ) -> Result<Self, AgentError> {
+        let mut channels = BTreeMap::new();
+        for host in hosts {
+            channels.insert(host.name.clone(), channel(host, tls)?);
+        }
+        Ok(Self { channels, term })
+    }
+
+    fn client(&self, host: &HostId) -> Result<AgentClient<Channel>, AgentError> {
+        let channel = self.channels.get(host);
+        let channel = channel.ok_or_else(|| AgentError::UnknownHost { host: host.clone() })?;
+        Ok(AgentClient::new(channel.clone()))
+    }
+
+    /// The head of a command: its own id and this controller's term.
+    fn command(&self, migration: &str, verb: &str) -> Option<Command> {
+        Some(Command { operation_id: format!("{migration}.{verb}"), term: self.term.0 })
+    }
+
+    /// Who the host is and what it runs.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn describe(
+        &self,
+        host: &HostId,
+    ) -> Result<(HostDescription, Vec<VmStatus>), AgentError> {
+        let mut client = self.client(host)?;
+        let doing = "describe its host";
+        let description =
+            call(host, doing, QUICK, client.describe_host(DescribeHostRequest {})).await?;
+        let vms = call(host, "list its VMs", QUICK, client.list_vms(ListVmsRequest {})).await?;
+        Ok((description, vms.vms))
+    }
+
+    /// Measures a VM over a window (0: the agent's own).
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn measure(
+        &self,
+        host: &HostId,
+        vm: &VmId,
+        window_ms: u32,
+    ) -> Result<VmMeasurement, AgentError> {
+        let request = MeasureVmRequest { vm: vm.to_string(), window_ms };
+        let deadline = WORK + Duration::from_millis(u64::from(window_ms));
+        let mut client = self.client(host)?;
+        call(host, "measure a VM", deadline, client.measure_vm(request)).await
+    }
+
+    /// Asks a destination to make room.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn prepare(
+        &self,
+        host: &HostId,
+        mut request: PrepareDestinationRequest,
+    ) -> Result<PrepareDestinationReply, AgentError> {
+        request.command = self.command(&request.migration, "prepare");
+        let mut client = self.client(host)?;
+        call(host, "make room for a VM", WORK, client.prepare_destination(request)).await
+    }
+
+    /// Tells a source to send.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn start(
+        &self,
+        host: &HostId,
+        mut request: StartMigrationRequest,
+    ) -> Result<(), AgentError> {
+        request.command = self.command(&request.migration, "start");
+        let mut client = self.client(host)?;
+        call(host, "start a migration", WORK, client.start_migration(request)).await?;
+        Ok(())
+    }
+
+    /// Cancels a migration at one side. After COMMIT the agent refuses.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn cancel(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+        reason: &str,
+    ) -> Result<Option<MigrationProgress>, AgentError> {
+        let request = CommandOnMigration {
+            command: self.command(migration.as_str(), "cancel"),
+            migration: migration.to_string(),
+            reason: reason.to_owned(),
+        };
+        let mut client = self.client(host)?;
+        let reply = call(host, "cancel a migration", WORK, client.cancel_migration(request));
+        Ok(reply.await?.progress)
+    }
+
+    /// How far a migration is, as one side sees it.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says; [`AgentError::NotKnown`] when it never heard of it.
+    pub async fn query(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+    ) -> Result<MigrationProgress, AgentError> {
+        let request = QueryMigrationRequest { migration: migration.to_string() };
+        let mut client = self.client(host)?;
+        call(host, "tell how far a migration is", QUICK, client.query_progress(request)).await
+    }
+
+    /// Progress as it changes, until the migration has ended.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn watch(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+    ) -> Result<Streaming<MigrationProgress>, AgentError> {
+        let request = QueryMigrationRequest { migration: migration.to_string() };
+        let mut client = self.client(host)?;
+        call(host, "report a migration", QUICK, client.watch_migration(request)).await
+    }
+
+    /// Every migration that an agent remembers.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn migrations(&self, host: &HostId) -> Result<Vec<MigrationProgress>, AgentError> {
+        let mut client = self.client(host)?;
+        let request = ListMigrationsRequest {};
+        let reply = call(host, "list its migrations", QUICK, client.list_migrations(request));
+        Ok(reply.await?.migrations)
+    }
+
+    /// Ends `uncertain` by an operator's word. `operation` makes a repeated claim the same one.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn claim(
+        &self,
+        host: &HostId,
+        vm: &VmId,
+        operation: &str,
+    ) -> Result<Option<VmStatus>, AgentError> {
+        let command = self.command(operation, "claim");
+        let request = ClaimVmRequest { command, vm: vm.to_string(), fenced: true };
+        let mut client = self.client(host)?;
+        Ok(call(host, "claim a VM", WORK, client.claim_vm(request)).await?.status)
+    }
+
+    /// Writes, reads or removes a probe file on a shared storage.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn probe(
+        &self,
+        host: &HostId,
+        request: ProbeStorageRequest,
+    ) -> Result<ProbeStorageReply, AgentError> {
+        let mut client = self.client(host)?;
+        call(host, "probe a storage", QUICK, client.probe_storage(request)).await
+    }
+}
+
+fn channel(host: &HostConfig, tls: Option<&TlsFiles>) -> Result<Channel, AgentError> {
+    let wrong =
+        |detail: String| AgentError::Address { host: host.name.clone(), detail: shorten(&detail) };
+    let (uri, tls) = match &host.agent {
+        // The socket's permissions guard it; nothing to encrypt.
+        Listen::Unix(path) => (format!("unix://{}", path.display()), None),
+        Listen::Tcp(address) if tls.is_some() => (format!("https://{address}"), tls),
+        Listen::Tcp(address) => (format!("http://{address}"), None),
+    };
+    let mut endpoint = Endpoint::from_shared(uri)
+        .map_err(|error| wrong(error.to_string()))?
+        .connect_timeout(QUICK)
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(5));
+    if let Some(files) = tls {
+        endpoint = endpoint
+            .tls_config(files.client(host.name.as_str()))
+            .map_err(|error| wrong(error.to_string()))?;
+    }
+    Ok(endpoint.connect_lazy())
+}
+
+async fn call<T>(
+    host: &HostId,
+    doing: &'static str,
+    deadline: Duration,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, AgentError> {
+    match tokio::time::timeout(deadline, answer).await {
+        Err(_) => Err(AgentError::Late { host: host.clone(), doing, after: deadline }),
+        Ok(Err(status)) => Err(AgentError::from_status(host, doing, &status)),
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+    }
+}

@@ -1,0 +1,367 @@
+//! Asks the agents and the switches what `policy/` needs to know, asks `policy/`, and says the
+//! answer in the controller's words: the plan that an operator sees, and the choice of who goes
+//! next.
+//!
+//! Used by the driver (each choice is made from fresh measurements, SOLive IV-B) and by the
+//! operator's `plan`. Deliberately not here: the decisions themselves (`policy/`), and acting on
+//! them.
+
+mod facts;
+mod measure;
+mod probe;
+mod ways;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use lifeboat_policy::plan::{Move, Plan, PlanError, PlanRequest, plan};
+use lifeboat_policy::predict::Range;
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::terms::Mode;
+
+use crate::agents::Agents;
+use crate::config::Site;
+use crate::evacuation::{Choice, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord};
+use crate::inventory::Inventory;
+use crate::network::{Hop, Network};
+
+/// The modes that the agents can carry out.
+pub const MODES: [Mode; 2] = [Mode::PreCopy, Mode::Cold];
+
+/// Why there is no plan at all.
+#[derive(Debug, thiserror::Error)]
+pub enum PlannerError {
+    /// The host to be emptied cannot be asked.
+    #[error(
+        "host {host} cannot be planned for: its agent is not connected ({detail}); see `lifeboat hosts`"
+    )]
+    SourceSilent {
+        /// The host.
+        host: HostId,
+        /// What the last poll said.
+        detail: String,
+    },
+    /// The policy says that the request cannot be met.
+    #[error(transparent)]
+    Policy(#[from] PlanError),
+}
+
+/// What other evacuations have promised already.
+#[derive(Debug, Clone, Default)]
+pub struct Promised {
+    /// Hosts that are being emptied.
+    pub leaving: BTreeSet<HostId>,
+    /// VMs on their way, and where to.
+    pub arrivals: Vec<(VmId, HostId)>,
+}
+
+impl Promised {
+    /// What the fleet has promised.
+    #[must_use]
+    pub fn by(fleet: &Fleet) -> Self {
+        let emptying = fleet.unfinished().filter(|e| e.order.empties_hosts());
+        let leaving = emptying.flat_map(|e| e.order.hosts.iter().cloned()).collect();
+        Self { leaving, arrivals: fleet.arrivals() }
+    }
+}
+
+/// A VM that stays, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stays {
+    /// Which.
+    pub vm: VmId,
+    /// Where.
+    pub host: HostId,
+    /// Why, in one sentence.
+    pub reason: String,
+    /// What speaks against each host that was looked at.
+    pub refusals: Vec<String>,
+}
+
+impl Stays {
+    /// Reason and refusals in one line, for the record of the evacuation.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        match self.refusals.is_empty() {
+            true => self.reason.clone(),
+            false => format!("{}: {}", self.reason, self.refusals.join("; ")),
+        }
+    }
+}
+
+/// A VM that will move.
+#[derive(Debug, Clone)]
+pub struct Goes {
+    /// From where.
+    pub source: HostId,
+    /// The policy's word.
+    pub step: Move,
+    /// What is wanted on each port of its way.
+    pub hops: Vec<Hop>,
+    /// What was measured, for the operator: non-zero bytes and pages dirtied per second.
+    pub measured: (u64, u64),
+    /// Why this destination.
+    pub why_here: String,
+    /// Why at this place in the order.
+    pub why_now: String,
+}
+
+impl Goes {
+    /// What it will take, as the record of the evacuation keeps it.
+    #[must_use]
+    pub fn prediction(&self) -> Prediction {
+        let likely = &self.step.predicted.prediction.likely;
+        Prediction {
+            total_ms: millis(likely.total_time),
+            downtime_ms: millis(likely.downtime),
+            bytes: likely.bytes.0,
+        }
+    }
+}
+
+/// The plan of an evacuation, over all its hosts.
+#[derive(Debug, Clone, Default)]
+pub struct FullPlan {
+    /// Who moves, in order.
+    pub goes: Vec<Goes>,
+    /// Who stays.
+    pub stays: Vec<Stays>,
+    /// How long all of it takes; hosts are emptied one after the other.
+    pub total: Option<Range<Duration>>,
+    /// What the operator should know before saying yes.
+    pub notes: Vec<String>,
+}
+
+impl FullPlan {
+    /// The records that an evacuation of this plan begins with.
+    #[must_use]
+    pub fn records(&self) -> Vec<VmRecord> {
+        let goes = self.goes.iter().map(|goes| {
+            VmRecord::waiting(goes.step.vm.clone(), goes.source.clone(), goes.prediction())
+        });
+        let stays = self.stays.iter().map(|stays| {
+            VmRecord::left_behind(stays.vm.clone(), stays.host.clone(), stays.sentence())
+        });
+        goes.chain(stays).collect()
+    }
+
+    /// How long all of it likely takes, in milliseconds; 0 where nothing moves.
+    #[must_use]
+    pub fn likely_ms(&self) -> u64 {
+        self.total.as_ref().map_or(0, |total| millis(total.likely))
+    }
+}
+
+/// Whole milliseconds of a duration.
+#[must_use]
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What the planner asks.
+#[derive(Clone)]
+pub struct Planner {
+    /// The configuration and the network that it describes.
+    pub site: Arc<Site>,
+    /// What the agents said last.
+    pub inventory: Arc<Inventory>,
+    /// The agents, to measure.
+    pub agents: Arc<Agents>,
+    /// The switches, for what passes on the links.
+    pub network: Arc<dyn Network>,
+}
+
+/// One host's plan with what it was made from.
+struct HostPlan {
+    plan: Plan,
+    stuck: Vec<Stays>,
+    facts: measure::Gathered,
+}
+
+impl Planner {
+    /// The whole plan of an order.
+    ///
+    /// # Errors
+    /// When a host cannot be asked, or the request itself cannot be met.
+    pub async fn plan(
+        &self,
+        order: &EvacuationOrder,
+        promised: &Promised,
+    ) -> Result<FullPlan, PlannerError> {
+        let mut full = FullPlan::default();
+        let mut promised = promised.clone();
+        promised.leaving.extend(order.hosts.iter().filter(|_| order.empties_hosts()).cloned());
+        for source in &order.hosts {
+            let wanted = |vm: &VmId| order.wants(vm);
+            let made = self.plan_host(order, source, &promised, &wanted, &order.to).await?;
+            for step in &made.plan.moves {
+                promised.arrivals.push((step.vm.clone(), step.destination.clone()));
+            }
+            full.add(self, source, made);
+        }
+        full.notes = notes(order, &full);
+        Ok(full)
+    }
+
+    /// Who of those that wait goes next, measured and ordered afresh; and for whom there is no
+    /// place now.
+    pub async fn choose(
+        &self,
+        order: &EvacuationOrder,
+        promised: &Promised,
+        waiting: &[(VmId, HostId, Vec<HostId>)],
+    ) -> (Option<Box<Choice>>, Vec<(VmId, String)>) {
+        let mut no_place = Vec::new();
+        let sources: BTreeSet<&HostId> = waiting.iter().map(|(_, host, _)| host).collect();
+        for source in order.hosts.iter().filter(|host| sources.contains(host)) {
+            let here: BTreeMap<&VmId, &Vec<HostId>> = waiting
+                .iter()
+                .filter(|(_, host, _)| host == source)
+                .map(|(vm, _, tried)| (vm, tried))
+                .collect();
+            let wanted = |vm: &VmId| here.contains_key(vm);
+            let made = match self.plan_host(order, source, promised, &wanted, &order.to).await {
+                Ok(made) => made,
+                Err(error) => {
+                    let why = error.to_string();
+                    no_place.extend(here.keys().map(|vm| (VmId::clone(vm), why.clone())));
+                    continue;
+                }
+            };
+            let mut full = FullPlan::default();
+            full.add(self, source, made);
+            for goes in &full.goes {
+                let tried = here.get(&goes.step.vm).map_or(&[][..], |tried| tried.as_slice());
+                match self.untried(order, source, promised, goes, tried).await {
+                    Ok(goes) => return (Some(Box::new(chosen(&goes))), no_place),
+                    Err(why) => no_place.push((goes.step.vm.clone(), why)),
+                }
+            }
+            no_place.extend(full.stays.iter().map(|stays| (stays.vm.clone(), stays.sentence())));
+            for vm in here.keys().filter(|vm| !full.speaks_of(vm)) {
+                no_place.push((VmId::clone(vm), format!("it is no longer at {source}")));
+            }
+        }
+        (None, no_place)
+    }
+
+    /// The same VM with a destination that has not failed it yet.
+    async fn untried(
+        &self,
+        order: &EvacuationOrder,
+        source: &HostId,
+        promised: &Promised,
+        goes: &Goes,
+        tried: &[HostId],
+    ) -> Result<Goes, String> {
+        if !tried.contains(&goes.step.destination) {
+            return Ok(goes.clone());
+        }
+        let allowed: Vec<HostId> = match order.to.is_empty() {
+            true => self.site.config.hosts.iter().map(|host| host.name.clone()).collect(),
+            false => order.to.clone(),
+        };
+        let left: Vec<HostId> =
+            allowed.into_iter().filter(|host| host != source && !tried.contains(host)).collect();
+        if left.is_empty() {
+            return Err("every destination that is allowed has failed it".to_owned());
+        }
+        let only = |vm: &VmId| *vm == goes.step.vm;
+        let made = self.plan_host(order, source, promised, &only, &left).await;
+        let mut full = FullPlan::default();
+        full.add(self, source, made.map_err(|error| error.to_string())?);
+        let stays = full.stays.first().map(Stays::sentence);
+        full.goes.into_iter().next().ok_or_else(|| stays.unwrap_or_default())
+    }
+
+    async fn plan_host(
+        &self,
+        order: &EvacuationOrder,
+        source: &HostId,
+        promised: &Promised,
+        wanted: &(dyn Fn(&VmId) -> bool + Sync),
+        allowed: &[HostId],
+    ) -> Result<HostPlan, PlannerError> {
+        let (facts, stuck) = self.gather(order, source, promised, wanted).await?;
+        let topology = self.fresh_topology().await;
+        let mut inventory = facts.inventory.clone();
+        for host in &mut inventory.hosts {
+            host.spare_in = self.spare_in(&topology, &host.id);
+        }
+        let request = PlanRequest {
+            source: source.clone(),
+            only: BTreeSet::new(),
+            allowed: allowed.iter().cloned().collect(),
+            urgency: order.urgency,
+            mode: order.mode,
+            parallel: order.parallel as usize,
+        };
+        let plan = plan(&request, &inventory, &topology)?;
+        Ok(HostPlan { plan, stuck, facts })
+    }
+}
+
+impl FullPlan {
+    fn add(&mut self, planner: &Planner, source: &HostId, made: HostPlan) {
+        let HostPlan { plan, stuck, facts } = made;
+        for step in plan.moves {
+            let hops = planner.hops(&step.way, plan.urgency);
+            let measured = facts.figures(&step.vm);
+            let why_here = facts.why_here(&step.destination);
+            let why_now = facts.why_now(&step.vm, step.way.capacity());
+            let source = source.clone();
+            self.goes.push(Goes { source, step, hops, measured, why_here, why_now });
+        }
+        self.stays.extend(stuck);
+        self.stays.extend(plan.left_behind.into_iter().map(|left| facts::stays(source, &left)));
+        let own = plan.predicted.total_time;
+        self.total = Some(match self.total.take() {
+            Some(before) => before.join(&own, |a, b| a.saturating_add(*b)),
+            None => own,
+        });
+    }
+
+    fn speaks_of(&self, vm: &VmId) -> bool {
+        self.goes.iter().any(|goes| goes.step.vm == *vm)
+            || self.stays.iter().any(|stays| stays.vm == *vm)
+    }
+}
+
+fn chosen(goes: &Goes) -> Choice {
+    let leg = PlannedLeg {
+        destination: goes.step.destination.clone(),
+        mode: goes.step.mode,
+        hops: goes.hops.clone(),
+        prediction: goes.prediction(),
+    };
+    Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
+}
+
+/// What an operator should know before saying yes.
+fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
+    let mut notes = Vec::new();
+    for goes in &full.goes {
+        let likely = &goes.step.predicted.prediction.likely;
+        if !likely.converges {
+            notes.push(format!(
+                "{} writes faster than its path carries: its pause is expected to be {} ms, not {} ms",
+                goes.step.vm,
+                millis(likely.downtime),
+                order.downtime_limit_ms
+            ));
+        }
+        if goes.step.mode == Mode::Cold {
+            notes.push(format!(
+                "{} will be stopped and started again at its destination",
+                goes.step.vm
+            ));
+        }
+    }
+    if order.urgency.percent() == 0 && !full.goes.is_empty() {
+        notes.push(
+            "urgency 0 reserves nothing: busy links may slow the evacuation without end".to_owned(),
+        );
+    }
+    notes
+}

@@ -1,0 +1,194 @@
+//! Gathers what one host's plan is made from: its VMs measured now, every host's description, what
+//! is promised elsewhere, which shared storage is proven where.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use lifeboat_policy::placement::VmObstacle;
+use lifeboat_policy::plan::{Inventory as PolicyInventory, PlannedVm};
+use lifeboat_policy::predict::ColdTimes;
+use lifeboat_policy::reserve::Floor;
+use lifeboat_policy::stop::StopCriteria;
+use lifeboat_protocol::agent::{HostDescription, VmState, VmStatus};
+use lifeboat_protocol::ids::{HostId, VmId};
+use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
+
+use super::{MODES, Planner, PlannerError, Promised, Stays, facts};
+use crate::clock;
+use crate::evacuation::EvacuationOrder;
+use crate::inventory::{HostEntry, name_of, owns};
+
+/// What a plan was made from, kept to explain it.
+pub(super) struct Gathered {
+    pub(super) inventory: PolicyInventory,
+}
+
+impl Planner {
+    /// Everything about one host. VMs that cannot even be considered come back with their reason.
+    pub(super) async fn gather(
+        &self,
+        order: &EvacuationOrder,
+        source: &HostId,
+        promised: &Promised,
+        wanted: &(dyn Fn(&VmId) -> bool + Sync),
+    ) -> Result<(Gathered, Vec<Stays>), PlannerError> {
+        let hosts = self.inventory.hosts();
+        let entry = hosts.get(source).cloned().unwrap_or_default();
+        let Some(description) = entry.description.clone().filter(|_| entry.connected) else {
+            return Err(PlannerError::SourceSilent { host: source.clone(), detail: entry.detail });
+        };
+        let (movable, mut stuck) = sort(order, source, &entry, &description, wanted);
+        let asked = movable.iter().map(|(vm, status)| self.measured(source, vm, status));
+        let mut vms = Vec::new();
+        for ((vm, status), measured) in movable.iter().zip(join_all(asked).await) {
+            let definition = status.definition.clone().unwrap_or_default();
+            match measured {
+                Ok(said) => {
+                    let memory = Bytes(definition.memory_bytes);
+                    let measured = facts::measured_vm(vm, memory, &said);
+                    let needs = facts::vm_needs(vm, status, &definition, &description, &measured);
+                    vms.push(PlannedVm { needs, measured });
+                }
+                Err(reason) => stuck.push(stays(source, vm, reason)),
+            }
+        }
+        let proven = self.prove_storage(source, &vms, &hosts).await;
+        let host_facts = hosts.iter().map(|(host, entry)| {
+            let arriving = facts::arriving(host, &hosts, promised);
+            let storage = proven.get(host).cloned().unwrap_or_default();
+            facts::host_facts(host, entry, promised, arriving, storage)
+        });
+        let inventory = PolicyInventory {
+            vms,
+            hosts: host_facts.collect(),
+            modes: BTreeSet::from(MODES),
+            overhead: facts::overhead(),
+            floor: self.floor(),
+            criteria: criteria(order),
+            cold: ColdTimes::default(),
+        };
+        Ok((Gathered { inventory }, stuck))
+    }
+
+    /// What stays for everybody else on each link.
+    pub(super) fn floor(&self) -> Floor {
+        let policy = &self.site.config.policy;
+        Floor { share: policy.floor, at_least: policy.floor_at_least }
+    }
+
+    async fn measured(
+        &self,
+        source: &HostId,
+        vm: &VmId,
+        status: &VmStatus,
+    ) -> Result<lifeboat_protocol::agent::VmMeasurement, String> {
+        if status.state() == VmState::Stopped {
+            // Nothing runs: nothing is dirtied, nothing is sent.
+            return Ok(lifeboat_protocol::agent::VmMeasurement::default());
+        }
+        let window = self.site.config.policy.measure_window_ms;
+        match self.agents.measure(source, vm, window).await {
+            Ok(said) => {
+                self.inventory.measured(vm, said.clone(), clock::now());
+                Ok(said)
+            }
+            Err(error) => Err(format!("it could not be measured: {error}")),
+        }
+    }
+}
+
+fn criteria(order: &EvacuationOrder) -> StopCriteria {
+    let downtime = Duration::from_millis(u64::from(order.downtime_limit_ms));
+    let longest = StopCriteria::default().downtime_limit.max(downtime);
+    StopCriteria { downtime, downtime_limit: longest, ..StopCriteria::default() }
+}
+
+fn stays(host: &HostId, vm: &VmId, reason: String) -> Stays {
+    Stays { vm: vm.clone(), host: host.clone(), reason, refusals: Vec::new() }
+}
+
+/// The VMs that a plan can speak of, and those that stay whatever the plan is.
+fn sort(
+    order: &EvacuationOrder,
+    source: &HostId,
+    entry: &HostEntry,
+    description: &HostDescription,
+    wanted: &(dyn Fn(&VmId) -> bool + Sync),
+) -> (Vec<(VmId, VmStatus)>, Vec<Stays>) {
+    let (mut movable, mut stuck) = (Vec::new(), Vec::new());
+    for status in entry.vms.iter().filter(|status| owns(status)) {
+        let Ok(vm) = VmId::new(name_of(status)) else { continue };
+        if !wanted(&vm) {
+            continue;
+        }
+        match unmovable(order, status) {
+            Some(reason) => stuck.push(stays(source, &vm, reason)),
+            None => movable.push((vm, status.clone())),
+        }
+    }
+    for foreign in &description.foreign_vms {
+        let Ok(vm) = VmId::new(foreign.name.clone()) else { continue };
+        if wanted(&vm) {
+            let owner = foreign.owner.clone();
+            stuck.push(stays(source, &vm, VmObstacle::ForeignOwner { owner }.to_string()));
+        }
+    }
+    (movable, stuck)
+}
+
+/// Why a VM in its present state cannot move, if it cannot.
+fn unmovable(order: &EvacuationOrder, status: &VmStatus) -> Option<String> {
+    let state = status.state();
+    let because = match status.detail.is_empty() {
+        true => String::new(),
+        false => format!(": {}", status.detail),
+    };
+    match state {
+        VmState::Running | VmState::Paused => None,
+        VmState::Stopped if order.mode == Mode::Cold => None,
+        VmState::Stopped => Some("it is stopped; start it, or move it with --mode cold".to_owned()),
+        VmState::Sending => Some(format!("migration {} of it is under way", status.migration)),
+        VmState::Crashed => Some(format!("its QEMU has gone{because}; start it or remove it")),
+        VmState::Uncertain => {
+            Some(format!("it is uncertain where it runs{because}; see `lifeboat claim`"))
+        }
+        VmState::Unspecified | VmState::Ceded | VmState::Incoming | VmState::InDoubt => {
+            Some(format!("it is {} here{because}", state.words()))
+        }
+    }
+}
+
+impl Gathered {
+    /// Non-zero bytes and pages dirtied per second of a VM.
+    pub(super) fn figures(&self, vm: &VmId) -> (u64, u64) {
+        let found = self.inventory.vms.iter().find(|planned| planned.needs.id == *vm);
+        found.map_or((0, 0), |planned| {
+            (planned.measured.non_zero.bytes().0, planned.measured.dirty_rate.0)
+        })
+    }
+
+    /// Why this destination: what it has free.
+    pub(super) fn why_here(&self, host: &HostId) -> String {
+        let found = self.inventory.hosts.iter().find(|facts| facts.id == *host);
+        found.map_or_else(String::new, |facts| {
+            format!("fits; {} of {} are free", facts.memory_free, facts.memory_total)
+        })
+    }
+
+    /// Why at this place in the order: what its departure does to the source's link (SOLive IV-C).
+    pub(super) fn why_now(&self, vm: &VmId, capacity: Option<BitsPerSec>) -> String {
+        let found = self.inventory.vms.iter().find(|planned| planned.needs.id == *vm);
+        let Some(planned) = found else { return String::new() };
+        let (out, into) = (planned.measured.network_out, planned.measured.network_in);
+        let about_same = capacity.unwrap_or(out.max(into)).scale(0.05);
+        if out > into + about_same {
+            format!("sends {out}: its departure frees the uplink")
+        } else if into > out + about_same {
+            format!("receives {into}: it leaves last")
+        } else {
+            format!("in and out about the same, dirties {}", planned.measured.dirty_rate)
+        }
+    }
+}
