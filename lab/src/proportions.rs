@@ -66,7 +66,7 @@ const fn row(role: Role) -> Row {
     match role {
         Role::No => Row { non_zero: 268_694, dirty: 103.0, traffic: 0.674, cpu: 0 },
         Role::M => Row { non_zero: 518_280, dirty: 21_062.0, traffic: 0.0, cpu: 0 },
-        Role::C => Row { non_zero: 334_725, dirty: 3_146.0, traffic: 0.0, cpu: 15 },
+        Role::C => Row { non_zero: 334_725, dirty: 3_146.0, traffic: 0.0, cpu: 10 },
         Role::Ni => Row { non_zero: 276_913, dirty: 1_118.0, traffic: 0.1452, cpu: 0 },
         Role::Idle => Row { non_zero: 157_286, dirty: 100.0, traffic: 0.0, cpu: 0 },
     }

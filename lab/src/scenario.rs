@@ -126,7 +126,7 @@ pub struct Vm {
     pub region: Bytes,
     /// Pages rewritten per second.
     pub dirty: PagesPerSec,
-    /// Pages checked per second: the whole region every ten seconds.
+    /// Pages checked per second: the whole region every 20 s.
     pub check: PagesPerSec,
     /// Its traffic in bit/s: to the client for NO, from it for NI.
     pub rate: BitsPerSec,

@@ -18,6 +18,8 @@ pub(crate) struct Peer {
     pub(crate) asked: u64,
     /// Heartbeats answered (each sequence number counts once).
     pub(crate) answered: u64,
+    /// Questions from before the guest first answered: it was still booting.
+    pub(crate) before_first: u64,
     /// Answers that came a second time: a duplicated datagram, or **two guests alive**.
     pub(crate) repeated: u64,
     /// Times that the guest's own counters fell although the question was newer: it was set
@@ -47,6 +49,7 @@ impl Peer {
         Self {
             asked: 0,
             answered: 0,
+            before_first: 0,
             repeated: 0,
             went_back: 0,
             guest_errors: 0,
@@ -76,6 +79,9 @@ impl Peer {
             self.repeated += 1;
             return;
         }
+        if self.answered == 0 {
+            self.before_first = answer.sequence - 1;
+        }
         self.answered += 1;
         self.gaps.answered(now);
         self.guest_errors = self.guest_errors.max(answer.errors);
@@ -104,9 +110,9 @@ impl Peer {
         }
     }
 
-    /// Questions without an answer.
+    /// Questions without an answer since the guest first answered; all, if it never did.
     pub(crate) fn lost(&self) -> u64 {
-        self.asked - self.answered
+        (self.asked - self.answered).saturating_sub(self.before_first)
     }
 
     /// True when anything was found wrong in memory or on the stream.
@@ -211,6 +217,15 @@ mod tests {
         let mut peer = asked(1);
         peer.answered(Duration::ZERO, answer(77, 1));
         assert_eq!((peer.answered, peer.lost()), (0, 1));
+    }
+
+    #[test]
+    fn questions_to_a_booting_guest_are_not_lost() {
+        let mut peer = asked(10);
+        assert_eq!(peer.lost(), 10, "a guest that never answers has lost them all");
+        peer.answered(Duration::ZERO, answer(7, 1));
+        peer.answered(Duration::ZERO, answer(9, 2));
+        assert_eq!((peer.before_first, peer.lost()), (6, 2));
     }
 
     #[test]

@@ -77,8 +77,8 @@ impl Report<'_> {
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "{{\"name\":\"{}\",\"alive\":{},\"sent\":{},\"answered\":{},\"lost\":{},\
-             \"repeated\":{},\"ticks_went_backwards\":{},\"silent_ms\":{},\
+            "{{\"name\":\"{}\",\"alive\":{},\"sent\":{},\"answered\":{},\"before_first\":{},\
+             \"lost\":{},\"repeated\":{},\"ticks_went_backwards\":{},\"silent_ms\":{},\
              \"longest_gap_ms\":{},\"gap_count\":{},\"gaps\":{},\"corrupt\":{},\
              \"guest_errors\":{},\"stream\":{{\"alive\":{},\"bytes\":{},\"errors\":{},\
              \"lost_connections\":{}}},\"traffic_sent_bytes\":{},\"boot_ids\":[{}],\
@@ -87,6 +87,7 @@ impl Report<'_> {
             silent.is_some_and(|silent| silent < GUEST_ALIVE),
             peer.asked,
             peer.answered,
+            peer.before_first,
             peer.lost(),
             peer.repeated,
             peer.went_back,
@@ -153,8 +154,8 @@ mod tests {
         };
         let expected = "{\"final\":true,\"started_ms\":1000000,\"now_ms\":1000310,\
             \"interval_ms\":10,\"threshold_ms\":50,\"sink_bytes\":7,\"client_stalls\":[],\
-            \"guests\":[{\"name\":\"web\",\"alive\":true,\"sent\":2,\"answered\":2,\"lost\":0,\
-            \"repeated\":0,\"ticks_went_backwards\":0,\"silent_ms\":10.0,\
+            \"guests\":[{\"name\":\"web\",\"alive\":true,\"sent\":2,\"answered\":2,\
+            \"before_first\":0,\"lost\":0,\"repeated\":0,\"ticks_went_backwards\":0,\"silent_ms\":10.0,\
             \"longest_gap_ms\":200.0,\"gap_count\":1,\"gaps\":[{\"start_ms\":1000100,\
             \"length_ms\":200.0}],\"corrupt\":false,\"guest_errors\":0,\"stream\":\
             {\"alive\":true,\"bytes\":40,\"errors\":0,\"lost_connections\":0},\

@@ -22,6 +22,8 @@ use crate::proportions::{Role, share};
 /// Linux allows 15 bytes in an interface's name; `NAME-NAME` and `NAME-up` must fit, with a
 /// suffix for the cable.
 const NAME_LENGTH: usize = 6;
+/// A guest checks its whole region in this time.
+const CHECK_SECONDS: u64 = 20;
 const HOSTS: usize = 90;
 const VM_MEMORY_LEAST: u64 = 96 << 20;
 /// The management network's own number for the client.
@@ -254,7 +256,7 @@ impl<'a> Checker<'a> {
             nics,
             region,
             dirty: given.dirty.as_ref().map_or(share.dirty, |dirty| PagesPerSec(*dirty.get_ref())),
-            check: PagesPerSec(region.pages().0.div_ceil(10)),
+            check: PagesPerSec(region.pages().0.div_ceil(CHECK_SECONDS)),
             rate,
             cpu: given.cpu.as_ref().map_or(share.cpu, |cpu| *cpu.get_ref()),
             arguments: String::new(),
