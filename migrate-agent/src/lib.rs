@@ -13,8 +13,15 @@
 //! ways are the controller's.
 
 pub mod clock;
+pub mod destination;
+pub mod guests;
 pub mod handover;
+pub mod link;
+pub mod progress;
 pub mod qemu;
+pub mod registry;
+pub mod source;
 pub mod tasks;
+pub mod tls;
 pub mod toml_file;
 pub mod vms;
