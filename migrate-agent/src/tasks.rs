@@ -17,3 +17,17 @@ where
     tracing::trace!(task = name, "started");
     tokio::spawn(work)
 }
+
+/// Runs work that blocks (a disk's fsync) off the runtime's own threads. A panic in it goes on
+/// in the caller.
+#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is being shut down: nothing may be answered any more.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}

@@ -4,6 +4,7 @@
 //! decision: a type is here when two rooms must mean the same thing by it.
 
 pub mod ids;
+pub mod roles;
 pub mod terms;
 pub mod units;
 

@@ -143,10 +143,10 @@ impl Bytes {
         Pages(self.0.div_ceil(PAGE_BYTES))
     }
 
-    /// How long so much takes at `rate`; `None` at a rate of zero.
+    /// How long so much takes at `rate`; `None` at a rate of zero, or when no clock counts so far.
     #[must_use]
     pub fn time_at(self, rate: BytesPerSec) -> Option<Duration> {
-        (rate.0 > 0).then(|| Duration::from_secs_f64(self.0 as f64 / rate.0 as f64))
+        Duration::try_from_secs_f64(self.0 as f64 / rate.0 as f64).ok()
     }
 }
 
@@ -326,5 +326,7 @@ mod tests {
         assert_eq!(Bytes(1) - Bytes(2), Bytes(0));
         assert_eq!(BitsPerSec(100).scale(f64::NAN), BitsPerSec(0));
         assert_eq!(Bytes(1).time_at(BytesPerSec(0)), None);
+        assert_eq!(Bytes(u64::MAX).time_at(BytesPerSec(0)), None);
+        assert!(Bytes(u64::MAX).time_at(BytesPerSec(1)).is_some());
     }
 }

@@ -32,8 +32,10 @@ const REASON_BYTES_MAX: usize = 1024;
 pub enum Purpose {
     /// Moves a VM.
     Migrate,
-    /// Asks what became of a hand-over.
-    Ask,
+    /// The source asks the destination what became of a hand-over; COMMIT may follow.
+    AskDestination,
+    /// The destination asks the source.
+    AskSource,
 }
 
 /// The first frame of a connection.
@@ -213,7 +215,8 @@ fn encode_hello(hello: &Hello, to: &mut BytesMut) {
     to.put_u16(LINK_VERSION);
     to.put_u8(match hello.purpose {
         Purpose::Migrate => 1,
-        Purpose::Ask => 2,
+        Purpose::AskDestination => 2,
+        Purpose::AskSource => 3,
     });
     to.put_u64(hello.generation.0);
     to.put_slice(&hello.token);
@@ -320,7 +323,8 @@ fn decode_hello(mut rest: Bytes) -> Result<Hello, FrameError> {
     }
     let purpose = match rest.get_u8() {
         1 => Purpose::Migrate,
-        2 => Purpose::Ask,
+        2 => Purpose::AskDestination,
+        3 => Purpose::AskSource,
         _ => return Err(malformed()),
     };
     let generation = Generation(rest.get_u64());

@@ -18,8 +18,10 @@
 //!  either side, before COMMIT:   ABORT {reason}
 //!  destination, when it never will:      <-------   REFUSED {reason}
 //!
-//!  HELLO {purpose: ask}                  ------->   (either agent may ask the other)
+//!  HELLO {purpose: ask ..}               ------->   (either agent may ask the other)
 //!                                        <-------   STANDING {..}
+//!  COMMIT {generation}, if it was lost   ------->
+//!                                        <-------   RUNNING {generation}
 //! ```
 //!
 //! [`frame`] turns these into bytes and back and is all there is here: no socket, no clock.

@@ -1,0 +1,224 @@
+//! The destination's side of one migration, from the room made for it to a running guest.
+//!
+//! ```text
+//!   prepare: QEMU up, paused, waiting  ->  link: HELLO, WELCOME
+//!   receive(): STREAM into QEMU -> END -> QEMU stands paused, complete
+//!   settle():  handover::destination decides; its actions are performed; in doubt it asks
+//! ```
+//!
+//! One task runs it and owns the machine, the link and QEMU's incoming socket. Started by
+//! `registry/` when the controller prepares the destination; the source's link is handed in when
+//! it comes. Until LOADED is durable this side may drop everything; after that, nothing.
+
+mod receiving;
+mod settling;
+
+use std::time::Duration;
+
+use lifeboat_protocol::agent::{MigrationProgress, Phase, VmDefinition};
+use lifeboat_protocol::ids::{Generation, VmId};
+use lifeboat_protocol::terms::Mode;
+use lifeboat_scatter_gather::link::Frame;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::guests::Arrival;
+use crate::handover::destination::{Action, Destination, Event, Outcome, State};
+use crate::link::{FrameReader, FrameWriter, LinkError};
+use crate::progress::Progress;
+use crate::qemu::qmp::Qmp;
+use crate::source::{Context, Failure};
+
+/// How long the source may take to come after the destination was prepared.
+const LINK_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the task is told while it runs.
+pub enum Input {
+    /// The source's link: HELLO was right, WELCOME has not been said.
+    Link(FrameReader, FrameWriter),
+    /// COMMIT came on a connection made for it; the answer is what to say there.
+    Commit(Generation, oneshot::Sender<Frame>),
+    /// The controller gives up before the source has come. The answer: whether it could be.
+    Cancel {
+        /// For the report.
+        reason: String,
+        /// Answered when it is decided.
+        answer: oneshot::Sender<bool>,
+    },
+    /// An operator says that the source is fenced off. The answer: whether it was taken.
+    Claim(oneshot::Sender<bool>),
+}
+
+/// One migration's task at the destination.
+pub struct DestinationTask {
+    context: Context,
+    vm: VmId,
+    definition: VmDefinition,
+    mode: Mode,
+    inputs: mpsc::Receiver<Input>,
+    progress: Progress,
+    machine: Destination,
+    qmp: Option<Qmp>,
+    writer: Option<FrameWriter>,
+    reader: Option<FrameReader>,
+    /// Who waits on a connection of their own for the outcome of a COMMIT.
+    waiting: Option<oneshot::Sender<Frame>>,
+}
+
+impl DestinationTask {
+    /// A migration that this host is prepared for; `machine` is new, or read off a record.
+    #[must_use]
+    pub fn new(
+        context: Context,
+        vm: VmId,
+        definition: VmDefinition,
+        mode: Mode,
+        inputs: mpsc::Receiver<Input>,
+        progress: Progress,
+        machine: Destination,
+    ) -> Self {
+        Self {
+            context,
+            vm,
+            definition,
+            mode,
+            inputs,
+            progress,
+            machine,
+            qmp: None,
+            writer: None,
+            reader: None,
+            waiting: None,
+        }
+    }
+
+    /// Brings QEMU up, paused. Done before the controller hears that the destination is ready.
+    ///
+    /// # Errors
+    /// When this host cannot run the VM; nothing is left behind.
+    pub async fn prepare(&mut self) -> Result<(), Failure> {
+        let arrival = match self.mode {
+            Mode::PreCopy => Arrival::Stream,
+            Mode::Cold => Arrival::Cold,
+            other => return Err(Failure::Mode(other)),
+        };
+        match self.bring_up(arrival).await {
+            Ok(qmp) => {
+                self.qmp = Some(qmp);
+                Ok(())
+            }
+            Err(failure) => {
+                if let Err(error) = self.context.guests.end(&self.vm, true).await {
+                    tracing::warn!(%error, "what was begun could not all be undone");
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    async fn bring_up(&self, arrival: Arrival) -> Result<Qmp, Failure> {
+        let qmp = self.context.guests.arrive(&self.definition, arrival).await?;
+        if arrival == Arrival::Stream {
+            receiving::prepare_capabilities(&qmp).await?;
+            let path = self.stream_socket()?;
+            let _ = std::fs::remove_file(&path);
+            qmp.migrate_incoming(&format!("unix:{}", path.display())).await?;
+        }
+        Ok(qmp)
+    }
+
+    fn stream_socket(&self) -> Result<std::path::PathBuf, Failure> {
+        Ok(self.context.guests.socket_path(&self.vm, "incoming.sock")?)
+    }
+
+    /// Runs a prepared migration to its end.
+    pub async fn run(mut self) -> MigrationProgress {
+        match self.receive().await {
+            Ok(()) => {
+                self.progress.enter(Phase::Committing);
+                self.tell(Event::GuestLoaded).await;
+            }
+            Err(failure) => {
+                tracing::warn!(reason = %failure.line(), "migration given up before LOADED");
+                self.progress.update(|progress| progress.reason = failure.line());
+                if let Some(writer) = &mut self.writer {
+                    // Best effort, and before the clean-up: a guest may stand still for this.
+                    let _ = writer.send(&Frame::Refused(failure.line())).await;
+                }
+                let cancelled = matches!(failure, Failure::Cancelled(_));
+                self.tell(Event::Abort).await;
+                self.progress.enter(if cancelled { Phase::Cancelled } else { Phase::Failed });
+                return self.progress.now();
+            }
+        }
+        self.settle().await
+    }
+
+    /// Goes on with a hand-over that a restart found.
+    pub async fn take_up(mut self, actions: Vec<Action>) -> MigrationProgress {
+        if self.context.guests.lives(&self.vm) {
+            match self.context.guests.qmp(&self.vm).await {
+                Ok(qmp) => self.qmp = Some(qmp),
+                Err(error) => tracing::error!(%error, "QMP of a guest in doubt"),
+            }
+        }
+        self.perform_all(actions).await;
+        self.settle().await
+    }
+
+    fn report(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Running => {
+                let elapsed = self.progress.elapsed_ms();
+                self.progress.update(|progress| {
+                    progress.total_ms = elapsed;
+                    progress.reason.clear();
+                });
+                self.progress.enter(Phase::Completed);
+            }
+            Outcome::Discarded => self.progress.enter(Phase::Failed),
+            Outcome::Died => {
+                let vm = self.vm.clone();
+                let (source, _) = self.machine.source();
+                let reason = format!(
+                    "QEMU died after {vm} had been handed over. {source} may still hold the guest as it was at the \
+                     switchover; to resume it there: `lifeboat claim {vm} --fenced --host {source}`"
+                );
+                self.progress.update(|progress| progress.reason = reason);
+                self.progress.enter(Phase::Lost);
+            }
+        }
+    }
+
+    async fn wait_for_link(&mut self) -> Result<(), Failure> {
+        let waiting = async {
+            loop {
+                match self.inputs.recv().await {
+                    Some(Input::Link(reader, writer)) => return Ok((reader, writer)),
+                    Some(Input::Cancel { reason, answer }) => {
+                        let _ = answer.send(true);
+                        return Err(Failure::Cancelled(reason));
+                    }
+                    Some(Input::Commit(_, answer)) => {
+                        let _ = answer.send(Frame::Refused("nothing was loaded".into()));
+                    }
+                    Some(Input::Claim(answer)) => {
+                        let _ = answer.send(false);
+                    }
+                    None => return Err(Failure::Cancelled("the agent is stopping".into())),
+                }
+            }
+        };
+        let link = tokio::time::timeout(LINK_LIMIT, waiting).await;
+        let (reader, writer) = link.map_err(|_| LinkError::Silent(LINK_LIMIT))??;
+        self.reader = Some(reader);
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    fn is_over(&self) -> Option<Outcome> {
+        match self.machine.state() {
+            State::Over(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! From the link's HELLO to a QEMU that has loaded everything and stands paused.
+
+use std::time::Duration;
+
+use lifeboat_protocol::agent::Phase;
+use lifeboat_protocol::terms::Mode;
+use lifeboat_scatter_gather::link::{Ended, Frame};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::{DestinationTask, Input};
+use crate::clock;
+use crate::link::io::frame_name;
+use crate::link::{FrameReader, FrameWriter, LinkError};
+use crate::progress::RateMeter;
+use crate::qemu::qmp::{MigrationStatus, Qmp, RunState};
+use crate::source::Failure;
+
+/// A link on which nothing comes for so long is lost.
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+/// The source hears of this side at least so often.
+const ACK_EVERY: Duration = Duration::from_millis(250);
+/// QEMU may take so long to load the tail once it has it all.
+const LOAD_LIMIT: Duration = Duration::from_secs(15);
+
+/// What a destination needs: events; and disks opened only when the guest is resumed, so that a
+/// source that takes its guest back finds them unlocked.
+const CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
+
+/// Sets the destination's capabilities, and switches off all others.
+pub(super) async fn prepare_capabilities(qmp: &Qmp) -> Result<(), Failure> {
+    let offered = qmp.query_migrate_capabilities().await?;
+    let wanted: Vec<(&str, bool)> = offered
+        .iter()
+        .filter_map(|(name, on)| {
+            let want = CAPABILITIES.contains(&name.as_str());
+            (want != *on).then_some((name.as_str(), want))
+        })
+        .collect();
+    if !wanted.is_empty() {
+        qmp.migrate_set_capabilities(&wanted).await?;
+    }
+    Ok(())
+}
+
+/// The stream's arrival, counted and digested.
+#[derive(Default)]
+struct Arrived {
+    bytes: u64,
+    digest: Xxh3Default,
+    meter: RateMeter,
+}
+
+impl DestinationTask {
+    /// Takes the stream to its end and waits until QEMU has loaded it.
+    pub(super) async fn receive(&mut self) -> Result<(), Failure> {
+        self.wait_for_link().await?;
+        let (Some(mut reader), Some(mut writer)) = (self.reader.take(), self.writer.take()) else {
+            return Err(LinkError::Closed.into());
+        };
+        let received = self.receive_on(&mut reader, &mut writer).await;
+        self.reader = Some(reader);
+        self.writer = Some(writer);
+        received
+    }
+
+    async fn receive_on(
+        &mut self,
+        reader: &mut FrameReader,
+        writer: &mut FrameWriter,
+    ) -> Result<(), Failure> {
+        let mut to_qemu = match self.mode {
+            Mode::Cold => None,
+            _ => {
+                let path = self.stream_socket()?;
+                Some(UnixStream::connect(&path).await.map_err(Failure::Socket)?)
+            }
+        };
+        writer.send(&Frame::Welcome).await?;
+        self.progress.enter(Phase::MemoryCopy);
+        let mut arrived = Arrived::default();
+        let ended = self.take_stream(reader, writer, &mut to_qemu, &mut arrived).await?;
+        self.progress.enter(Phase::Switchover);
+        let whole = Ended { total: arrived.bytes, digest: arrived.digest.digest() };
+        if ended != whole {
+            // A byte lost or changed on the way would be a corrupt guest.
+            return Err(Failure::Refused(format!(
+                "the stream arrived damaged: {} bytes were sent, {} arrived",
+                ended.total, whole.total
+            )));
+        }
+        if let Some(mut socket) = to_qemu {
+            socket.shutdown().await.map_err(Failure::Socket)?;
+        }
+        self.wait_until_loaded(writer).await
+    }
+
+    async fn take_stream(
+        &mut self,
+        reader: &mut FrameReader,
+        writer: &mut FrameWriter,
+        to_qemu: &mut Option<UnixStream>,
+        arrived: &mut Arrived,
+    ) -> Result<Ended, Failure> {
+        let mut ack = tokio::time::interval(ACK_EVERY);
+        let mut heard_at = clock::now();
+        loop {
+            let frame = tokio::select! {
+                frame = reader.next() => frame?,
+                _ = ack.tick() => {
+                    writer.send(&Frame::Ack(arrived.bytes)).await?;
+                    self.show(arrived);
+                    if heard_at.elapsed() > SILENCE_LIMIT {
+                        return Err(LinkError::Silent(SILENCE_LIMIT).into());
+                    }
+                    continue;
+                }
+                input = self.inputs.recv() => {
+                    self.take_input_receiving(input)?;
+                    continue;
+                }
+            };
+            heard_at = clock::now();
+            match frame {
+                Frame::Stream(bytes) => {
+                    let Some(socket) = to_qemu else {
+                        return Err(unexpected(&Frame::Stream(bytes)));
+                    };
+                    socket.write_all(&bytes).await.map_err(Failure::Socket)?;
+                    arrived.digest.update(&bytes);
+                    arrived.bytes += bytes.len() as u64;
+                }
+                Frame::End(ended) => return Ok(ended),
+                Frame::Ping(number) => writer.send(&Frame::Pong(number)).await?,
+                Frame::Abort(reason) => return Err(Failure::Cancelled(reason)),
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    fn show(&mut self, arrived: &mut Arrived) {
+        let rate = arrived.meter.read(clock::now(), arrived.bytes);
+        let bytes = arrived.bytes;
+        self.progress.update(|progress| {
+            progress.bytes_sent = bytes;
+            progress.rate_bits_per_sec = rate;
+        });
+    }
+
+    fn take_input_receiving(&mut self, input: Option<Input>) -> Result<(), Failure> {
+        match input {
+            Some(Input::Cancel { reason, answer }) => {
+                let _ = answer.send(true);
+                Err(Failure::Cancelled(reason))
+            }
+            Some(Input::Commit(_, answer)) => {
+                let _ = answer.send(Frame::Refused("not everything has been loaded".into()));
+                Ok(())
+            }
+            Some(Input::Claim(answer)) => {
+                let _ = answer.send(false);
+                Ok(())
+            }
+            // A second link for the same migration: the first one is in use, and stays.
+            Some(Input::Link(..)) => Ok(()),
+            None => Err(Failure::Cancelled("the agent is stopping".into())),
+        }
+    }
+
+    /// The stream is complete; QEMU loads its tail and then stands paused.
+    async fn wait_until_loaded(&mut self, writer: &mut FrameWriter) -> Result<(), Failure> {
+        let Some(qmp) = self.qmp.clone() else { return Err(Failure::GuestGone) };
+        let deadline = clock::now() + LOAD_LIMIT;
+        let mut poll = tokio::time::interval(Duration::from_millis(2));
+        let mut since_word = 0;
+        loop {
+            poll.tick().await;
+            if self.is_loaded(&qmp).await? {
+                return Ok(());
+            }
+            since_word += 1;
+            if since_word >= 100 {
+                since_word = 0;
+                writer.send(&Frame::Ack(0)).await?;
+            }
+            if clock::now() > deadline {
+                return Err(Failure::Slow { what: "load the guest", limit: LOAD_LIMIT });
+            }
+        }
+    }
+
+    async fn is_loaded(&self, qmp: &Qmp) -> Result<bool, Failure> {
+        if qmp.is_closed() {
+            return Err(Failure::GuestGone);
+        }
+        let state = qmp.query_status().await?.status;
+        if self.mode == Mode::Cold {
+            return Ok(state == RunState::Prelaunch);
+        }
+        let info = qmp.query_migrate().await?;
+        match info.status {
+            MigrationStatus::Completed => Ok(state == RunState::Paused),
+            MigrationStatus::Failed => {
+                Err(Failure::Qemu { status: info.status, detail: info.error_desc.clone() })
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+fn unexpected(frame: &Frame) -> Failure {
+    LinkError::Unexpected { got: frame_name(frame), wanted: "STREAM or END" }.into()
+}

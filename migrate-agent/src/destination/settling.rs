@@ -1,0 +1,299 @@
+//! From LOADED to a running guest, or to none: performs what the hand-over's machine decides,
+//! and asks the source while it is in doubt.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use lifeboat_protocol::agent::{MigrationProgress, Phase};
+use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
+use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
+
+use super::{DestinationTask, Input};
+use crate::clock;
+use crate::handover::destination::{Action, Destination, Event, State};
+use crate::link::LinkError;
+use crate::link::io::frame_name;
+use crate::qemu::qmp::{Qmp, RunState};
+use crate::source::Failure;
+
+/// A source that has heard LOADED says COMMIT, ABORT or at least PING within this time.
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+/// Between two questions: a guest is standing still.
+const ASK_EVERY: Duration = Duration::from_millis(300);
+/// An answer has this long.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// A resumed guest shows it within this time, or its QEMU is looked at again.
+const RESUME_LIMIT: Duration = Duration::from_secs(10);
+/// Looks at QEMU this often while a COMMIT is awaited.
+const WATCH_EVERY: Duration = Duration::from_millis(200);
+
+impl DestinationTask {
+    /// Until it is decided, and then says how.
+    pub(super) async fn settle(mut self) -> MigrationProgress {
+        loop {
+            if let Some(outcome) = self.is_over() {
+                self.report(outcome);
+                return self.progress.now();
+            }
+            let event = match self.machine.state() {
+                State::InDoubt => self.next_in_doubt().await,
+                _ => self.next_on_link().await,
+            };
+            if let Some(event) = event {
+                self.tell(event).await;
+            }
+        }
+    }
+
+    async fn next_on_link(&mut self) -> Option<Event> {
+        let Some(mut reader) = self.reader.take() else { return Some(Event::LinkLost) };
+        let event = tokio::select! {
+            word = reader.next_within(SILENCE_LIMIT) => self.word(word).await,
+            input = self.inputs.recv() => self.take_input_settling(input).await,
+            () = gone(self.qmp.as_ref()) => Some(Event::GuestDied),
+        };
+        self.reader = Some(reader);
+        event
+    }
+
+    async fn word(&mut self, word: Result<Frame, LinkError>) -> Option<Event> {
+        match word {
+            Ok(Frame::Commit(generation)) => Some(Event::Commit(generation)),
+            Ok(Frame::Abort(reason)) => {
+                self.progress.update(|progress| progress.reason = reason);
+                Some(Event::Abort)
+            }
+            Ok(Frame::Ping(number)) => {
+                let Some(writer) = &mut self.writer else { return Some(Event::LinkLost) };
+                let sent = writer.send(&Frame::Pong(number)).await;
+                sent.err().map(|_| Event::LinkLost)
+            }
+            Ok(other) => {
+                tracing::warn!(frame = frame_name(&other), "has no place after LOADED");
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "link lost after LOADED: in doubt");
+                self.reader = None;
+                Some(Event::LinkLost)
+            }
+        }
+    }
+
+    async fn take_input_settling(&mut self, input: Option<Input>) -> Option<Event> {
+        match input {
+            Some(Input::Commit(generation, answer)) => {
+                self.waiting = Some(answer);
+                Some(Event::Commit(generation))
+            }
+            Some(Input::Claim(answer)) => {
+                let may = self.machine.state() == State::InDoubt;
+                let _ = answer.send(may);
+                may.then_some(Event::Claim)
+            }
+            Some(Input::Cancel { answer, .. }) => {
+                // The source may have ceded: only its word can end this.
+                let _ = answer.send(false);
+                None
+            }
+            Some(Input::Link(..)) => None,
+            None => {
+                tokio::time::sleep(ASK_EVERY).await;
+                None
+            }
+        }
+    }
+
+    async fn next_in_doubt(&mut self) -> Option<Event> {
+        self.progress.update(|progress| {
+            if progress.phase() != Phase::Uncertain {
+                progress.set_phase(Phase::Uncertain);
+                progress.reason =
+                    "loaded here and paused; the source does not say whether it has ceded".into();
+            }
+        });
+        tokio::select! {
+            input = self.inputs.recv() => self.take_input_settling(input).await,
+            () = gone(self.qmp.as_ref()) => Some(Event::GuestDied),
+            () = tokio::time::sleep(ASK_EVERY) => match self.question().await {
+                Ok(event) => Some(event),
+                Err(error) => {
+                    tracing::debug!(%error, "the source does not answer");
+                    None
+                }
+            },
+        }
+    }
+
+    async fn question(&mut self) -> Result<Event, LinkError> {
+        let (_, address) = self.machine.source();
+        let identity = self.context.identity.as_ref();
+        let (mut reader, mut writer) = crate::link::connect(address, identity).await?;
+        let hello = Hello {
+            purpose: Purpose::AskSource,
+            migration: self.machine.migration().clone(),
+            vm: self.vm.clone(),
+            host: self.context.host.clone(),
+            generation: self.machine.generation(),
+            token: [0; TOKEN_BYTES],
+        };
+        writer.send(&Frame::Hello(hello)).await?;
+        match reader.next_within(ANSWER_LIMIT).await? {
+            Frame::Standing(standing) => {
+                tracing::info!(?standing, "the source answered");
+                Ok(Event::Heard(standing))
+            }
+            other => Err(LinkError::Unexpected { got: frame_name(&other), wanted: "STANDING" }),
+        }
+    }
+
+    /// Gives the machine an event and performs what it wants done, and what comes of that.
+    pub(super) async fn tell(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.machine.apply(event, &mut actions);
+        tracing::debug!(?event, state = ?self.machine.state(), "hand-over");
+        self.perform_all(actions).await;
+    }
+
+    pub(super) async fn perform_all(&mut self, actions: Vec<Action>) {
+        let mut todo = VecDeque::from(actions);
+        while let Some(action) = todo.pop_front() {
+            let fatal = matches!(action, Action::Persist(_));
+            match self.perform(action).await {
+                Ok(None) => {}
+                Ok(Some(event)) => {
+                    let mut more = Vec::new();
+                    self.machine.apply(event, &mut more);
+                    todo.extend(more);
+                }
+                Err(failure) => {
+                    tracing::error!(error = %failure.line(), "hand-over step failed");
+                    self.progress.update(|progress| progress.reason = failure.line());
+                    if fatal {
+                        // Nothing that rests on this record may happen; the one on the disk is
+                        // still in force.
+                        self.reload().await;
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn reload(&mut self) {
+        loop {
+            match self.context.store.read(&self.vm) {
+                Ok(record) => {
+                    let lives = self.context.guests.lives(&self.vm);
+                    let mut ignored = Vec::new();
+                    let machine =
+                        record.and_then(|record| Destination::resume(&record, lives, &mut ignored));
+                    if let Some(machine) = machine {
+                        self.machine = machine;
+                    }
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "ownership record cannot be read; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: Action) -> Result<Option<Event>, Failure> {
+        match action {
+            Action::Persist(record) => {
+                let (store, vm) = (self.context.store.clone(), self.vm.clone());
+                crate::tasks::blocking(move || store.write(&vm, &record)).await?;
+            }
+            Action::SendLoaded(generation) => {
+                if let Some(writer) = &mut self.writer {
+                    // A source that does not hear it gives up, and says so when asked.
+                    let _ = writer.send(&Frame::Loaded(generation)).await;
+                }
+            }
+            Action::StartGuest => return Ok(Some(self.start_guest().await)),
+            Action::SendRunning(generation) => self.answer(Frame::Running(generation)).await,
+            Action::SendRefused => {
+                let reason = self.progress.now().reason;
+                self.answer(Frame::Refused(reason)).await;
+            }
+            Action::DiscardGuest => self.context.guests.end(&self.vm, true).await?,
+            // `settle` asks for as long as the machine is in doubt.
+            Action::Ask => {}
+        }
+        Ok(None)
+    }
+
+    /// Says the outcome wherever somebody waits for it.
+    async fn answer(&mut self, frame: Frame) {
+        if let Some(waiting) = self.waiting.take() {
+            let _ = waiting.send(frame.clone());
+        }
+        if let Some(writer) = &mut self.writer {
+            let _ = writer.send(&frame).await;
+        }
+    }
+
+    /// Resumes the loaded guest. What is returned is proof only where it can be: a QEMU that was
+    /// gone before it was told never ran the guest.
+    async fn start_guest(&mut self) -> Event {
+        let qmp = match &self.qmp {
+            Some(qmp) if !qmp.is_closed() => qmp.clone(),
+            _ => return Event::NotStarted,
+        };
+        let mut events = qmp.events();
+        let deadline = clock::now() + RESUME_LIMIT;
+        loop {
+            match qmp.cont().await {
+                Ok(()) => break,
+                Err(error) if qmp.is_closed() || clock::now() > deadline => {
+                    tracing::error!(%error, "the guest could not be resumed");
+                    return Event::GuestDied;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "resume refused; trying again");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+        if !self.runs(&qmp).await {
+            return Event::GuestDied;
+        }
+        while let Ok(event) = events.try_recv() {
+            if event.name == "RESUME" {
+                let micros =
+                    event.seconds.saturating_mul(1_000_000).saturating_add(event.microseconds);
+                self.progress.update(|progress| progress.resume_unix_us = micros);
+            }
+        }
+        crate::tasks::spawn("announce", async move {
+            if let Err(error) = qmp.announce_self().await {
+                tracing::warn!(%error, "the guest runs, but could not be announced");
+            }
+        });
+        Event::GuestRuns
+    }
+
+    async fn runs(&self, qmp: &Qmp) -> bool {
+        let deadline = clock::now() + RESUME_LIMIT;
+        while clock::now() < deadline {
+            match qmp.query_status().await {
+                Ok(status) if status.status == RunState::Running => return true,
+                Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+                Err(_) if qmp.is_closed() => return false,
+                Err(error) => tracing::warn!(%error, "asked whether the guest runs"),
+            }
+        }
+        false
+    }
+}
+
+/// Returns when the guest's QEMU has closed its QMP.
+async fn gone(qmp: Option<&Qmp>) {
+    let Some(qmp) = qmp else { return std::future::pending().await };
+    while !qmp.is_closed() {
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
+}

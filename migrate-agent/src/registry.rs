@@ -1,0 +1,460 @@
+//! Every migration on this host: starts their tasks, finds them again, answers for them.
+//!
+//! The gRPC server's migration calls end here, and so do the page links that other agents open.
+//! It is the composition of `source.rs` and `destination.rs`; it decides nothing about ownership
+//! itself: it asks the records.
+
+mod answer;
+mod links;
+mod recover;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use lifeboat_protocol::agent::{
+    MigrationProgress, Phase, PrepareDestinationReply, PrepareDestinationRequest, Side,
+    StartMigrationRequest,
+};
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NameError, VmId};
+use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
+use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::destination::{self, DestinationTask};
+use crate::handover::Record;
+use crate::handover::destination::Destination;
+use crate::handover::store::StoreError;
+use crate::progress::Progress;
+use crate::source::{self, Context, Failure, Order, SourceTask};
+
+pub use answer::VmStanding;
+
+/// What the pause should not exceed where the order does not say.
+const DOWNTIME_DEFAULT: Duration = Duration::from_millis(300);
+/// Ended migrations that are still told about.
+const ENDED_MAX: usize = 256;
+
+/// Why a command about a migration was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// A name that is none.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// A field that is missing or cannot be.
+    #[error("{field} {problem}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Nobody here knows it.
+    #[error("migration `{0}` is not known on this host; `lifeboat status` lists those that are")]
+    UnknownMigration(MigrationId),
+    /// Nobody here knows it.
+    #[error("VM `{0}` is not on this host; `lifeboat vms` shows where it is")]
+    UnknownVm(VmId),
+    /// The VM is being moved already.
+    #[error("VM `{vm}` is already in migration `{migration}`; wait for it, or cancel it first")]
+    Busy {
+        /// The VM.
+        vm: VmId,
+        /// The migration that it is in.
+        migration: MigrationId,
+    },
+    /// This host's record says no.
+    #[error("VM `{vm}`: {why}")]
+    Record {
+        /// The VM.
+        vm: VmId,
+        /// What the record says.
+        why: String,
+    },
+    /// It can no longer be stopped.
+    #[error("migration `{0}` has passed COMMIT and cannot be cancelled; it goes on to its end")]
+    TooLate(MigrationId),
+    /// There is nothing to claim.
+    #[error("VM `{vm}` cannot be claimed here: {why}")]
+    NotClaimable {
+        /// The VM.
+        vm: VmId,
+        /// Why not.
+        why: &'static str,
+    },
+    /// What is asked for is not in this release.
+    #[error("{0}")]
+    NotInThisRelease(&'static str),
+    /// It could not be begun.
+    #[error("{}", .0.line())]
+    Failed(Failure),
+    /// The records.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<Failure> for RegistryError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Mode(_) => Self::NotInThisRelease(
+                "post-copy and scatter-gather are not in this release; choose pre-copy or cold",
+            ),
+            failure => Self::Failed(failure),
+        }
+    }
+}
+
+enum Task {
+    Source(mpsc::Sender<source::Input>),
+    Destination {
+        inputs: mpsc::Sender<destination::Input>,
+        token: [u8; TOKEN_BYTES],
+        generation: Generation,
+        /// Handed the link once; a second one is turned away.
+        linked: bool,
+    },
+}
+
+struct Entry {
+    vm: VmId,
+    progress: watch::Receiver<MigrationProgress>,
+    task: Task,
+}
+
+impl Entry {
+    fn phase(&self) -> Phase {
+        self.progress.borrow().phase()
+    }
+
+    fn is_open(&self) -> bool {
+        !self.phase().is_final() && self.progress.has_changed().is_ok()
+    }
+}
+
+#[derive(Default)]
+struct Entries {
+    by_id: HashMap<MigrationId, Entry>,
+    /// In the order of their beginning, for forgetting the oldest.
+    order: Vec<MigrationId>,
+}
+
+/// Every migration on this host. Cheap to clone.
+#[derive(Clone)]
+pub struct Registry {
+    context: Context,
+    page_address: Arc<str>,
+    entries: Arc<Mutex<Entries>>,
+}
+
+impl Registry {
+    /// No migrations yet. `page_address`: where other agents reach this host's page listener.
+    #[must_use]
+    pub fn new(context: Context, page_address: &str) -> Self {
+        Self { context, page_address: page_address.into(), entries: Arc::default() }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enlist(&self, migration: MigrationId, entry: Entry) {
+        let mut entries = self.entries();
+        entries.order.retain(|known| *known != migration);
+        entries.order.push(migration.clone());
+        entries.by_id.insert(migration, entry);
+        while entries.order.len() > ENDED_MAX {
+            let Entries { by_id, order } = &mut *entries;
+            let Some(at) =
+                order.iter().position(|id| by_id.get(id).is_none_or(|entry| !entry.is_open()))
+            else {
+                return;
+            };
+            let oldest = order.remove(at);
+            by_id.remove(&oldest);
+        }
+    }
+
+    /// The open migration of a VM, if it is in one.
+    #[must_use]
+    pub fn open_migration_of(&self, vm: &VmId) -> Option<MigrationId> {
+        let entries = self.entries();
+        let open = entries.by_id.iter().find(|(_, entry)| entry.vm == *vm && entry.is_open());
+        open.map(|(migration, _)| migration.clone())
+    }
+
+    fn must_be_idle(&self, vm: &VmId) -> Result<(), RegistryError> {
+        match self.open_migration_of(vm) {
+            Some(migration) => Err(RegistryError::Busy { vm: vm.clone(), migration }),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes room for a VM and starts its QEMU, paused.
+    ///
+    /// # Errors
+    /// When this host cannot or may not take it; nothing is left behind.
+    pub async fn prepare_destination(
+        &self,
+        request: &PrepareDestinationRequest,
+    ) -> Result<PrepareDestinationReply, RegistryError> {
+        let migration = MigrationId::new(request.migration.as_str())?;
+        let from = HostId::new(request.source_host.as_str())?;
+        let missing = |field| RegistryError::Invalid { field, problem: "is missing or not known" };
+        let definition = request.definition.clone().ok_or_else(|| missing("definition"))?;
+        let vm = VmId::new(definition.name.as_str())?;
+        let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
+        supported(mode)?;
+        self.must_be_idle(&vm)?;
+        let generation = Generation(request.generation).next();
+        may_receive(&vm, self.context.store.read(&vm)?.as_ref(), generation)?;
+
+        let machine = Destination::begin(
+            generation,
+            migration.clone(),
+            from.clone(),
+            request.source_page_address.clone(),
+        );
+        let first = MigrationProgress {
+            migration: migration.to_string(),
+            vm: vm.to_string(),
+            side: Side::Destination.into(),
+            mode: request.mode,
+            source_host: from.to_string(),
+            destination_host: self.context.host.to_string(),
+            generation: generation.0,
+            bytes_total: definition.memory_bytes,
+            ..MigrationProgress::default()
+        };
+        let (progress, watching) = Progress::new(first);
+        let (to, inputs) = mpsc::channel(16);
+        let mut task = DestinationTask::new(
+            self.context.clone(),
+            vm.clone(),
+            definition,
+            mode,
+            inputs,
+            progress,
+            machine,
+        );
+        task.prepare().await?;
+        let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
+        let entry = Entry {
+            vm,
+            progress: watching,
+            task: Task::Destination { inputs: to, token, generation, linked: false },
+        };
+        self.enlist(migration, entry);
+        crate::tasks::spawn("migration, destination", async move { task.run().await });
+        Ok(PrepareDestinationReply {
+            page_address: self.page_address.to_string(),
+            token: token.to_vec(),
+        })
+    }
+
+    /// Begins to send a VM.
+    ///
+    /// # Errors
+    /// When it is not here, not this host's, or already moving.
+    pub async fn start_migration(
+        &self,
+        request: &StartMigrationRequest,
+    ) -> Result<MigrationProgress, RegistryError> {
+        let order = self.order(request)?;
+        self.must_be_idle(&order.vm)?;
+        if !self.context.guests.lives(&order.vm) {
+            let why = "has no running QEMU here; start it first".to_owned();
+            return Err(RegistryError::Record { vm: order.vm, why });
+        }
+        let first = MigrationProgress {
+            migration: order.migration.to_string(),
+            vm: order.vm.to_string(),
+            side: Side::Source.into(),
+            mode: request.mode,
+            source_host: self.context.host.to_string(),
+            destination_host: order.destination.to_string(),
+            generation: order.generation.next().0,
+            limit_bits_per_sec: request.network_limit_bits_per_sec,
+            ..MigrationProgress::default()
+        };
+        let (progress, watching) = Progress::new(first);
+        let (to, inputs) = mpsc::channel(16);
+        let (migration, vm) = (order.migration.clone(), order.vm.clone());
+        let (task, actions) = SourceTask::begin(self.context.clone(), order, inputs, progress);
+        let now = watching.borrow().clone();
+        self.enlist(migration, Entry { vm, progress: watching, task: Task::Source(to) });
+        crate::tasks::spawn("migration, source", async move { task.run(actions).await });
+        Ok(now)
+    }
+
+    fn order(&self, request: &StartMigrationRequest) -> Result<Order, RegistryError> {
+        let invalid = |field, problem| RegistryError::Invalid { field, problem };
+        let vm = VmId::new(request.vm.as_str())?;
+        let mode = request.mode().known().ok_or(invalid("mode", "is missing or not known"))?;
+        supported(mode)?;
+        let token = <[u8; TOKEN_BYTES]>::try_from(request.token.as_slice())
+            .map_err(|_| invalid("token", "is not 32 bytes long"))?;
+        let generation = match self.context.store.read(&vm)? {
+            Some(Record::Owner { generation, .. }) => generation,
+            Some(record) => {
+                return Err(RegistryError::Record { why: answer::words(&record), vm });
+            }
+            None => return Err(RegistryError::UnknownVm(vm)),
+        };
+        let limit = BitsPerSec(request.network_limit_bits_per_sec).bytes_per_sec();
+        Ok(Order {
+            migration: MigrationId::new(request.migration.as_str())?,
+            vm,
+            mode,
+            destination: HostId::new(request.destination_host.as_str())?,
+            page_address: request.page_address.clone(),
+            token,
+            limit: (limit.0 > 0).then_some(limit),
+            downtime_limit: match request.downtime_limit_ms {
+                0 => DOWNTIME_DEFAULT,
+                ms => Duration::from_millis(ms.into()),
+            },
+            iterations_max: (request.iterations_max > 0).then_some(request.iterations_max),
+            deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms)),
+            generation,
+        })
+    }
+
+    /// Changes what a migration may send (bytes/s; 0: no limit).
+    ///
+    /// # Errors
+    /// When it is not known here, or this is not its source.
+    pub async fn set_network_limit(
+        &self,
+        migration: &str,
+        bytes_per_sec: u64,
+    ) -> Result<MigrationProgress, RegistryError> {
+        let migration = MigrationId::new(migration)?;
+        let limit = (bytes_per_sec > 0).then_some(BytesPerSec(bytes_per_sec));
+        let (inputs, progress) = self.source_of(&migration)?;
+        // A migration that has just ended no longer needs a limit.
+        let _ = inputs.send(source::Input::Limit(limit)).await;
+        Ok(progress.borrow().clone())
+    }
+
+    fn source_of(
+        &self,
+        migration: &MigrationId,
+    ) -> Result<(mpsc::Sender<source::Input>, watch::Receiver<MigrationProgress>), RegistryError>
+    {
+        let entries = self.entries();
+        match entries.by_id.get(migration) {
+            Some(Entry { task: Task::Source(inputs), progress, .. }) => {
+                Ok((inputs.clone(), progress.clone()))
+            }
+            Some(_) => Err(RegistryError::Invalid {
+                field: "migration",
+                problem: "is received here; limits are set at its source",
+            }),
+            None => Err(RegistryError::UnknownMigration(migration.clone())),
+        }
+    }
+
+    /// A migration's progress, to read or to watch.
+    ///
+    /// # Errors
+    /// When it is not known here.
+    pub fn progress(
+        &self,
+        migration: &str,
+    ) -> Result<watch::Receiver<MigrationProgress>, RegistryError> {
+        let migration = MigrationId::new(migration)?;
+        let entries = self.entries();
+        match entries.by_id.get(&migration) {
+            Some(entry) => Ok(entry.progress.clone()),
+            None => Err(RegistryError::UnknownMigration(migration)),
+        }
+    }
+
+    /// Every migration that is remembered, oldest first.
+    #[must_use]
+    pub fn list(&self) -> Vec<MigrationProgress> {
+        let entries = self.entries();
+        let known = entries.order.iter().filter_map(|id| entries.by_id.get(id));
+        known.map(|entry| entry.progress.borrow().clone()).collect()
+    }
+
+    /// Stops a migration that has not passed its point of no return.
+    ///
+    /// # Errors
+    /// When it is not known here, or has passed it.
+    pub async fn cancel(
+        &self,
+        migration: &str,
+        reason: &str,
+    ) -> Result<MigrationProgress, RegistryError> {
+        let migration = MigrationId::new(migration)?;
+        let reason = if reason.is_empty() { "by the operator" } else { reason }.to_owned();
+        let (answer, answered) = oneshot::channel();
+        let mut progress = {
+            let entries = self.entries();
+            let Some(entry) = entries.by_id.get(&migration) else {
+                return Err(RegistryError::UnknownMigration(migration));
+            };
+            if !entry.is_open() {
+                return Ok(entry.progress.borrow().clone());
+            }
+            // A full queue means that the task is busy ending; then it is too late.
+            let _ = match &entry.task {
+                Task::Source(inputs) => {
+                    inputs.try_send(source::Input::Cancel { reason, answer }).is_ok()
+                }
+                Task::Destination { inputs, .. } => {
+                    inputs.try_send(destination::Input::Cancel { reason, answer }).is_ok()
+                }
+            };
+            entry.progress.clone()
+        };
+        if !answered.await.unwrap_or(false) && !progress.borrow().phase().is_final() {
+            return Err(RegistryError::TooLate(migration));
+        }
+        // Until it is over, so that whoever cancelled can count on where the guest is.
+        let _ = progress.wait_for(|progress| progress.phase().is_final()).await;
+        Ok(progress.borrow().clone())
+    }
+}
+
+fn supported(mode: Mode) -> Result<(), RegistryError> {
+    match mode {
+        Mode::PreCopy | Mode::Cold => Ok(()),
+        other => Err(Failure::Mode(other).into()),
+    }
+}
+
+/// Whether this host's record lets it receive the VM as `generation`.
+fn may_receive(
+    vm: &VmId,
+    record: Option<&Record>,
+    generation: Generation,
+) -> Result<(), RegistryError> {
+    let Some(record) = record else { return Ok(()) };
+    let open = match record {
+        Record::Refused { .. } | Record::Ceded { confirmed: true, .. } => false,
+        Record::Owner { .. }
+        | Record::Sending { .. }
+        | Record::Loaded { .. }
+        | Record::Ceded { confirmed: false, .. } => true,
+    };
+    // What was refused as g2 may come again as g2: the refusal names its migration.
+    let stale = record.generation() > generation;
+    if open || stale {
+        return Err(RegistryError::Record { vm: vm.clone(), why: answer::words(record) });
+    }
+    Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that draws random numbers")]
+fn random_token() -> rustix::io::Result<[u8; TOKEN_BYTES]> {
+    let mut token = [0; TOKEN_BYTES];
+    let mut filled = 0;
+    while filled < TOKEN_BYTES {
+        filled +=
+            rustix::rand::getrandom(&mut token[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(token)
+}

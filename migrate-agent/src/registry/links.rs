@@ -1,0 +1,181 @@
+//! Page links that other agents open: checked, and handed to the task that they are for.
+
+use lifeboat_protocol::ids::Generation;
+use lifeboat_scatter_gather::link::{Frame, Hello, Purpose, Standing};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+use super::{Registry, Task};
+use crate::destination;
+use crate::handover::Record;
+use crate::link::io::frame_name;
+use crate::link::{FrameReader, FrameWriter, LinkError, Listener};
+
+/// The first frame must come within this time.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// A connection that asked and heard "loaded" may deliver COMMIT within this time.
+const COMMIT_LIMIT: Duration = Duration::from_secs(10);
+
+impl Registry {
+    /// Takes page links for as long as the agent lives.
+    ///
+    /// # Errors
+    /// When the listening socket fails.
+    pub async fn serve_links(self, listener: Listener) -> Result<(), LinkError> {
+        loop {
+            let (socket, address) = listener.accept().await?;
+            let (registry, identity) = (self.clone(), listener.identity());
+            crate::tasks::spawn("page link", async move {
+                let served = async {
+                    let (reader, writer, peer) =
+                        Listener::establish(identity, socket, address).await?;
+                    registry.welcome(reader, writer, peer.name).await
+                };
+                if let Err(error) = served.await {
+                    tracing::warn!(%address, %error, "page link turned away");
+                }
+            });
+        }
+    }
+
+    async fn welcome(
+        &self,
+        mut reader: FrameReader,
+        mut writer: FrameWriter,
+        certified: Option<String>,
+    ) -> Result<(), LinkError> {
+        let hello = match reader.next_within(HELLO_LIMIT).await? {
+            Frame::Hello(hello) => hello,
+            other => {
+                let got = frame_name(&other);
+                return Err(LinkError::Unexpected { got, wanted: "HELLO" });
+            }
+        };
+        if let Some(name) = certified.filter(|name| *name != hello.host.as_str()) {
+            let reason = format!("`{name}` says that it is `{}`", hello.host);
+            let _ = writer.send(&Frame::Refused(reason.clone())).await;
+            return Err(LinkError::Role(reason));
+        }
+        match hello.purpose {
+            Purpose::Migrate => self.take_migration(hello, reader, writer).await,
+            Purpose::AskDestination => self.answer_source(hello, reader, writer).await,
+            Purpose::AskSource => self.answer_destination(&hello, writer).await,
+        }
+    }
+
+    async fn take_migration(
+        &self,
+        hello: Hello,
+        reader: FrameReader,
+        mut writer: FrameWriter,
+    ) -> Result<(), LinkError> {
+        let Some(inputs) = self.expected(&hello) else {
+            // One sentence for every way of being wrong: a guesser learns nothing.
+            let reason = "no such migration is expected here".to_owned();
+            tracing::warn!(migration = %hello.migration, host = %hello.host, "unexpected link");
+            return writer.send(&Frame::Refused(reason)).await;
+        };
+        let _ = inputs.send(destination::Input::Link(reader, writer)).await;
+        Ok(())
+    }
+
+    fn expected(&self, hello: &Hello) -> Option<tokio::sync::mpsc::Sender<destination::Input>> {
+        let mut entries = self.entries();
+        let entry = entries.by_id.get_mut(&hello.migration)?;
+        if entry.vm != hello.vm || entry.progress.borrow().source_host != hello.host.as_str() {
+            return None;
+        }
+        match &mut entry.task {
+            Task::Destination { inputs, token, generation, linked }
+                if !*linked && *generation == hello.generation && same(token, &hello.token) =>
+            {
+                *linked = true;
+                Some(inputs.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// The source of a hand-over asks what became of it; it may deliver a lost COMMIT here.
+    async fn answer_source(
+        &self,
+        hello: Hello,
+        mut reader: FrameReader,
+        mut writer: FrameWriter,
+    ) -> Result<(), LinkError> {
+        let standing = self.standing_as_destination(&hello);
+        tracing::info!(vm = %hello.vm, asked_by = %hello.host, ?standing, "asked");
+        writer.send(&Frame::Standing(standing)).await?;
+        if standing != Standing::Loaded {
+            return Ok(());
+        }
+        match reader.next_within(COMMIT_LIMIT).await {
+            Ok(Frame::Commit(generation)) => {
+                let outcome = self.deliver_commit(&hello, generation).await;
+                writer.send(&outcome).await
+            }
+            Ok(other) => Err(LinkError::Unexpected { got: frame_name(&other), wanted: "COMMIT" }),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn deliver_commit(&self, hello: &Hello, generation: Generation) -> Frame {
+        let inputs = {
+            let entries = self.entries();
+            match entries.by_id.get(&hello.migration).map(|entry| &entry.task) {
+                Some(Task::Destination { inputs, .. }) => Some(inputs.clone()),
+                _ => None,
+            }
+        };
+        let (answer, answered) = oneshot::channel();
+        if let Some(inputs) = inputs
+            && inputs.send(destination::Input::Commit(generation, answer)).await.is_ok()
+            && let Ok(frame) = answered.await
+        {
+            return frame;
+        }
+        // No word of what happened: the source asks again and reads it off the record.
+        Frame::Standing(Standing::Pending)
+    }
+
+    async fn answer_destination(
+        &self,
+        hello: &Hello,
+        mut writer: FrameWriter,
+    ) -> Result<(), LinkError> {
+        let standing = match self.context.store.read(&hello.vm) {
+            Ok(record) => {
+                Record::standing_as_source(record.as_ref(), &hello.migration, hello.generation)
+            }
+            Err(error) => {
+                tracing::error!(%error, "asked, and cannot answer");
+                Standing::Unknown
+            }
+        };
+        tracing::info!(vm = %hello.vm, asked_by = %hello.host, ?standing, "asked");
+        writer.send(&Frame::Standing(standing)).await
+    }
+
+    fn standing_as_destination(&self, hello: &Hello) -> Standing {
+        match self.context.store.read(&hello.vm) {
+            Ok(record) => {
+                let lives = self.context.guests.lives(&hello.vm);
+                Record::standing_as_destination(
+                    record.as_ref(),
+                    &hello.migration,
+                    hello.generation,
+                    lives,
+                )
+            }
+            Err(error) => {
+                tracing::error!(%error, "asked, and cannot answer");
+                Standing::Unknown
+            }
+        }
+    }
+}
+
+/// Compares in a time that does not depend on where the difference is.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |different, (x, y)| different | (x ^ y)) == 0
+}

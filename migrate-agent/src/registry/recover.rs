@@ -1,0 +1,147 @@
+//! After a restart of the agent: every record that is not settled is taken up again, before any
+//! command or link is served.
+
+use lifeboat_protocol::agent::{MigrationProgress, Side, VmDefinition};
+use lifeboat_protocol::ids::{Generation, HostId, VmId};
+use lifeboat_protocol::terms::Mode;
+use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
+use tokio::sync::mpsc;
+
+use super::{DOWNTIME_DEFAULT, Entry, Registry, RegistryError, Task};
+use crate::destination::DestinationTask;
+use crate::handover::Record;
+use crate::handover::destination::Destination;
+use crate::handover::source::Source;
+use crate::progress::Progress;
+use crate::source::{Order, SourceTask};
+
+impl Registry {
+    /// Takes up what the records say. Guests have been adopted before.
+    ///
+    /// # Errors
+    /// When the records cannot be read: then nothing may be served.
+    pub async fn recover(&self) -> Result<(), RegistryError> {
+        let records = self.context.store.read_all()?;
+        for vm in self.context.guests.living() {
+            let keep = records.get(&vm).is_some_and(|record| match record {
+                Record::Owner { .. } | Record::Sending { .. } | Record::Loaded { .. } => true,
+                // Until the destination has confirmed, this is the other copy.
+                Record::Ceded { confirmed, .. } => !confirmed,
+                Record::Refused { .. } => false,
+            });
+            if !keep {
+                tracing::warn!(%vm, "ending a QEMU that no record of this host covers");
+                if let Err(error) = self.context.guests.end(&vm, true).await {
+                    tracing::error!(%vm, %error, "it could not be ended");
+                }
+            }
+        }
+        for (vm, record) in records {
+            self.take_up(vm, &record);
+        }
+        Ok(())
+    }
+
+    fn take_up(&self, vm: VmId, record: &Record) {
+        let mut actions = Vec::new();
+        if let Some(machine) = Source::resume(record, &mut actions) {
+            if !actions.is_empty() {
+                self.take_up_source(vm, machine, actions);
+            }
+            return;
+        }
+        let mut actions = Vec::new();
+        let lives = self.context.guests.lives(&vm);
+        if let Some(machine) = Destination::resume(record, lives, &mut actions) {
+            self.take_up_destination(vm, machine, actions);
+        }
+    }
+
+    fn take_up_source(
+        &self,
+        vm: VmId,
+        machine: Source,
+        actions: Vec<crate::handover::source::Action>,
+    ) {
+        let (destination, page_address) = machine.destination();
+        let (destination, page_address) = (destination.clone(), page_address.to_owned());
+        let migration = machine.migration().clone();
+        tracing::warn!(%vm, %migration, state = ?machine.state(), "hand-over taken up again");
+        let first = self.first(&vm, Side::Source, &destination, machine.next_generation());
+        let first = MigrationProgress { migration: migration.to_string(), ..first };
+        let order = Order {
+            migration: migration.clone(),
+            vm: vm.clone(),
+            mode: Mode::PreCopy,
+            destination,
+            page_address,
+            token: [0; TOKEN_BYTES],
+            limit: None,
+            downtime_limit: DOWNTIME_DEFAULT,
+            iterations_max: None,
+            deadline: None,
+            generation: Generation(machine.next_generation().0.saturating_sub(1)),
+        };
+        let (progress, watching) = Progress::new(first);
+        let (to, inputs) = mpsc::channel(16);
+        let task = SourceTask::with_machine(self.context.clone(), order, inputs, progress, machine);
+        self.enlist(migration, Entry { vm, progress: watching, task: Task::Source(to) });
+        crate::tasks::spawn("migration, source", async move { task.take_up(actions).await });
+    }
+
+    fn take_up_destination(
+        &self,
+        vm: VmId,
+        machine: Destination,
+        actions: Vec<crate::handover::destination::Action>,
+    ) {
+        let (source, _) = machine.source();
+        let migration = machine.migration().clone();
+        tracing::warn!(%vm, %migration, state = ?machine.state(), "hand-over taken up again");
+        let first = self.first(&vm, Side::Destination, source, machine.generation());
+        let first = MigrationProgress { migration: migration.to_string(), ..first };
+        let generation = machine.generation();
+        let definition = self
+            .context
+            .guests
+            .definition(&vm)
+            .unwrap_or_else(|| VmDefinition { name: vm.to_string(), ..VmDefinition::default() });
+        let (progress, watching) = Progress::new(first);
+        let (to, inputs) = mpsc::channel(16);
+        let task = DestinationTask::new(
+            self.context.clone(),
+            vm.clone(),
+            definition,
+            Mode::PreCopy,
+            inputs,
+            progress,
+            machine,
+        );
+        let task_entry =
+            Task::Destination { inputs: to, token: [0; TOKEN_BYTES], generation, linked: true };
+        self.enlist(migration, Entry { vm, progress: watching, task: task_entry });
+        crate::tasks::spawn("migration, destination", async move { task.take_up(actions).await });
+    }
+
+    fn first(
+        &self,
+        vm: &VmId,
+        side: Side,
+        peer: &HostId,
+        generation: Generation,
+    ) -> MigrationProgress {
+        let (here, peer) = (self.context.host.to_string(), peer.to_string());
+        let (source_host, destination_host) = match side {
+            Side::Source => (here, peer),
+            _ => (peer, here),
+        };
+        MigrationProgress {
+            vm: vm.to_string(),
+            side: side.into(),
+            source_host,
+            destination_host,
+            generation: generation.0,
+            ..MigrationProgress::default()
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! The source's side of one migration, from the order to the end: a sentence of phases, and then
+//! the hand-over's machine, which alone decides who owns.
+//!
+//! ```text
+//!   travel():  link up -> QEMU pre-copies into the relay -> pause -> tail -> END -> LOADED
+//!   settle():  LOADED or the failure goes into handover::source; its actions are performed;
+//!              past COMMIT it asks until it knows
+//! ```
+//!
+//! One task runs it; it owns the machine, the link and the guest's QMP. Started by `registry/`,
+//! told things through [`Input`]. Everything before COMMIT that goes wrong is a [`Failure`], and
+//! every failure ends with the guest running here.
+
+mod asking;
+mod copying;
+mod guest;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lifeboat_protocol::agent::{MigrationProgress, Phase};
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
+use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::units::BytesPerSec;
+use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
+use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::clock;
+use crate::guests::{GuestError, Guests};
+use crate::handover::source::{Action, Event, Outcome, Source, State};
+use crate::handover::store::{Store, StoreError};
+use crate::link::io::frame_name;
+use crate::link::{FrameReader, FrameWriter, LinkError};
+use crate::progress::Progress;
+use crate::qemu::qmp::{MigrationStatus, QmpError};
+use crate::tls::TlsIdentity;
+
+/// How long the destination may take to say WELCOME: its QEMU is already up.
+const WELCOME_LIMIT: Duration = Duration::from_secs(10);
+/// How long RUNNING may take after COMMIT before the state is called uncertain.
+const RUNNING_LIMIT: Duration = Duration::from_secs(5);
+
+/// What was ordered.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// How its memory moves: pre-copy or cold.
+    pub mode: Mode,
+    /// Where to.
+    pub destination: HostId,
+    /// The destination's page listener.
+    pub page_address: String,
+    /// The destination's proof that the controller sent us.
+    pub token: [u8; TOKEN_BYTES],
+    /// What may be sent; `None`: whatever the link takes.
+    pub limit: Option<BytesPerSec>,
+    /// What the pause should not exceed.
+    pub downtime_limit: Duration,
+    /// Most iterations; `None`: the policy's default.
+    pub iterations_max: Option<u32>,
+    /// Give up after this long; `None`: the policy's default.
+    pub deadline: Option<Duration>,
+    /// The generation that this host owns.
+    pub generation: Generation,
+}
+
+/// What the task is told while it runs.
+#[derive(Debug)]
+pub enum Input {
+    /// Stop, if it can still be stopped. The answer: whether it could.
+    Cancel {
+        /// For the report.
+        reason: String,
+        /// Answered when it is decided.
+        answer: oneshot::Sender<bool>,
+    },
+    /// A new limit.
+    Limit(Option<BytesPerSec>),
+    /// An operator says that the destination is fenced off. The answer: whether it was taken.
+    Claim(oneshot::Sender<bool>),
+}
+
+/// What the tasks of every migration share on this host.
+#[derive(Clone)]
+pub struct Context {
+    /// This host.
+    pub host: HostId,
+    /// Its guests.
+    pub guests: Arc<dyn Guests>,
+    /// Its ownership records.
+    pub store: Store,
+    /// Its certificates.
+    pub identity: Option<TlsIdentity>,
+}
+
+/// Why a migration did not come to COMMIT.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// QEMU.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The disk with the ownership records.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A local socket.
+    #[error("cannot take QEMU's stream")]
+    Socket(#[source] std::io::Error),
+    /// QEMU gave up.
+    #[error("QEMU ended the migration as `{status:?}`{}", .detail.as_ref().map(|d| format!(": {d}")).unwrap_or_default())]
+    Qemu {
+        /// Its migration status.
+        status: MigrationStatus,
+        /// What it said.
+        detail: Option<String>,
+    },
+    /// QEMU did not do something in time.
+    #[error("QEMU did not {what} within {} ms", .limit.as_millis())]
+    Slow {
+        /// What it should have done.
+        what: &'static str,
+        /// The time it had.
+        limit: Duration,
+    },
+    /// Somebody stopped it.
+    #[error("cancelled: {0}")]
+    Cancelled(String),
+    /// The destination stopped it.
+    #[error("the destination refused: {0}")]
+    Refused(String),
+    /// It would not have come to an end.
+    #[error(
+        "pre-copy does not converge: {0}; retry with less load in the guest, more bandwidth, or `--mode cold`"
+    )]
+    NotConverging(lifeboat_policy::stop::GiveUpReason),
+    /// The guest went away by itself.
+    #[error("the guest's QEMU has gone")]
+    GuestGone,
+    /// A mode that is not here yet.
+    #[error("mode {0} is not in this release; pre-copy and cold are")]
+    Mode(Mode),
+}
+
+impl Failure {
+    /// The whole chain of causes in one line, for reports.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !line.contains(&text) {
+                line.push_str(": ");
+                line.push_str(&text);
+            }
+            cause = error.source();
+        }
+        line
+    }
+}
+
+/// One migration's task at the source.
+pub struct SourceTask {
+    context: Context,
+    order: Order,
+    inputs: mpsc::Receiver<Input>,
+    progress: Progress,
+    machine: Source,
+    limit: Option<BytesPerSec>,
+    /// The link, while there is one; COMMIT and ABORT go over it.
+    writer: Option<FrameWriter>,
+    /// What the link's reader passes on.
+    words: Option<mpsc::Receiver<Result<Frame, LinkError>>>,
+    stop_seen: Option<std::time::Instant>,
+    guest_quit_for_cold: bool,
+}
+
+impl SourceTask {
+    /// A migration that begins: the returned actions of the machine have not been performed yet.
+    #[must_use]
+    pub fn begin(
+        context: Context,
+        order: Order,
+        inputs: mpsc::Receiver<Input>,
+        progress: Progress,
+    ) -> (Self, Vec<Action>) {
+        let mut actions = Vec::new();
+        let machine = Source::begin(
+            order.generation,
+            order.migration.clone(),
+            order.destination.clone(),
+            order.page_address.clone(),
+            &mut actions,
+        );
+        (Self::with_machine(context, order, inputs, progress, machine), actions)
+    }
+
+    /// A hand-over that was found in the records after a restart.
+    #[must_use]
+    pub fn with_machine(
+        context: Context,
+        order: Order,
+        inputs: mpsc::Receiver<Input>,
+        progress: Progress,
+        machine: Source,
+    ) -> Self {
+        let limit = order.limit;
+        Self {
+            context,
+            order,
+            inputs,
+            progress,
+            machine,
+            limit,
+            writer: None,
+            words: None,
+            stop_seen: None,
+            guest_quit_for_cold: false,
+        }
+    }
+
+    /// Runs a new migration to its end.
+    pub async fn run(mut self, first: Vec<Action>) -> MigrationProgress {
+        if let Err(failure) = self.perform(first).await {
+            // Nothing has been recorded, so nothing has begun.
+            self.end_with(Phase::Failed, failure.line());
+            return self.progress.now();
+        }
+        let event = match self.travel().await {
+            Ok(generation) => Event::Loaded(generation),
+            Err(failure) => {
+                tracing::warn!(reason = %failure.line(), "migration given up before COMMIT");
+                let cancelled = matches!(failure, Failure::Cancelled(_));
+                self.progress.update(|progress| progress.reason = failure.line());
+                self.settle_failure(cancelled).await;
+                return self.progress.now();
+            }
+        };
+        self.progress.enter(Phase::Committing);
+        self.tell(event).await;
+        if self.machine.state() == State::Ceded {
+            self.await_running().await;
+        }
+        self.finish().await
+    }
+
+    /// Goes on with a hand-over that a restart found: performs what the record calls for.
+    pub async fn take_up(mut self, actions: Vec<Action>) -> MigrationProgress {
+        self.perform_all(actions).await;
+        self.finish().await
+    }
+
+    /// Asks until the outcome is known, then says it.
+    async fn finish(mut self) -> MigrationProgress {
+        while !matches!(self.machine.state(), State::Over(_)) {
+            self.ask_once().await;
+        }
+        if let State::Over(outcome) = self.machine.state() {
+            self.report(outcome);
+        }
+        self.progress.now()
+    }
+
+    fn report(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Confirmed => {
+                let elapsed = self.progress.elapsed_ms();
+                self.progress.update(|progress| {
+                    progress.total_ms = elapsed;
+                    progress.bytes_remaining = 0;
+                    progress.time_to_go_known = true;
+                    progress.time_to_go_ms = 0;
+                    progress.reason.clear();
+                });
+                self.progress.enter(Phase::Completed);
+            }
+            Outcome::Aborted => self.end_with(Phase::Failed, String::new()),
+            Outcome::Returned(generation) => self.end_with(
+                Phase::Failed,
+                format!("handed over, but the destination never started it: runs here again as {generation}"),
+            ),
+            Outcome::Claimed(generation) => self.end_with(
+                Phase::Failed,
+                format!("claimed back by the operator: runs here again as {generation}"),
+            ),
+        }
+    }
+
+    fn end_with(&mut self, phase: Phase, reason: String) {
+        if !reason.is_empty() {
+            self.progress.update(|progress| progress.reason = reason);
+        }
+        self.progress.enter(phase);
+    }
+
+    async fn settle_failure(&mut self, cancelled: bool) {
+        self.tell(Event::GiveUp).await;
+        self.progress.enter(if cancelled { Phase::Cancelled } else { Phase::Failed });
+    }
+
+    /// From nothing to LOADED. Every `?` here ends with the guest running at this host.
+    async fn travel(&mut self) -> Result<Generation, Failure> {
+        let qmp = self.context.guests.qmp(&self.order.vm).await?;
+        self.connect().await?;
+        match self.order.mode {
+            Mode::PreCopy => self.copy_memory(&qmp).await?,
+            Mode::Cold => self.stop_for_cold(&qmp).await?,
+            other => return Err(Failure::Mode(other)),
+        }
+        self.await_loaded(&qmp).await
+    }
+
+    async fn connect(&mut self) -> Result<(), Failure> {
+        let identity = self.context.identity.as_ref();
+        let (mut reader, mut writer) =
+            crate::link::connect(&self.order.page_address, identity).await?;
+        let hello = Hello {
+            purpose: Purpose::Migrate,
+            migration: self.order.migration.clone(),
+            vm: self.order.vm.clone(),
+            host: self.context.host.clone(),
+            generation: self.machine.next_generation(),
+            token: self.order.token,
+        };
+        writer.send(&Frame::Hello(hello)).await?;
+        match reader.next_within(WELCOME_LIMIT).await? {
+            Frame::Welcome => {}
+            Frame::Refused(reason) | Frame::Abort(reason) => return Err(Failure::Refused(reason)),
+            other => {
+                let got = frame_name(&other);
+                return Err(LinkError::Unexpected { got, wanted: "WELCOME" }.into());
+            }
+        }
+        self.words = Some(listen(reader));
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    /// Waits for RUNNING on the link; its absence makes the state uncertain.
+    async fn await_running(&mut self) {
+        let deadline = clock::now() + RUNNING_LIMIT;
+        let event = loop {
+            match self.next_word(deadline).await {
+                Ok(Frame::Running(generation)) => {
+                    self.note_downtime();
+                    break Event::Running(generation);
+                }
+                Ok(Frame::Refused(reason)) => {
+                    tracing::warn!(reason, "the destination refused after COMMIT");
+                    break Event::Refused;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(%error, "no word after COMMIT: uncertain");
+                    self.say_uncertain();
+                    break Event::NoWord;
+                }
+            }
+        };
+        self.tell(event).await;
+    }
+
+    fn say_uncertain(&mut self) {
+        let destination = self.order.destination.clone();
+        let vm = self.order.vm.clone();
+        self.end_with(
+            Phase::Uncertain,
+            format!(
+                "COMMIT was sent to {destination} and no answer came; asking it on. If {destination} is known to be \
+                 off or fenced: `lifeboat claim {vm} --fenced`"
+            ),
+        );
+    }
+
+    /// Downtime by one clock, this host's: STOP seen to RUNNING heard.
+    fn note_downtime(&mut self) {
+        if let Some(stopped) = self.stop_seen {
+            let micros = u64::try_from(stopped.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.progress.update(|progress| progress.downtime_us = micros);
+        }
+    }
+
+    /// The next word of the destination before `deadline`.
+    async fn next_word(&mut self, deadline: std::time::Instant) -> Result<Frame, LinkError> {
+        let Some(words) = &mut self.words else { return Err(LinkError::Closed) };
+        let limit = deadline.saturating_duration_since(clock::now());
+        match tokio::time::timeout(limit, words.recv()).await {
+            Ok(Some(word)) => word,
+            Ok(None) => Err(LinkError::Closed),
+            Err(_) => Err(LinkError::Silent(limit)),
+        }
+    }
+
+    /// Gives the machine an event and performs what it wants done.
+    async fn tell(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.machine.apply(event, &mut actions);
+        tracing::debug!(?event, state = ?self.machine.state(), "hand-over");
+        self.perform_all(actions).await;
+    }
+
+    /// Performs actions of which a failed one must not keep the later ones from being tried.
+    async fn perform_all(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            let fatal = matches!(action, Action::Persist(_));
+            if let Err(failure) = self.perform(vec![action]).await {
+                tracing::error!(error = %failure.line(), "hand-over step failed");
+                self.progress.update(|progress| progress.reason = failure.line());
+                if fatal {
+                    // What could not be made durable must not be acted on: the record on the
+                    // disk stays in force, and the machine is taken up from it.
+                    self.reload().await;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// After a failed write: the state is what the disk says, whatever was meant.
+    async fn reload(&mut self) {
+        while let Err(error) = self.reload_once() {
+            tracing::error!(%error, "ownership record cannot be read; trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    fn reload_once(&mut self) -> Result<(), StoreError> {
+        if let Some(record) = self.context.store.read(&self.order.vm)? {
+            let mut ignored = Vec::new();
+            if let Some(machine) = Source::resume(&record, &mut ignored) {
+                self.machine = machine;
+            }
+        }
+        Ok(())
+    }
+
+    async fn perform(&mut self, actions: Vec<Action>) -> Result<(), Failure> {
+        for action in actions {
+            match action {
+                Action::Persist(record) => {
+                    let (store, vm) = (self.context.store.clone(), self.order.vm.clone());
+                    crate::tasks::blocking(move || store.write(&vm, &record)).await?;
+                }
+                Action::SendCommit(generation) => self.send_commit(generation).await,
+                Action::SendAbort => {
+                    let reason = self.progress.now().reason;
+                    if let Some(writer) = &mut self.writer {
+                        // Best effort: a destination that does not hear it asks.
+                        let _ = writer.send(&Frame::Abort(reason)).await;
+                        writer.close().await;
+                    }
+                }
+                Action::ResumeGuest => self.resume_guest().await?,
+                Action::QuitGuest => {
+                    self.context.guests.end(&self.order.vm, true).await?;
+                    let elapsed = self.progress.elapsed_ms();
+                    self.progress.update(|progress| progress.eviction_ms = elapsed);
+                }
+                // `finish` asks for as long as the machine is open.
+                Action::Ask => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn send_commit(&mut self, generation: Generation) {
+        if let Some(writer) = &mut self.writer {
+            if let Err(error) = writer.send(&Frame::Commit(generation)).await {
+                tracing::error!(%error, "COMMIT could not be sent on the link");
+            }
+        }
+    }
+}
+
+/// Reads the link in a task of its own, so that a word is heard whatever else goes on. Ends with
+/// the link, or when nobody listens any more.
+fn listen(mut reader: FrameReader) -> mpsc::Receiver<Result<Frame, LinkError>> {
+    /// The destination says something (at least ACK) four times a second.
+    const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+    let (to, words) = mpsc::channel(64);
+    crate::tasks::spawn("page link words", async move {
+        loop {
+            let word = reader.next_within(SILENCE_LIMIT).await;
+            let last = word.is_err();
+            if matches!(word, Ok(Frame::Ack(_) | Frame::Pong(_))) {
+                continue;
+            }
+            if to.send(word).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    words
+}

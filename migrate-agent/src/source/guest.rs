@@ -1,0 +1,93 @@
+//! The source's hands on its guest: stop it for a cold migration, bring it back after a failure.
+
+use std::time::Duration;
+
+use lifeboat_protocol::agent::Phase;
+use lifeboat_scatter_gather::link::{Ended, Frame};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Failure, SourceTask};
+use crate::clock;
+use crate::qemu::qmp::{MigrationStatus, Qmp, RunState};
+
+/// A guest that hears the power button has this long to shut down by itself.
+const POWER_DOWN_GRACE: Duration = Duration::from_secs(20);
+/// QEMU has this long to end a migration that it was told to cancel.
+const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+
+impl SourceTask {
+    /// Cold migration: power down, and only stop where the guest does not listen. Its memory is
+    /// not kept either way; its disks are consistent if it listened.
+    pub(super) async fn stop_for_cold(&mut self, qmp: &Qmp) -> Result<(), Failure> {
+        self.progress.enter(Phase::Switchover);
+        let mut events = qmp.events();
+        self.stop_seen = Some(clock::now());
+        qmp.system_powerdown().await?;
+        let deadline = clock::now() + POWER_DOWN_GRACE;
+        while clock::now() < deadline {
+            let left = deadline.saturating_duration_since(clock::now());
+            match tokio::time::timeout(left, events.recv()).await {
+                Ok(Ok(event)) if event.name == "SHUTDOWN" => break,
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        if qmp.is_closed() {
+            self.guest_quit_for_cold = true;
+        } else {
+            qmp.stop().await?;
+        }
+        if let Some(writer) = &mut self.writer {
+            writer.send(&Frame::End(Ended { total: 0, digest: xxh3_64(&[]) })).await?;
+        }
+        Ok(())
+    }
+
+    /// Whatever QEMU was doing for the migration ends, and the guest runs again.
+    pub(super) async fn resume_guest(&mut self) -> Result<(), Failure> {
+        let vm = self.order.vm.clone();
+        if !self.context.guests.lives(&vm) {
+            if self.guest_quit_for_cold {
+                self.context.guests.start_again(&vm).await?;
+                return Ok(());
+            }
+            return Err(Failure::GuestGone);
+        }
+        let qmp = self.context.guests.qmp(&vm).await?;
+        cancel(&qmp).await?;
+        if qmp.query_status().await?.status != RunState::Running {
+            qmp.cont().await?;
+        }
+        // The destination may have announced the guest's addresses while it was loading.
+        if let Err(error) = qmp.announce_self().await {
+            tracing::warn!(%error, "the guest runs, but could not be announced");
+        }
+        tracing::info!("guest runs at the source again");
+        Ok(())
+    }
+}
+
+/// Ends a migration that is under way in QEMU; nothing where there is none.
+async fn cancel(qmp: &Qmp) -> Result<(), Failure> {
+    let deadline = clock::now() + CANCEL_LIMIT;
+    let mut asked = false;
+    loop {
+        match qmp.query_migrate().await?.status {
+            MigrationStatus::Setup
+            | MigrationStatus::Active
+            | MigrationStatus::PreSwitchover
+            | MigrationStatus::Device => {
+                if !asked {
+                    qmp.migrate_cancel().await?;
+                    asked = true;
+                }
+            }
+            MigrationStatus::Cancelling => {}
+            _ => return Ok(()),
+        }
+        if clock::now() > deadline {
+            return Err(Failure::Slow { what: "cancel the migration", limit: CANCEL_LIMIT });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
