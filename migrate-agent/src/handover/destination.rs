@@ -94,6 +94,9 @@ pub struct Destination {
     source: HostId,
     page_address: String,
     generation: Generation,
+    /// Taken up after a crash that may have come after the guest was resumed: from then on
+    /// nothing this side sees proves that it never ran.
+    may_have_run: bool,
 }
 
 impl Destination {
@@ -105,7 +108,14 @@ impl Destination {
         source: HostId,
         page_address: String,
     ) -> Self {
-        Self { state: State::Receiving, migration, source, page_address, generation }
+        Self {
+            state: State::Receiving,
+            migration,
+            source,
+            page_address,
+            generation,
+            may_have_run: false,
+        }
     }
 
     /// Takes up a hand-over after a restart; `None` where the record holds none for a
@@ -120,6 +130,7 @@ impl Destination {
                     source: source.clone(),
                     page_address: page_address.clone(),
                     generation: *generation,
+                    may_have_run: false,
                 };
                 if guest_lives {
                     actions.push(Action::Ask);
@@ -140,11 +151,11 @@ impl Destination {
                     source: source.clone(),
                     page_address: String::new(),
                     generation: *generation,
+                    may_have_run: true,
                 };
                 if guest_lives {
                     actions.push(Action::StartGuest);
                 } else {
-                    // The crash may have come after the guest was resumed: no proof either way.
                     destination.apply(Event::GuestDied, actions);
                 }
                 Some(destination)
@@ -234,8 +245,8 @@ impl Destination {
                 actions.push(Action::Persist(self.owner_record(true)));
                 self.state = State::Over(Outcome::Running);
             }
-            Event::NotStarted => self.discard(actions),
-            Event::GuestDied => self.state = State::Over(Outcome::Died),
+            Event::NotStarted if !self.may_have_run => self.discard(actions),
+            Event::NotStarted | Event::GuestDied => self.state = State::Over(Outcome::Died),
             Event::GuestLoaded
             | Event::Commit(_)
             | Event::Abort

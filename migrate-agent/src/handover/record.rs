@@ -122,8 +122,16 @@ impl Record {
         match record {
             Some(Self::Loaded { migration: ours, .. }) if ours == migration => Standing::Loaded,
             Some(Self::Refused { migration: ours, .. }) if ours == migration => Standing::Refused,
-            Some(Self::Owner { via: Some(ours), .. }) if ours == migration && guest_lives => {
-                Standing::Owned
+            // The source ends its guest when it hears "owned": said only once the guest has been
+            // seen to run, so that a QEMU which cannot resume does not cost the other copy.
+            Some(Self::Owner { via: Some(ours), resumed, .. })
+                if ours == migration && guest_lives =>
+            {
+                if *resumed {
+                    Standing::Owned
+                } else {
+                    Standing::Pending
+                }
             }
             Some(Self::Owner { via: Some(ours), .. }) if ours == migration => Standing::Died,
             // It came by that migration, or must have, and has gone on from here since: it ran.

@@ -369,7 +369,7 @@ proptest! {
         world.settle();
         let here = world.source_guest == Guest::Running;
         let there = world.destination_guest == Guest::Running;
-        let owned_and_died = world.destination_guest == Guest::Dead
+        let owned_and_died = matches!(world.destination_guest, Guest::Dead | Guest::Absent)
             && world.destination_record.as_ref().is_some_and(Record::may_run);
         if owned_and_died {
             prop_assert!(!here, "resumed at the source although the destination owned it");

@@ -115,8 +115,7 @@ impl Source {
         Self { state: State::Sending, migration, destination, page_address, next }
     }
 
-    /// Takes up a hand-over after a restart; `None` where the record holds none that is open for
-    /// a source (the actions are to be performed all the same).
+    /// Takes up a hand-over after a restart; `None` where the record holds none for a source.
     #[must_use]
     pub fn resume(record: &Record, actions: &mut Vec<Action>) -> Option<Self> {
         match record {
@@ -149,9 +148,19 @@ impl Source {
                 })
             }
             Record::Owner { generation, via: None, resumed: false, .. } => {
+                // Taken back, and the crash came before the guest was resumed. Which migration it
+                // was does not matter any more.
                 actions.push(Action::ResumeGuest);
                 actions.push(Action::Persist(owner(*generation, true)));
-                None
+                let migration = MigrationId::new("taken-back").ok()?;
+                let destination = HostId::new("unknown").ok()?;
+                Some(Self {
+                    state: State::Over(Outcome::Returned(*generation)),
+                    migration,
+                    destination,
+                    page_address: String::new(),
+                    next: *generation,
+                })
             }
             Record::Owner { .. } | Record::Loaded { .. } | Record::Refused { .. } => None,
         }
