@@ -8,6 +8,7 @@ pub mod agents;
 pub mod audit;
 pub mod clock;
 pub mod config;
+pub mod driver;
 pub mod evacuation;
 pub mod inventory;
 pub mod journal;

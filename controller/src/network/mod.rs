@@ -17,6 +17,8 @@
 //!   what it did.
 //! - Foreign QoS rows and flows stay untouched.
 
+mod detached;
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -26,6 +28,8 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
 use lifeboat_protocol::terms::Urgency;
 use lifeboat_protocol::units::BitsPerSec;
 use serde::{Deserialize, Serialize};
+
+pub use detached::Detached;
 
 /// A port of a switch by the names of the configuration. A host's own bridge is a switch too.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -1,0 +1,339 @@
+//! Performs one action each and reports what came of it.
+//!
+//! Every action that the machine waits for is answered, whatever happens: an error is an event too.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lifeboat_protocol::agent::{PrepareDestinationRequest, StartMigrationRequest};
+use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
+use lifeboat_protocol::units::BitsPerSec;
+use tokio::sync::mpsc;
+
+use super::{Input, lock, report};
+use crate::clock;
+use crate::evacuation::{Action, EvacuationOrder, Event, Fleet, Leg, PageTicket, VmRecord};
+use crate::network::{FollowVm, NetworkError, PageFlow, ReservationRequest, Reserved};
+use crate::planner::{Planner, Promised};
+
+/// How long the driver waits for what may come back by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For a source's agent, before its VMs cannot be chosen.
+    pub connect: Duration,
+    /// For a source's agent that has gone silent during a migration.
+    pub watch: Duration,
+    /// For the agents' word on a migration in doubt, before it is called uncertain.
+    pub settle: Duration,
+    /// Between two tries of anything.
+    pub again: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(30),
+            watch: Duration::from_secs(30),
+            settle: Duration::from_secs(120),
+            again: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Tries of a release before it is left to the next start's sweep.
+const RELEASE_TRIES: u32 = 5;
+
+/// What an action is performed with.
+pub struct Hands {
+    pub(super) planner: Planner,
+    pub(super) patience: Patience,
+    pub(super) wiring: Option<Wiring>,
+}
+
+/// The way back into the loop.
+pub(super) struct Wiring {
+    pub(super) inputs: mpsc::Sender<Input>,
+    pub(super) fleet: Arc<Mutex<Fleet>>,
+}
+
+impl Hands {
+    /// Hands that plan, call and reserve through `planner`'s connections.
+    #[must_use]
+    pub fn new(planner: Planner, patience: Patience) -> Self {
+        Self { planner, patience, wiring: None }
+    }
+
+    pub(super) fn wired(mut self, inputs: mpsc::Sender<Input>, fleet: Arc<Mutex<Fleet>>) -> Self {
+        self.wiring = Some(Wiring { inputs, fleet });
+        self
+    }
+
+    pub(super) async fn perform(&self, id: EvacuationId, action: Action) {
+        let Some(wiring) = &self.wiring else { return };
+        let event = match action {
+            Action::Plan => Some(self.plan(wiring, &id).await),
+            Action::Choose { waiting } => self.choose(wiring, &id, &waiting).await,
+            Action::Reserve { source, leg, .. } => {
+                Some(self.reserve(wiring, &id, &source, &leg).await)
+            }
+            Action::Prepare { vm, source, leg } => Some(self.prepare(&vm, &source, &leg).await),
+            Action::Start { vm, source, leg, ticket } => {
+                Some(self.start(wiring, &id, &vm, &source, &leg, ticket).await)
+            }
+            Action::Watch { migration, source, destination } => {
+                Some(self.watch(wiring, &id, &migration, &source, &destination).await)
+            }
+            Action::Cancel { migration, source } => {
+                self.cancel(&migration, &source).await;
+                None
+            }
+            Action::Settle { migration, source, destination, because, .. } => {
+                Some(self.settle(migration, &source, &destination, &because).await)
+            }
+            Action::Follow { vm, to } => {
+                self.follow(&vm, &to).await;
+                None
+            }
+            Action::Release { migration } => Some(self.release(&id, migration).await),
+            Action::Finished { evacuation } => {
+                tracing::info!(%evacuation, "evacuation ended; see its report");
+                None
+            }
+        };
+        if let Some(event) = event {
+            report(&wiring.inputs, &id, event).await;
+        }
+    }
+
+    fn order(wiring: &Wiring, id: &EvacuationId) -> Option<EvacuationOrder> {
+        lock(&wiring.fleet).get(id).map(|evacuation| evacuation.order.clone())
+    }
+
+    async fn plan(&self, wiring: &Wiring, id: &EvacuationId) -> Event {
+        let Some(order) = Self::order(wiring, id) else {
+            return Event::Planned { vms: Vec::new() };
+        };
+        for host in &order.hosts {
+            self.await_agent(host).await;
+        }
+        let promised = Promised::by(&lock(&wiring.fleet));
+        let vms = match self.planner.plan(&order, &promised).await {
+            Ok(plan) => plan.records(),
+            Err(error) => {
+                // Without a plan nobody moves; the VMs that are known say why.
+                let hosts = self.planner.inventory.hosts();
+                let known = order.hosts.iter().flat_map(|host| {
+                    let entry = hosts.get(host).cloned().unwrap_or_default();
+                    let names = entry.vms.into_iter().filter(crate::inventory::owns);
+                    names.map(move |status| (host.clone(), status))
+                });
+                let stays = known.filter_map(|(host, status)| {
+                    let vm = VmId::new(crate::inventory::name_of(&status)).ok()?;
+                    Some(VmRecord::left_behind(vm, host, error.to_string()))
+                });
+                stays.collect()
+            }
+        };
+        Event::Planned { vms }
+    }
+
+    async fn choose(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        waiting: &[(VmId, HostId, Vec<HostId>)],
+    ) -> Option<Event> {
+        let order = Self::order(wiring, id)?;
+        for host in &order.hosts {
+            self.await_agent(host).await;
+        }
+        let promised = Promised::by(&lock(&wiring.fleet));
+        let (choice, no_place) = self.planner.choose(&order, &promised, waiting).await;
+        Some(Event::Chosen { choice, no_place })
+    }
+
+    /// Waits until an agent answers, or patience ends: one that restarts is back in seconds.
+    async fn await_agent(&self, host: &HostId) {
+        let begun = clock::now();
+        let connected = || self.planner.inventory.host(host).is_some_and(|entry| entry.connected);
+        while !connected() && elapsed(begun) < self.patience.connect {
+            tokio::time::sleep(self.patience.again).await;
+        }
+    }
+
+    async fn reserve(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        source: &HostId,
+        leg: &Leg,
+    ) -> Event {
+        let migration = leg.migration.clone();
+        match self.try_reserve(wiring, id, source, leg).await {
+            Ok(reserved) => Event::Reserved { migration, reserved },
+            Err(reason) => Event::ReserveFailed { migration, reason },
+        }
+    }
+
+    async fn try_reserve(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        source: &HostId,
+        leg: &Leg,
+    ) -> Result<Reserved, String> {
+        let order = Self::order(wiring, id).ok_or("the evacuation is gone")?;
+        let from = self.planner.site.host(source).ok_or("the source is not configured")?;
+        let entry = self.planner.inventory.host(&leg.destination);
+        let description = entry.and_then(|entry| entry.description).ok_or_else(|| {
+            format!("the agent of {} has not described its host", leg.destination)
+        })?;
+        let page_address = description.page_address.parse().map_err(|_| {
+            format!(
+                "the agent of {} gives no page address that a switch can match",
+                leg.destination
+            )
+        })?;
+        let request = ReservationRequest {
+            evacuation: id.clone(),
+            migration: leg.migration.clone(),
+            urgency: order.urgency,
+            hops: leg.hops.clone(),
+            traffic: PageFlow { source: from.address, destination: page_address },
+        };
+        let begun = clock::now();
+        loop {
+            match self.planner.network.reserve(request.clone()).await {
+                Ok(reserved) => return Ok(reserved),
+                Err(error) if may_wait(&error) && elapsed(begun) < self.patience.connect => {
+                    tracing::debug!(%error, "reserve again");
+                    tokio::time::sleep(self.patience.again).await;
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    async fn prepare(&self, vm: &VmId, source: &HostId, leg: &Leg) -> Event {
+        let migration = leg.migration.clone();
+        let found = self.planner.inventory.host(source).and_then(|entry| {
+            let is = |status: &&_| crate::inventory::is(status, vm);
+            entry.vms.iter().find(is).cloned()
+        });
+        let Some(status) = found else {
+            let reason = format!("{source} does not know the VM any more");
+            return Event::PrepareFailed { migration, reason };
+        };
+        let source_entry = self.planner.inventory.host(source);
+        let request = PrepareDestinationRequest {
+            source_page_address: source_entry
+                .and_then(|entry| entry.description)
+                .map_or_else(String::new, |description| description.page_address),
+            command: None,
+            migration: migration.to_string(),
+            definition: status.definition,
+            mode: lifeboat_protocol::agent::Mode::from(leg.mode).into(),
+            generation: status.generation,
+            source_host: source.to_string(),
+        };
+        match self.planner.agents.prepare(&leg.destination, request).await {
+            Ok(reply) => {
+                let ticket = PageTicket { address: reply.page_address, token: reply.token };
+                Event::Prepared { migration, ticket }
+            }
+            Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
+        }
+    }
+
+    async fn start(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        vm: &VmId,
+        source: &HostId,
+        leg: &Leg,
+        ticket: PageTicket,
+    ) -> Event {
+        let migration = leg.migration.clone();
+        let order = Self::order(wiring, id);
+        let left = order.as_ref().and_then(|order| order.deadline);
+        let request = StartMigrationRequest {
+            command: None,
+            migration: migration.to_string(),
+            vm: vm.to_string(),
+            mode: lifeboat_protocol::agent::Mode::from(leg.mode).into(),
+            destination_host: leg.destination.to_string(),
+            page_address: ticket.address,
+            token: ticket.token,
+            network_limit_bits_per_sec: narrowest(leg).0,
+            downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
+            iterations_max: 0,
+            deadline_ms: left.map_or(0, |deadline| deadline.since(clock::now())),
+        };
+        match self.planner.agents.start(source, request).await {
+            Ok(()) => Event::Started { migration },
+            Err(error) => Event::StartFailed { migration, reason: error.to_string() },
+        }
+    }
+
+    /// Told to the source only: it takes its destination back with it. What comes of it is heard by
+    /// the watch.
+    async fn cancel(&self, migration: &MigrationId, source: &HostId) {
+        let reason = "cancelled by the operator";
+        for _ in 0..RELEASE_TRIES {
+            match self.planner.agents.cancel(source, migration, reason).await {
+                Err(error) if error.is_silence() => tokio::time::sleep(self.patience.again).await,
+                Err(error) => {
+                    tracing::info!(%migration, %error, "not cancelled");
+                    return;
+                }
+                Ok(_) => return,
+            }
+        }
+    }
+
+    async fn follow(&self, vm: &VmId, to: &HostId) {
+        let hosts = self.planner.inventory.hosts();
+        let all = hosts.values().flat_map(|entry| entry.vms.iter());
+        let known = all.filter(|status| crate::inventory::is(status, vm));
+        let Some(definition) = known.filter_map(|status| status.definition.clone()).next() else {
+            return;
+        };
+        for nic in definition.nics {
+            let vlan = u16::try_from(nic.vlan_tag).unwrap_or(0);
+            let follow = FollowVm { mac: nic.mac, vlan, to: to.clone() };
+            if let Err(error) = self.planner.network.follow_vm(follow).await {
+                // The destination's announcement moves the traffic all the same.
+                tracing::warn!(%vm, %to, %error, "flows not moved");
+            }
+        }
+    }
+
+    async fn release(&self, id: &EvacuationId, migration: MigrationId) -> Event {
+        let mut failures = Vec::new();
+        for _ in 0..RELEASE_TRIES {
+            let report = self.planner.network.release(id.clone(), Some(migration.clone())).await;
+            failures = report.failures.iter().map(|failure| failure.error.to_string()).collect();
+            if failures.is_empty() {
+                break;
+            }
+            tracing::warn!(%migration, ?failures, "release again");
+            tokio::time::sleep(self.patience.again).await;
+        }
+        Event::Released { migration, failures }
+    }
+}
+
+/// The narrowest link of the path: more than it carries cannot be sent anyway, and the agent's
+/// buffers are measured by it. It may use all of that while nobody else needs it.
+fn narrowest(leg: &Leg) -> BitsPerSec {
+    leg.hops.iter().map(|hop| hop.capacity).min().unwrap_or(BitsPerSec::ZERO)
+}
+
+const fn may_wait(error: &NetworkError) -> bool {
+    matches!(error, NetworkError::NotConnected { .. } | NetworkError::Late { .. })
+}
+
+pub(super) fn elapsed(since: clock::UnixMs) -> Duration {
+    Duration::from_millis(clock::now().since(since))
+}

@@ -1,0 +1,167 @@
+//! Finds out what became of a migration in doubt: cancels it at both agents and asks both, until
+//! one of them knows.
+//!
+//! The source's agent decides: its record of COMMIT is durable before COMMIT is sent. Where it has
+//! none, the VM never left. The destination is asked because it alone knows that it runs the VM
+//! when the source cannot be asked any more.
+
+use lifeboat_protocol::agent::{MigrationProgress, Phase};
+use lifeboat_protocol::ids::{HostId, MigrationId};
+
+use super::hands::{Hands, elapsed};
+use crate::agents::AgentError;
+use crate::clock;
+use crate::evacuation::{Event, Settlement};
+
+/// What one agent says about a migration.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Said {
+    /// How far it is.
+    Progress(Box<MigrationProgress>),
+    /// It never heard of it.
+    NotKnown,
+    /// Nothing, or nonsense.
+    Silent(String),
+}
+
+impl Said {
+    fn phase(&self) -> Option<Phase> {
+        match self {
+            Self::Progress(progress) => Some(progress.phase()),
+            Self::NotKnown | Self::Silent(_) => None,
+        }
+    }
+
+    fn reason(&self) -> String {
+        match self {
+            Self::Progress(progress) => progress.reason.clone(),
+            Self::NotKnown => "the source's agent never began it".to_owned(),
+            Self::Silent(why) => why.clone(),
+        }
+    }
+}
+
+impl Hands {
+    pub(super) async fn settle(
+        &self,
+        migration: MigrationId,
+        source: &HostId,
+        destination: &HostId,
+        because: &str,
+    ) -> Event {
+        let begun = clock::now();
+        loop {
+            // The source first: once it has let go, the destination's no is final, too.
+            let at_source = self.cancel_and_ask(source, &migration, because).await;
+            let at_destination = self.cancel_and_ask(destination, &migration, because).await;
+            if let Some(settlement) = judge(&at_source, &at_destination) {
+                return Event::Settled { migration, settlement };
+            }
+            if elapsed(begun) >= self.patience.settle {
+                let reason = undecided(source, destination, &at_source, &at_destination);
+                let settlement = Settlement::Uncertain { reason };
+                return Event::Settled { migration, settlement };
+            }
+            tokio::time::sleep(self.patience.again).await;
+        }
+    }
+
+    async fn cancel_and_ask(&self, host: &HostId, migration: &MigrationId, because: &str) -> Said {
+        // Refused after COMMIT, and where nothing is to be cancelled: the query tells which.
+        if let Err(error) = self.planner.agents.cancel(host, migration, because).await {
+            tracing::debug!(%migration, %host, %error, "cancel");
+        }
+        match self.planner.agents.query(host, migration).await {
+            Ok(progress) => Said::Progress(Box::new(progress)),
+            Err(AgentError::NotKnown { .. }) => Said::NotKnown,
+            Err(error) => Said::Silent(error.to_string()),
+        }
+    }
+}
+
+/// What two agents' words amount to; `None` while neither knows.
+pub(super) fn judge(source: &Said, destination: &Said) -> Option<Settlement> {
+    let moved = |said: &Said| match said {
+        Said::Progress(progress) if progress.phase() == Phase::Completed => Some(progress.clone()),
+        _ => None,
+    };
+    if let Some(progress) = moved(source) {
+        return Some(Settlement::Moved(Some(progress)));
+    }
+    if moved(destination).is_some() {
+        return Some(Settlement::Moved(None));
+    }
+    for said in [source, destination] {
+        if said.phase() == Some(Phase::Lost) {
+            return Some(Settlement::Lost { reason: said.reason() });
+        }
+    }
+    match (source, source.phase()) {
+        (Said::NotKnown, _) | (_, Some(Phase::Failed | Phase::Cancelled)) => {
+            Some(Settlement::Stayed { reason: source.reason() })
+        }
+        _ => None,
+    }
+}
+
+fn undecided(
+    source: &HostId,
+    destination: &HostId,
+    at_source: &Said,
+    at_destination: &Said,
+) -> String {
+    let words = |said: &Said| match said {
+        Said::Progress(progress) => progress.phase().words().to_owned(),
+        Said::NotKnown => "it never heard of it".to_owned(),
+        Said::Silent(why) => why.clone(),
+    };
+    format!(
+        "{source} says: {}; {destination} says: {}; bring the agents back, or fence one host off and use `lifeboat claim VM --fenced`",
+        words(at_source),
+        words(at_destination)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(phase: Phase) -> Said {
+        Said::Progress(Box::new(MigrationProgress {
+            phase: phase.into(),
+            ..MigrationProgress::default()
+        }))
+    }
+
+    fn silent() -> Said {
+        Said::Silent("refused".to_owned())
+    }
+
+    #[test]
+    fn the_vm_is_where_somebody_proves_it_to_be() {
+        let moved = |s: &Said, d: &Said| matches!(judge(s, d), Some(Settlement::Moved(_)));
+        assert!(moved(&said(Phase::Completed), &silent()));
+        assert!(moved(&silent(), &said(Phase::Completed)));
+        assert!(moved(&said(Phase::Uncertain), &said(Phase::Completed)));
+    }
+
+    #[test]
+    fn it_stayed_when_the_source_says_so_whatever_the_destination_does() {
+        for source in [said(Phase::Failed), said(Phase::Cancelled), Said::NotKnown] {
+            for destination in [said(Phase::Setup), Said::NotKnown, silent()] {
+                let found = judge(&source, &destination);
+                assert!(matches!(found, Some(Settlement::Stayed { .. })), "{source:?}");
+            }
+        }
+    }
+
+    /// A destination that cancelled proves nothing: the source may have committed before.
+    #[test]
+    fn nothing_is_decided_while_the_source_may_have_committed() {
+        for source in [silent(), said(Phase::Uncertain), said(Phase::Committing)] {
+            for destination in [silent(), Said::NotKnown, said(Phase::Cancelled)] {
+                assert_eq!(judge(&source, &destination), None, "{source:?} {destination:?}");
+            }
+        }
+    }
+}
