@@ -1,0 +1,140 @@
+# The steps of tests/run and tests/full, and how they are counted. Sourced by both, in the root of
+# the checkout; runs nothing by itself. Deliberately not here: what is tested, which is in the
+# rooms, in tests/tests and in tests/mininet.
+# shellcheck shell=bash
+
+passed=0
+failed=0
+child=
+logs=
+
+begin_checks() {
+    logs=${CARGO_TARGET_DIR:-target}/checks
+    mkdir -p "$logs"
+    trap 'interrupted INT 130' INT
+    trap 'interrupted TERM 143' TERM
+    trap 'interrupted TERM 129' HUP
+}
+
+# Ends the step under way with all that it started (a step is a process group of its own), and
+# still says what was counted.
+interrupted() {
+    trap '' INT TERM HUP
+    if [ -n "$child" ]; then
+        kill "-$1" -- "-$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    fi
+    echo "interrupted"
+    failed=$((failed + 1))
+    echo "$passed passed, $failed failed"
+    exit "$2"
+}
+
+end_checks() {
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+}
+
+# run_logged NAME COMMAND...: its output goes to a file; returns its exit code.
+run_logged() {
+    local name=$1 code=0
+    shift
+    setsid "$@" >"$logs/$name.log" 2>&1 </dev/null &
+    child=$!
+    wait "$child" || code=$?
+    child=
+    return "$code"
+}
+
+# say NAME WORD SECONDS [FIGURES]
+say() { printf '%-12s %-6s %4d s  %s\n' "$1" "$2" "$3" "${4:-}"; }
+
+tail_of() {
+    sed 's/^/    /' "$logs/$1.log" | tail -n "${2:-25}"
+    echo "    (all of it: $logs/$1.log)"
+}
+
+# step NAME COMMAND...: counts as one.
+step() {
+    local name=$1 since=$SECONDS
+    shift
+    if run_logged "$name" "$@"; then
+        passed=$((passed + 1))
+        say "$name" ok $((SECONDS - since))
+    else
+        failed=$((failed + 1))
+        say "$name" FAILED $((SECONDS - since))
+        tail_of "$name"
+        return 1
+    fi
+}
+
+# tests NAME READER COMMAND...: counts each of its tests; READER prints `PASSED FAILED` of its log.
+# A command that fails without a failed test (it did not compile, it crashed) counts as one failure,
+# and so does one that ran no test at all.
+tests() {
+    local name=$1 reader=$2 since=$SECONDS code=0 ok bad
+    shift 2
+    run_logged "$name" "$@" || code=$?
+    read -r ok bad < <("$reader" "$logs/$name.log")
+    if [ "$bad" -eq 0 ] && { [ "$code" -ne 0 ] || [ "$ok" -eq 0 ]; }; then bad=1; fi
+    passed=$((passed + ok))
+    failed=$((failed + bad))
+    if [ "$bad" -eq 0 ]; then
+        say "$name" ok $((SECONDS - since)) "$ok tests"
+    else
+        say "$name" FAILED $((SECONDS - since)) "$ok passed, $bad failed"
+        failures_in "$name"
+        return 1
+    fi
+}
+
+failures_in() {
+    grep -E '^(test .* FAILED|error(\[|:)|FAIL: |ERROR: )' "$logs/$1.log" | sort -u | head -n 40 |
+        sed 's/^/    /' || true
+    tail_of "$1" 40
+}
+
+# `test result: ok. 12 passed; 0 failed; 0 ignored; ...`, once per binary.
+cargo_results() {
+    awk '/^test result: / { for (i = 2; i <= NF; i++) {
+            if ($i == "passed;") ok += $(i - 1)
+            if ($i == "failed;") bad += $(i - 1) } }
+         END { print ok + 0, bad + 0 }' "$1"
+}
+
+# `Ran 5 tests in 1.2s` and `FAILED (failures=1, errors=1)` or `OK (skipped=1)`. A skipped test is
+# no passed test.
+unittest_results() {
+    awk '/^Ran [0-9]+ tests? in / { ran += $2 }
+         /^(FAILED|OK) \(/ { line = $0; gsub(/[^a-zA-Z=0-9 ]/, "", line); n = split(line, parts, " ")
+            for (i = 1; i <= n; i++) { split(parts[i], pair, "=")
+                if (pair[1] == "failures" || pair[1] == "errors" || pair[1] == "unexpectedSuccesses") bad += pair[2]
+                if (pair[1] == "skipped") skipped += pair[2] } }
+         END { print ran - bad - skipped + 0, bad + 0 }' "$1"
+}
+
+# One build serves the tests and the binaries that they start: with every target in one command,
+# cargo settles the features of each dependency once.
+all_checks() {
+    step install lab/install || true
+    step fmt cargo fmt --all --check || true
+    step clippy cargo clippy --workspace --all-targets -- -D warnings || true
+    step doc env RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps || true
+    if ! step build cargo build --workspace --all-targets; then
+        echo "    what is left cannot run without it, and counts as one failure"
+        failed=$((failed + 1))
+        return
+    fi
+    step image lab/image || true
+    tests cargo cargo_results cargo test --workspace --no-fail-fast || true
+    tests mininet unittest_results \
+        /usr/bin/python3 -m unittest discover -v -s tests/mininet -p '*_test.py' || true
+}
+
+all_experiments() {
+    local name
+    for name in $(lab/experiment list --names); do
+        step "$name" lab/experiment "$name" --quick || true
+    done
+}
