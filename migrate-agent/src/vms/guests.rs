@@ -1,0 +1,114 @@
+//! The VMs of this host as migrations see them: [`Guests`] on top of [`Vms`].
+
+use std::path::{Path, PathBuf};
+
+use futures_util::future::BoxFuture;
+use lifeboat_protocol::agent::VmDefinition;
+use lifeboat_protocol::ids::VmId;
+
+use super::definition::Definition;
+use super::{VmError, Vms};
+use crate::guests::{Arrival, GuestError, Guests};
+use crate::qemu::launch::Begin;
+use crate::qemu::qmp::Qmp;
+use crate::qemu::run_dir::{RunDir, SOCKET_PATH_BYTES_MAX};
+
+fn while_doing(vm: &VmId, doing: &'static str) -> impl Fn(VmError) -> GuestError {
+    let vm = vm.clone();
+    move |error| GuestError { vm: vm.clone(), doing, source: Box::new(error) }
+}
+
+impl Vms {
+    async fn take_in(&self, message: &VmDefinition, arrival: Arrival) -> Result<Qmp, VmError> {
+        let definition = Definition::try_from(message.clone())?;
+        if let Some(tied) = definition.tied() {
+            return Err(tied.into());
+        }
+        self.must_not_run(&definition.name)?;
+        let begin = match arrival {
+            Arrival::Stream => Begin::Incoming,
+            Arrival::Cold => Begin::Boot,
+        };
+        let qmp = self.launch(definition.clone(), begin).await?;
+        // Kept only now: an arrival that cannot even start leaves no trace.
+        if let Err(error) = self.keep(&definition) {
+            self.end(&definition.name).await?;
+            return Err(error);
+        }
+        Ok(qmp)
+    }
+}
+
+impl Guests for Vms {
+    fn definition(&self, vm: &VmId) -> Option<VmDefinition> {
+        self.view(vm).ok().map(|view| VmDefinition::from(&view.definition))
+    }
+
+    fn qmp<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        Box::pin(async move {
+            let qmp = async { Ok(self.running(vm)?.qmp().await?) };
+            qmp.await.map_err(while_doing(vm, "reach its monitor"))
+        })
+    }
+
+    fn lives(&self, vm: &VmId) -> bool {
+        self.running(vm).is_ok()
+    }
+
+    fn socket_path(&self, vm: &VmId, name: &str) -> Result<PathBuf, GuestError> {
+        let path = RunDir::new(&self.settings.run_dir, vm.as_str()).io(name);
+        match path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
+            true => Ok(path),
+            false => Err(while_doing(vm, "place a socket")(VmError::SocketPath { path })),
+        }
+    }
+
+    fn grant(&self, vm: &VmId, path: &Path) -> Result<(), GuestError> {
+        let user = self.settings.user;
+        // The directory is QEMU's: what it may have put there in the socket's place is not followed.
+        std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid)).map_err(|source| {
+            while_doing(vm, "grant QEMU a socket")(VmError::Directory { path: path.into(), source })
+        })
+    }
+
+    fn arrive<'a>(
+        &'a self,
+        definition: &'a VmDefinition,
+        arrival: Arrival,
+    ) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        Box::pin(async move {
+            // An unusable name is told by the definition's own check; the error needs some name.
+            let vm = VmId::new(definition.name.as_str())
+                .or_else(|_| VmId::new("unnamed"))
+                .unwrap_or_else(|_| unreachable!("a constant that is a name"));
+            self.take_in(definition, arrival).await.map_err(while_doing(&vm, "take it in"))
+        })
+    }
+
+    fn living(&self) -> Vec<VmId> {
+        let inventory = self.inventory();
+        let alive = inventory.running.iter().filter(|(_, running)| running.process.is_alive());
+        alive.map(|(vm, _)| vm.clone()).collect()
+    }
+
+    fn start_again<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        Box::pin(async move {
+            let again = async {
+                let qmp = self.launch(self.known(vm)?, Begin::Boot).await?;
+                qmp.cont().await?;
+                Ok(qmp)
+            };
+            again.await.map_err(while_doing(vm, "start it again"))
+        })
+    }
+
+    fn end<'a>(&'a self, vm: &'a VmId, forget: bool) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(async move {
+            Vms::end(self, vm).await.map_err(while_doing(vm, "end it"))?;
+            match forget {
+                true => self.forget(vm).map_err(while_doing(vm, "forget it")),
+                false => Ok(()),
+            }
+        })
+    }
+}

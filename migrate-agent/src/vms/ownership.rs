@@ -1,0 +1,115 @@
+//! Whether this host may start a VM: asked before every start, answered by the durable records.
+//!
+//! A host that has ceded a VM refuses, also after a reboot; it says who has it. The records and
+//! the rules by which they change are `handover/`'s; this is only the question.
+
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
+
+use crate::handover::Record;
+use crate::handover::store::{Store, StoreError};
+
+/// Why a VM may not be started here.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnershipRefusal {
+    /// Another host owns it.
+    #[error(
+        "VM `{vm}` may not be started here: this host ceded it to {owner} ({generation}) by migration `{migration}`; look there (`lifeboat vms {owner}`), and if {owner} is known to be off for good: `lifeboat claim {vm} --fenced`"
+    )]
+    Ceded {
+        /// The VM.
+        vm: VmId,
+        /// Who owns it.
+        owner: HostId,
+        /// By which generation.
+        generation: Generation,
+        /// By which migration.
+        migration: MigrationId,
+    },
+    /// A hand-over is not decided.
+    #[error(
+        "VM `{vm}` may not be started here: migration `{migration}` with {peer} is not settled; wait for it, or cancel it"
+    )]
+    Unsettled {
+        /// The VM.
+        vm: VmId,
+        /// The other host.
+        peer: HostId,
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// It arrived here once and was given up.
+    #[error(
+        "VM `{vm}` may not be started here: it stayed with {owner} when migration `{migration}` was given up"
+    )]
+    Kept {
+        /// The VM.
+        vm: VmId,
+        /// Who kept it.
+        owner: HostId,
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// The record cannot be read or written: nothing may be assumed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Answers whether a VM may be started on this host.
+pub trait Ownership: Send + Sync {
+    /// The generation by which this host owns the VM. A VM that this host has never had to do with
+    /// is its own from now on.
+    ///
+    /// # Errors
+    /// When it does not own the VM, or that cannot be known.
+    fn may_start(&self, vm: &VmId) -> Result<Generation, OwnershipRefusal>;
+}
+
+impl Ownership for Store {
+    fn may_start(&self, vm: &VmId) -> Result<Generation, OwnershipRefusal> {
+        let vm = vm.clone();
+        match self.read(&vm)? {
+            None => {
+                let generation = Generation(1);
+                let owner = Record::Owner { generation, via: None, from: None, resumed: true };
+                self.write(&vm, &owner)?;
+                Ok(generation)
+            }
+            Some(Record::Owner { generation, .. }) => Ok(generation),
+            Some(Record::Ceded { destination: owner, generation, migration, .. }) => {
+                Err(OwnershipRefusal::Ceded { vm, owner, generation, migration })
+            }
+            Some(
+                Record::Sending { migration, destination: peer, .. }
+                | Record::Loaded { migration, source: peer, .. },
+            ) => Err(OwnershipRefusal::Unsettled { vm, peer, migration }),
+            Some(Record::Refused { migration, source: owner, .. }) => {
+                Err(OwnershipRefusal::Kept { vm, owner, migration })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ceded_vm_is_refused_with_the_name_of_its_owner_also_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let vm = VmId::new("web").unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        assert_eq!(store.may_start(&vm).unwrap(), Generation(1));
+        assert_eq!(store.may_start(&vm).unwrap(), Generation(1));
+        let ceded = Record::Ceded {
+            generation: Generation(2),
+            migration: MigrationId::new("m1").unwrap(),
+            destination: HostId::new("h2").unwrap(),
+            page_address: "10.0.0.2:7001".to_owned(),
+            confirmed: true,
+        };
+        store.write(&vm, &ceded).unwrap();
+        let reopened = Store::open(directory.path()).unwrap();
+        let error = reopened.may_start(&vm).unwrap_err().to_string();
+        assert!(error.contains("ceded it to h2 (g2)") && error.contains("--fenced"), "{error}");
+    }
+}
