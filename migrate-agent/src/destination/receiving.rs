@@ -81,6 +81,7 @@ impl DestinationTask {
         self.progress.enter(Phase::MemoryCopy);
         let mut arrived = Arrived::default();
         let ended = self.take_stream(reader, writer, &mut to_qemu, &mut arrived).await?;
+        self.show(&mut arrived);
         self.progress.enter(Phase::Switchover);
         let whole = Ended { total: arrived.bytes, digest: arrived.digest.digest() };
         if ended != whole {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use lifeboat_policy::pace::{self, Pacer};
 use lifeboat_protocol::units::BytesPerSec;
-use lifeboat_scatter_gather::link::Ended;
+use lifeboat_scatter_gather::link::{Ended, Frame};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::Xxh3Default;
@@ -29,6 +29,8 @@ use crate::clock;
 
 /// Bytes read from QEMU at once, and so the largest STREAM payload.
 const CHUNK_BYTES: usize = 128 << 10;
+/// A sign of life is sent this often where QEMU has nothing to send.
+const PING_EVERY: Duration = Duration::from_millis(500);
 /// The rate that the queue's bound assumes where no limit is set.
 const UNLIMITED: BytesPerSec = BytesPerSec(125_000_000);
 
@@ -161,7 +163,15 @@ impl Relay {
     pub async fn drain(&self, to: &mut FrameWriter) -> Result<Ended, LinkError> {
         let mut digest = Xxh3Default::new();
         let mut total = 0;
-        while let Some((chunk, wait)) = self.next_chunk().await {
+        loop {
+            let (chunk, wait) = match tokio::time::timeout(PING_EVERY, self.next_chunk()).await {
+                Ok(Some(next)) => next,
+                Ok(None) => break,
+                Err(_) => {
+                    to.send(&Frame::Ping(0)).await?;
+                    continue;
+                }
+            };
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
             }
@@ -177,7 +187,7 @@ impl Relay {
     }
 
     /// The next chunk and how long it has to wait; `None` at the end. It counts as queued until
-    /// it has been sent.
+    /// it has been sent. Cancel-safe: a chunk is taken only when it is returned.
     async fn next_chunk(&self) -> Option<(Bytes, Duration)> {
         loop {
             let changed = self.shared.changed.notified();
@@ -213,7 +223,6 @@ fn bound_at(limit: Option<BytesPerSec>) -> usize {
 mod tests {
     use super::*;
     use crate::link::FrameReader;
-    use lifeboat_scatter_gather::link::Frame;
 
     #[tokio::test]
     async fn the_stream_arrives_whole_and_its_end_names_it() {

@@ -123,7 +123,7 @@ impl Registry {
 
 /// What a record says, for a person: who has the VM, and what to do.
 #[must_use]
-pub fn words(record: &Record) -> String {
+pub(super) fn words(record: &Record) -> String {
     match record {
         Record::Owner { generation, .. } => format!("owned by this host ({generation})"),
         Record::Sending { destination, migration, .. } => {

@@ -11,7 +11,9 @@ use crate::clock;
 use crate::qemu::qmp::{MigrationStatus, Qmp, RunState};
 
 /// A guest that hears the power button has this long to shut down by itself.
-const POWER_DOWN_GRACE: Duration = Duration::from_secs(20);
+const POWER_DOWN_GRACE: Duration = Duration::from_secs(10);
+/// A sign of life for the destination meanwhile.
+const PING_EVERY: Duration = Duration::from_millis(500);
 /// QEMU has this long to end a migration that it was told to cancel.
 const CANCEL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -25,11 +27,15 @@ impl SourceTask {
         qmp.system_powerdown().await?;
         let deadline = clock::now() + POWER_DOWN_GRACE;
         while clock::now() < deadline {
-            let left = deadline.saturating_duration_since(clock::now());
-            match tokio::time::timeout(left, events.recv()).await {
+            match tokio::time::timeout(PING_EVERY, events.recv()).await {
                 Ok(Ok(event)) if event.name == "SHUTDOWN" => break,
                 Ok(Ok(_)) => {}
-                Ok(Err(_)) | Err(_) => break,
+                Ok(Err(_)) => break,
+                Err(_) => {
+                    if let Some(writer) = &mut self.writer {
+                        writer.send(&Frame::Ping(0)).await?;
+                    }
+                }
             }
         }
         if qmp.is_closed() {
