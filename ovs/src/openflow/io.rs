@@ -341,7 +341,7 @@ impl SwitchHandle {
     /// Counters of a port, or of all ([`PortNo::ANY`]).
     ///
     /// # Errors
-    /// `OFPBRC_BAD_PORT` or `OFPQOFC_BAD_PORT` for one that does not exist; or no answer.
+    /// No answer. For a port that does not exist Open vSwitch answers with none.
     pub async fn port_stats(
         &self,
         port: PortNo,
