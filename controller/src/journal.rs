@@ -253,7 +253,7 @@ mod tests {
         let h1 = HostId::new("h1").unwrap();
         Journal::open(dir.path()).unwrap().set_cordoned(&h1, true).unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        assert_eq!(journal.cordoned().unwrap(), [h1.clone()]);
+        assert!(journal.cordoned().unwrap().contains(&h1));
         journal.set_cordoned(&h1, false).unwrap();
         assert!(journal.cordoned().unwrap().is_empty());
     }

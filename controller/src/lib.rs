@@ -6,13 +6,18 @@
 
 pub mod agents;
 pub mod audit;
+pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod daemon;
 pub mod driver;
 pub mod evacuation;
+pub mod grpc;
 pub mod inventory;
 pub mod journal;
 pub mod network;
 pub mod planner;
+pub mod report;
+pub mod service;
 pub mod tasks;
 pub mod tls;

@@ -1,0 +1,27 @@
+//! `lifeboat retry ID`: a new evacuation for what an old one left behind.
+
+use lifeboat_protocol::controller::RetryRequest;
+
+use super::CliError;
+use super::client::{Context, operation_id};
+use super::{plan, progress, report};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The evacuation that left VMs behind.
+    id: String,
+}
+
+pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
+    let request = RetryRequest { evacuation: args.id, operation_id: operation_id() };
+    let begun = context.client().await?.retry(request).await?.into_inner();
+    if !context.json
+        && let Some(made) = &begun.plan
+    {
+        plan::show(context, made)?;
+    }
+    if !progress::follow(context, &begun.evacuation).await? {
+        return Ok(super::DETACHED);
+    }
+    report::show_and_rate(context, &begun.evacuation).await
+}
