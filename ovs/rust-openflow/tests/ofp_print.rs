@@ -4,14 +4,16 @@
 //! without it would prove nothing.
 
 use std::process::Command;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use rust_openflow::flow::{FlowCommand, FlowMod};
+use rust_openflow::flow::{FlowCommand, FlowMod, FlowRemoved, FlowRemovedReason};
 use rust_openflow::hello::Hello;
 use rust_openflow::meter::{ALL_METERS, MeterCommand, MeterMod};
 use rust_openflow::multipart::{ALL_QUEUES, FlowFilter, Request};
-use rust_openflow::packet::PacketOut;
-use rust_openflow::switch::{Config, Role, RoleKind};
+use rust_openflow::packet::{PacketIn, PacketInReason, PacketOut};
+use rust_openflow::switch::{Config, LINK_DOWN, Port, PortReason, PortStatus, Role, RoleKind};
+use rust_openflow::types::NO_BUFFER;
 use rust_openflow::{Action, Failure, Instruction, Masked, Match, Message, Oxm, PortNo, encode};
 
 /// What the real decoder makes of a message.
@@ -217,6 +219,61 @@ fn questions_of_every_kind() {
     for (request, wanted) in rows {
         check(&Message::question(request), wanted);
     }
+}
+
+/// We do not send these, but whoever plays a switch does, and what we read of them must have the
+/// layout that the tools know.
+#[test]
+fn what_a_switch_says_unasked() {
+    let ip = Match::any().with(Oxm::EthType(0x0800));
+    let removed = FlowRemoved {
+        cookie: 0xf00d,
+        priority: 9,
+        reason: FlowRemovedReason::HardTimeout,
+        table: 3,
+        age: Duration::new(7, 500_000_000),
+        idle_timeout: 4,
+        hard_timeout: 7,
+        packets: 11,
+        bytes: 1100,
+        matching: ip,
+    };
+    check(
+        &Message::FlowRemoved(removed),
+        &["reason=hard table_id=3 cookie:0xf00d duration7.500s", "idle4 hard7 pkts11 bytes1100"],
+    );
+    let packet = PacketIn {
+        buffer: NO_BUFFER,
+        total_length: 60,
+        reason: PacketInReason::Action,
+        table: 2,
+        cookie: 5,
+        matching: Match::any().with(Oxm::InPort(PortNo(6))),
+        data: Bytes::from(vec![0xff; 60]),
+    };
+    check(&Message::PacketIn(packet), &["table_id=2 cookie=0x5 total_len=60 in_port=6"]);
+    let port = Port {
+        port: PortNo(3),
+        address: "02:00:00:00:00:03".parse().unwrap(),
+        name: "v3".into(),
+        config: 0,
+        state: LINK_DOWN,
+        current: 0,
+        advertised: 0,
+        supported: 0,
+        peer: 0,
+        current_speed: 10_000_000,
+        max_speed: 0,
+    };
+    check(
+        &Message::PortStatus(PortStatus { reason: PortReason::Add, port }),
+        &[
+            "OFPT_PORT_STATUS",
+            "ADD: 3(v3): addr:02:00:00:00:00:03",
+            "LINK_DOWN",
+            "speed: 10000 Mbps now",
+        ],
+    );
 }
 
 #[test]

@@ -229,3 +229,6 @@ fn update(table: &str, uuid: Uuid, row: Row) -> Operation {
 fn delete(table: &str, uuid: Uuid) -> Operation {
     Operation::Delete { table: table.to_owned(), conditions: vec![Condition::row(uuid)] }
 }
+
+#[cfg(test)]
+mod tests;
