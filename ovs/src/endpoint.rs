@@ -1,4 +1,4 @@
-//! Where a switch or a database server listens: `tcp:HOST:PORT` or `unix:PATH`.
+//! Where a switch or a database server listens: `tcp:ADDRESS:PORT` or `unix:PATH`.
 //!
 //! Used by both protocols' `io`. Not here: `ssl:`, which is refused by name until the streams are
 //! wrapped.
@@ -18,7 +18,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 /// Where to connect to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Endpoint {
-    /// Host (name or address; IPv6 in brackets) and port.
+    /// Name or address (IPv6 in brackets) and port.
     Tcp(String),
     /// A socket in the file system.
     Unix(PathBuf),
@@ -26,7 +26,7 @@ pub enum Endpoint {
 
 /// Text that names no endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not an address of a switch: write tcp:HOST:PORT or unix:/PATH")]
+#[error("{text:?} is not an address of a switch: write tcp:ADDRESS:PORT or unix:/PATH")]
 pub struct EndpointError {
     /// What was given.
     pub text: String,
@@ -67,8 +67,8 @@ impl FromStr for Endpoint {
         match text.split_once(':').ok_or_else(refuse)? {
             ("unix", path) if path.starts_with('/') => Ok(Self::Unix(path.into())),
             ("tcp", address) => {
-                let (host, port) = address.rsplit_once(':').ok_or_else(refuse)?;
-                let sound = !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0);
+                let (name, port) = address.rsplit_once(':').ok_or_else(refuse)?;
+                let sound = !name.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0);
                 if sound { Ok(Self::Tcp(address.to_owned())) } else { Err(refuse()) }
             }
             _ => Err(refuse()),

@@ -28,7 +28,7 @@ impl Hello {
         Self { version: known.max().unwrap_or(0), bitmap: Some(bitmap) }
     }
 
-    /// Whether the sender of this speaks the wire version.
+    /// Whether the side that said this speaks the wire version.
     pub fn speaks(&self, version: u8) -> bool {
         match self.bitmap {
             Some(bits) => version < 32 && bits & (1 << version) != 0,
@@ -36,7 +36,7 @@ impl Hello {
         }
     }
 
-    /// The wire versions that the sender says it speaks, lowest first.
+    /// The wire versions that the side says it speaks, lowest first.
     pub fn versions(&self) -> Vec<u8> {
         (1..32).filter(|version| self.speaks(*version)).collect()
     }
@@ -75,6 +75,13 @@ mod tests {
     fn a_hello_without_bitmap_speaks_all_up_to_its_version() {
         let hello = Hello { version: 4, bitmap: None };
         assert_eq!(hello.versions(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn unknown_elements_are_skipped_and_the_last_needs_no_padding() {
+        let bytes = [0, 9, 0, 5, 7, 0, 0, 0, 0, 1, 0, 8, 0, 0, 0, 0x10, 0, 9, 0, 5, 7];
+        let hello = Hello::get(4, &mut Reader::new(&bytes));
+        assert_eq!(hello, Ok(Hello { version: 4, bitmap: Some(0x10) }));
     }
 
     #[test]

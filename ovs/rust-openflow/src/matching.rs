@@ -178,11 +178,11 @@ oxm_fields! {
     Icmpv4Code(u8) = 20,
     /// ARP operation: 1 asks, 2 answers, 3 and 4 are RARP's.
     ArpOp(u16) = 21,
-    /// ARP sender's IPv4 address.
+    /// IPv4 address of whoever speaks ARP.
     ArpSpa(Masked<Ipv4Addr>) = 22,
     /// IPv4 address that is asked for.
     ArpTpa(Masked<Ipv4Addr>) = 23,
-    /// ARP sender's Ethernet address.
+    /// Ethernet address of whoever speaks ARP.
     ArpSha(Masked<MacAddr>) = 24,
     /// Ethernet address of whom the ARP is for.
     ArpTha(Masked<MacAddr>) = 25,

@@ -3,7 +3,7 @@
 //! Used by whoever shares out a link. A use of [`crate::ovsdb`]; not here: who gets how much, and the
 //! flows that send packets to a queue.
 //!
-//! Three rules, each kept in one place ([`plan`]):
+//! Three rules, each kept in one place (`plan.rs`):
 //! - **Foreign rows stay as they are.** Ours carry a [`Mark`] in `external_ids`. A port that has a
 //!   QoS of another kind than `linux-htb` is refused; one that has a `linux-htb` QoS is joined by
 //!   adding our queues to it.

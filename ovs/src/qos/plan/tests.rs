@@ -108,6 +108,24 @@ fn foreign(snapshot: &Snapshot) -> impl PartialEq + std::fmt::Debug {
     (queues, qos)
 }
 
+/// Our QoS, queue 0 and queue 1; queue 2 is somebody else's, who has joined.
+#[test]
+fn a_qos_of_ours_that_somebody_has_joined_stays_with_its_queue_0() {
+    let mut snapshot = Snapshot::default();
+    let marks = [Some(mark("us", "")), Some(mark("us", "a")), None];
+    for (number, mark) in (0..).zip(marks) {
+        snapshot.queues.insert(uuid(2, number), QueueRow { rates: RATES, mark });
+    }
+    let queues = (0..3).map(|number| (i64::from(number), uuid(2, number))).collect();
+    let row = QosRow { kind: KIND.into(), queues, max: None, mark: Some(mark("us", "")) };
+    snapshot.qos.insert(uuid(1, 0), row);
+    let (count, plan) = release_plan(&snapshot, "us", |_| true);
+    perform(&mut snapshot, &plan);
+    assert_eq!(count, 1);
+    let left: Vec<_> = snapshot.qos[&uuid(1, 0)].queues.keys().copied().collect();
+    assert_eq!(left, [0, 2]);
+}
+
 proptest! {
     #[test]
     fn a_release_of_all_leaves_no_queue_of_ours_that_is_reserved_and_everything_foreign(
