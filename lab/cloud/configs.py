@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 from .model import Host, Link, Plug, Vm
 from .network import BRIDGE, CONTROLLER_IP, HOST_PORT, Cloud
 from .ovs import OVSDB_PORT
 from .state import BUILD, RUN
 
-AGENT_PORT = 7400
-PAGE_PORT = 7401
-CONTROLLER_PORT = 7500
+AGENT_PORT = 7444
+PAGE_PORT = 7445
+CONTROLLER_PORT = 7443
 OPENFLOW_PORT = 6653
+CERTS = RUN / "certs"
+CONTROLLER = "lab"
+OPERATOR = "lab"
 KERNEL_WORDS = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off"
 
 
@@ -26,75 +29,74 @@ def write_all(cloud: Cloud) -> None:
     """Every file of the cloud."""
     for host in cloud.scenario.hosts:
         folder = RUN / host.name
-        for name in ("state", "vms", "qemu"):
+        for name in ("state", "vms", "qemu", "profiles"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        _write(folder / "agent.toml", agent(host, cloud.datapath))
+        _write(folder / "agent.toml", agent(host))
     for vm in cloud.scenario.vms:
-        _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm, cloud.datapath))
+        _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm))
     _write(RUN / "lab.toml", controller(cloud))
 
 
-def agent(host: Host, datapath: str) -> str:
+def agent(host: Host) -> str:
     """A host's agent."""
     folder = RUN / host.name
-    return _toml(
-        {
-            "name": host.name,
-            "roles": ["hypervisor", "switch"],
-            "listen": f"{host.plug.management}:{AGENT_PORT}",
-            "page_listen": f"{host.ip}:{PAGE_PORT}",
-            "state": str(folder / "state"),
-            "vms": str(folder / "vms"),
-            "run": str(folder / "qemu"),
-            "images": str(BUILD),
-            "memory": _size(host.memory),
-        },
-        ("network", {
-            "bridge": BRIDGE,
-            "uplink": host.plug.uplink,
-            "page_interface": HOST_PORT,
-            "ovsdb": f"unix:{folder}/ovs/db.sock",
-            "datapath": datapath,
-        }),
-        ("tls", _tls(f"agent-{host.name}")),
+    top = {
+        "host": host.name,
+        "listen": [f"unix:{folder}/agent.sock", f"{host.plug.management}:{AGENT_PORT}"],
+        "page_listen": f"{host.ip}:{PAGE_PORT}",
+        "roles": ["hypervisor", "switch"],
+        "tls_dir": tls_dir("agent", host.name),
+        "state_dir": str(folder / "state"),
+        "run_dir": str(folder / "qemu"),
+        "images_dir": str(BUILD),
+        "vms_dir": str(folder / "vms"),
+        "profiles_dir": str(folder / "profiles"),
+        "memory": _size(host.memory),
+    }
+    # Emulated: nested virtualisation runs no stock kernel on every machine that has /dev/kvm.
+    qemu = {"user": "nobody", "accelerator": "tcg"}
+    return _pairs(top) + _toml(
+        ("qemu", qemu), ("ovs", {"database": f"unix:{folder}/ovs/db.sock"})
     )
 
 
 def controller(cloud: Cloud) -> str:
-    """The controller: who is there, and what every link carries."""
+    """The controller: who is there, and what every link carries. The client's cable is not in
+    it: no migration ever uses that."""
     scenario = cloud.scenario
-    tables: list[tuple[str, Mapping[str, Any]]] = [("tls", _tls("controller"))]
-    for switch in scenario.switches:
-        tables.append(("[switch]", {
-            "name": switch.name, "datapath": switch.datapath,
-            "ovsdb": f"tcp:{CONTROLLER_IP}:{OVSDB_PORT}", "bridge": switch.name,
-        }))
+    tables: list[tuple[str, Mapping[str, Any]]] = [("controller", {
+        "listen": [f"unix:{RUN}/controller.sock", f"{CONTROLLER_IP}:{CONTROLLER_PORT}"],
+        "openflow_listen": f"{CONTROLLER_IP}:{OPENFLOW_PORT}",
+        "state_dir": str(RUN / "controller"),
+        "tls_dir": tls_dir("controller", CONTROLLER),
+    })]
     for host in scenario.hosts:
         tables.append(("[host]", {
             "name": host.name,
             "agent": f"{host.plug.management}:{AGENT_PORT}",
-            "bridge": BRIDGE,
-            "datapath": host.plug.datapath,
             "ovsdb": f"tcp:{host.plug.management}:{OVSDB_PORT}",
+            "bridge": BRIDGE,
+            "uplink": host.plug.uplink,
+            "address": host.ip,
+            "datapath_id": host.plug.datapath,
+        }))
+    for switch in scenario.switches:
+        tables.append(("[switch]", {
+            "name": switch.name,
+            "datapath_id": switch.datapath,
+            "ovsdb": f"tcp:{CONTROLLER_IP}:{OVSDB_PORT}",
         }))
     tables += [("[link]", link_table(link)) for link in scenario.links]
     tables += [("[link]", plug_table(host.name, host.plug)) for host in scenario.hosts]
-    tables.append(("[link]", plug_table("client", scenario.client.plug)))
-    return _toml(
-        {
-            "listen": f"{CONTROLLER_IP}:{CONTROLLER_PORT}",
-            "openflow": f"{CONTROLLER_IP}:{OPENFLOW_PORT}",
-            "state": str(RUN / "controller"),
-        },
-        *tables,
-    )
+    return _toml(*tables)
 
 
 def link_table(link: Link) -> Mapping[str, Any]:
     """A link between two switches."""
     one, other = link.ends
     return {
-        "ends": [f"{one.switch}:{one.port}", f"{other.switch}:{other.port}"],
+        "a": f"{one.switch}:{one.port}",
+        "b": f"{other.switch}:{other.port}",
         "capacity": _rate(link.capacity),
     }
 
@@ -102,68 +104,60 @@ def link_table(link: Link) -> Mapping[str, Any]:
 def plug_table(name: str, plug: Plug) -> Mapping[str, Any]:
     """The link between a host's own bridge and its edge switch."""
     return {
-        "ends": [f"{name}:{plug.uplink}", f"{plug.edge.switch}:{plug.edge.port}"],
+        "a": f"{plug.edge.switch}:{plug.edge.port}",
+        "b": f"{name}:{plug.uplink}",
         "capacity": _rate(plug.capacity),
     }
 
 
-def definition(vm: Vm, datapath: str) -> str:
-    """A VM, as its host's agent reads it."""
+def definition(vm: Vm) -> str:
+    """A VM, as its host's agent reads it. What it is promised of the network is what it takes."""
     nics = [
-        ("[nic]", {
-            "mac": nic.mac, "bridge": BRIDGE, "vlan": nic.vlan, "mtu": 1500,
-            # The userspace datapath finishes no checksum that a guest left to its NIC.
-            "offload": datapath == "system",
-        })
-        for nic in vm.nics
+        ("[nic]", {"mac": nic.mac, "bridge": BRIDGE, "vlan_tag": nic.vlan}) for nic in vm.nics
     ]
-    return _toml(
-        {
-            "name": vm.name,
-            "memory": _size(vm.memory),
-            "vcpus": 1,
-            "machine": "pc-i440fx-7.2",
-            "cpu": "max",
-            "kernel": "vmlinuz",
-            "initrd": "initrd",
-            "kernel_arguments": f"{KERNEL_WORDS} {vm.arguments}",
-            "network_rate": _rate(vm.rate),
-        },
-        *nics,
-    )
-
-
-def _tls(name: str) -> Mapping[str, Any]:
-    certs = RUN / "certs"
-    return {
-        "ca": str(certs / "ca.pem"),
-        "cert": str(certs / f"{name}.pem"),
-        "key": str(certs / f"{name}.key"),
+    top = {
+        "name": vm.name,
+        "memory": _size(vm.memory),
+        "vcpus": 1,
+        "machine": "pc-i440fx-7.2",
+        "cpu_model": "max",
+        "kernel": "vmlinuz",
+        "initrd": "initrd",
+        "kernel_arguments": f"{KERNEL_WORDS} {vm.arguments}",
+        "promised_network": _rate(vm.rate),
+        "autostart": True,
     }
+    return _pairs(top) + _toml(*nics)
+
+
+def tls_dir(role: str, name: str) -> str:
+    """Where `lifeboat certs init` puts the certificate of an agent, a controller or an operator."""
+    return str(CERTS / f"{role}-{name}")
+
+
+def certs_arguments(cloud: Cloud) -> list[str]:
+    """The `lifeboat certs init` that makes every certificate of the cloud."""
+    agents = [f"{host.name}={host.plug.management}" for host in cloud.scenario.hosts]
+    return ["certs", "init", str(CERTS), "--agent", ",".join(agents),
+            "--controller", f"{CONTROLLER}={CONTROLLER_IP}", "--operator", OPERATOR]
 
 
 def _rate(bits: int) -> str:
-    return f"{bits // 1_000_000} Mbit/s" if bits % 1_000_000 == 0 else f"{bits} bit/s"
+    return f"{bits // 1_000_000} Mbit/s" if bits and bits % 1_000_000 == 0 else f"{bits} bit/s"
 
 
 def _size(size: int) -> str:
     return f"{size >> 20} MiB" if size % (1 << 20) == 0 else f"{size} B"
 
 
-def _toml(top: Mapping[str, Any], *tables: tuple[str, Mapping[str, Any]]) -> str:
+def _toml(*tables: tuple[str, Mapping[str, Any]]) -> str:
     """TOML text; `[x]` names an element of an array of tables. Strings, numbers, booleans and
     lists of strings look the same in JSON and TOML, which is all that is needed here."""
-    parts = [_pairs(top)]
-    parts += [f"\n[{name}]\n{_pairs(table)}" for name, table in tables]
-    return "".join(parts)
+    return "".join(f"[{name}]\n{_pairs(table)}\n" for name, table in tables)
 
 
 def _pairs(table: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
-
-
-def _value(value: str | int | bool | Sequence[str]) -> str:
-    return json.dumps(value)
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
 
 
 def _write(path: Path, text: str) -> None:

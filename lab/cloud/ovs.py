@@ -6,11 +6,12 @@ Open vSwitch is never asked or touched: every command gets the folder by OVS_RUN
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from .shell import run
+from .shell import CommandFailed, run
 
 SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 OVSDB_PORT = 6640
@@ -113,9 +114,9 @@ class Ovs:
 def datapath_type() -> str:
     """The kernel's datapath where its module is (or can be) loaded, else the userspace one."""
     module = Path("/sys/module/openvswitch")
-    if not module.exists():
+    if not module.exists() and shutil.which("modprobe"):
         try:
             run("modprobe", "openvswitch")
-        except (OSError, Exception):  # noqa: B014 - no modprobe, no module: both mean userspace
-            pass
+        except CommandFailed:
+            pass  # this kernel has no such module, which is an answer too
     return "system" if module.exists() else "netdev"

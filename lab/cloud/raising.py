@@ -21,7 +21,7 @@ from .network import Cloud
 from .ovs import datapath_type
 from .services import Services
 from .shell import CommandFailed
-from .state import RUN, LabError, State
+from .state import RUN, UP, LabError, State
 
 
 class Stop(BaseException):
@@ -64,6 +64,7 @@ def _network(options: dict[str, Any]) -> Cloud:
     nodes = [*(host.name for host in scenario.hosts), "client"]
     pids = {name: cloud.node(name).pid for name in nodes}
     State(scenario=scenario.name, nodes=pids, binaries=options["binaries"]).save()
+    os.write(options["up_fd"], UP)
     os.close(options["up_fd"])
     kind = {"netdev": "userspace", "system": "kernel"}[cloud.datapath]
     print(f"lab/up: {scenario.name} is up after {time.monotonic() - begin:.1f} s: "

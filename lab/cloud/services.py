@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Optional
 
+from . import configs
 from .network import Cloud
-from .shell import in_node
-from .state import RUN, LabError, State
+from .shell import in_node, run
+from .state import RUN, State
 
 STOP_SECONDS = 3
 
@@ -33,11 +34,8 @@ class Services:
         }
 
     def start_all(self) -> None:
-        """The agents, then the controller that connects to them."""
-        for name in ("lifeboat-agent", "lifeboat"):
-            if not (self.binaries / name).exists():
-                raise LabError(f"{self.binaries}/{name} is missing: run `cargo build --bins`, "
-                               "or raise the network alone with --network-only")
+        """Certificates, the agents, then the controller that connects to them."""
+        run(str(self.binaries / "lifeboat"), *configs.certs_arguments(self.cloud))
         for host in self.cloud.scenario.hosts:
             config = RUN / host.name / "agent.toml"
             self._start(f"agent-{host.name}", self.cloud.node(host.name).pid,

@@ -22,6 +22,8 @@ LAB = Path(__file__).resolve().parent.parent
 ROOT = LAB.parent
 RUN = LAB / "run"
 BUILD = LAB / "build"
+# What the inside tells the outside when the network is up.
+UP = b"up"
 # An OVS socket is RUN/client/ovs/ovs-vswitchd.NNNNN.ctl, and the kernel allows 107 bytes.
 RUN_LENGTH = 107 - len("/client/ovs/ovs-vswitchd.4194304.ctl")
 

@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from . import state
-from .state import LAB, ROOT, RUN, LabError
+from .state import LAB, ROOT, RUN, UP, LabError
 
 WMEM = Path("/proc/sys/net/core/wmem_default")
 WMEM_WANTED = 16 * 1024 * 1024
@@ -75,7 +76,7 @@ def _up(args: argparse.Namespace) -> int:
     _restore_wmem()
     state.clear_run()
     (RUN / "wrapper.pid").write_text(str(os.getpid()))
-    binaries = _binaries(args.binaries)
+    binaries = _binaries(args.binaries, args.network_only)
     _write_scenario(binaries, args.scenario)
     options = {
         "binaries": str(binaries),
@@ -95,27 +96,27 @@ def _up(args: argparse.Namespace) -> int:
 def _check_tools() -> None:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     os.environ["PATH"] = path
-    there = lambda tool: any(Path(folder, tool).exists() for folder in path.split(":"))
-    missing = [tool for tool in TOOLS if not there(tool)]
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
         raise LabError(f"{', '.join(missing)} missing: run lab/install first")
 
 
-def _binaries(given: Optional[Path]) -> Path:
+def _binaries(given: Optional[Path], network_only: bool) -> Path:
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     folders = [given.resolve()] if given else [target / "release", target / "debug"]
-    there = [folder for folder in folders if (folder / "lifeboat-lab").exists()]
+    wanted = ["lifeboat-lab"] if network_only else ["lifeboat-lab", "lifeboat-agent", "lifeboat"]
+    there = [folder for folder in folders if all((folder / name).exists() for name in wanted)]
     if not there:
-        raise LabError(f"no lifeboat-lab in {' or '.join(map(str, folders))}: "
-                       "run `cargo build --bins` first")
-    return max(there, key=lambda folder: (folder / "lifeboat-lab").stat().st_mtime)
+        raise LabError(f"{', '.join(wanted)}: not all in {' or '.join(map(str, folders))}. Build "
+                       "them (cargo build --bins), or raise the network alone (--network-only)")
+    return max(there, key=lambda folder: (folder / wanted[-1]).stat().st_mtime)
 
 
 def _write_scenario(binaries: Path, scenario: str) -> None:
     checked = subprocess.run([binaries / "lifeboat-lab", scenario], capture_output=True, text=True,
                              check=False)
     if checked.returncode != 0:
-        raise LabError(checked.stderr.strip().removeprefix("Error: "))
+        raise LabError(checked.stderr.strip().removeprefix("lifeboat-lab: "))
     (RUN / "scenario.json").write_text(checked.stdout)
 
 
@@ -124,7 +125,7 @@ def _run_inside(options: dict[str, Any]) -> int:
     options["up_fd"] = write_end
     inside = subprocess.Popen(
         ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--",
-         sys.executable, "-m", "cloud.inside", json.dumps(options)],
+         sys.executable, "-B", "-m", "cloud.inside", json.dumps(options)],
         cwd=LAB, pass_fds=[write_end], preexec_fn=_die_with_parent,
     )
     os.close(write_end)
@@ -135,7 +136,7 @@ def _run_inside(options: dict[str, Any]) -> int:
         first = _child_of(inside.pid)
         if first is not None:
             (RUN / "init.pid").write_text(str(first))
-        up.read()  # ends when the network is up, or when the inside has ended
+        up.read(len(UP))  # returns when the network is up, or when the inside has ended
     _restore_wmem()
     return _exit_code(inside.wait())
 

@@ -4,6 +4,7 @@
 //! nothing raised.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
@@ -16,8 +17,18 @@ struct Args {
     scenario: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match print_checked(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // One line for the operator, whatever RUST_BACKTRACE says.
+        Err(error) => {
+            eprintln!("lifeboat-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_checked(args: &Args) -> anyhow::Result<()> {
     let file = args.scenario.display().to_string();
     let text = std::fs::read_to_string(&args.scenario)
         .with_context(|| format!("the scenario {file} cannot be read"))?;
