@@ -15,7 +15,7 @@ from typing import Optional
 from . import configs
 from .network import Cloud
 from .shell import in_node, run
-from .state import RUN, State
+from .state import RUN, State, lifeboat_env
 
 STOP_SECONDS = 3
 
@@ -30,7 +30,7 @@ class Services:
         self.env = {
             **os.environ,
             "PATH": f"{binaries}:{os.environ['PATH']}",
-            "LIFEBOAT_LAB_RUN": str(RUN),
+            **lifeboat_env(),
         }
 
     def start_all(self) -> None:

@@ -28,6 +28,11 @@ UP = b"up"
 RUN_LENGTH = 107 - len("/client/ovs/ovs-vswitchd.4194304.ctl")
 
 
+def lifeboat_env() -> dict[str, str]:
+    """What lifeboat's own commands need to find this cloud's controller."""
+    return {"LIFEBOAT_LAB_RUN": str(RUN), "LIFEBOAT_SERVER": f"unix:{RUN}/controller.sock"}
+
+
 class LabError(Exception):
     """What stands in the way, and what to do: told to the operator as it is."""
 

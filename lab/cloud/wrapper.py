@@ -228,7 +228,8 @@ def _entering(argv: list[str]) -> list[str]:
         raise LabError(f"usage: lab/exec [NODE] CMD...; nodes: {' '.join(running.nodes)}")
     ovs = RUN / (f"{node}/ovs" if node and (RUN / node / "ovs").exists() else "fabric")
     env = [f"{key}={ovs}" for key in ("OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR")]
+    env += [f"{key}={value}" for key, value in state.lifeboat_env().items()]
     path = f"PATH={running.binaries}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     enter = ["nsenter", "-t", str(init), "-n", "-m", "-p", f"--wdns={os.getcwd()}", "--"]
     attach = ["mnexec", "-a", str(running.nodes[node])] if node else []
-    return [*enter, *attach, "env", *env, path, f"LIFEBOAT_LAB_RUN={RUN}", *argv]
+    return [*enter, *attach, "env", *env, path, *argv]
