@@ -144,21 +144,32 @@ impl Hands {
         waiting: &[(VmId, HostId, Vec<HostId>)],
     ) -> Option<Event> {
         let order = Self::order(wiring, id)?;
-        for host in &order.hosts {
-            self.await_agent(host).await;
+        let begun = clock::now();
+        loop {
+            for host in &order.hosts {
+                self.await_agent(host).await;
+            }
+            let promised = Promised::by(&lock(&wiring.fleet));
+            let (choice, no_place) = self.planner.choose(&order, &promised, waiting).await;
+            // An agent that went away while it was asked is no reason to leave its VMs behind.
+            let gone = |host: &HostId| !self.is_connected(host);
+            let again = choice.is_none() && order.hosts.iter().any(gone);
+            if !again || elapsed(begun) >= self.patience.connect {
+                return Some(Event::Chosen { choice, no_place });
+            }
         }
-        let promised = Promised::by(&lock(&wiring.fleet));
-        let (choice, no_place) = self.planner.choose(&order, &promised, waiting).await;
-        Some(Event::Chosen { choice, no_place })
     }
 
     /// Waits until an agent answers, or patience ends: one that restarts is back in seconds.
     async fn await_agent(&self, host: &HostId) {
         let begun = clock::now();
-        let connected = || self.planner.inventory.host(host).is_some_and(|entry| entry.connected);
-        while !connected() && elapsed(begun) < self.patience.connect {
+        while !self.is_connected(host) && elapsed(begun) < self.patience.connect {
             tokio::time::sleep(self.patience.again).await;
         }
+    }
+
+    fn is_connected(&self, host: &HostId) -> bool {
+        self.planner.inventory.host(host).is_some_and(|entry| entry.connected)
     }
 
     async fn reserve(

@@ -34,6 +34,7 @@ impl Planner {
         promised: &Promised,
         wanted: &(dyn Fn(&VmId) -> bool + Sync),
     ) -> Result<(Gathered, Vec<Stays>), PlannerError> {
+        self.refresh().await;
         let hosts = self.inventory.hosts();
         let entry = hosts.get(source).cloned().unwrap_or_default();
         let Some(description) = entry.description.clone().filter(|_| entry.connected) else {
@@ -70,6 +71,26 @@ impl Planner {
             cold: ColdTimes::default(),
         };
         Ok((Gathered { inventory }, stuck))
+    }
+
+    /// Asks every connected agent at once: what the last poll said may be a second old, and a VM may
+    /// have moved since.
+    async fn refresh(&self) {
+        let hosts = self.inventory.hosts();
+        let connected = hosts.iter().filter(|(_, entry)| entry.connected).map(|(host, _)| host);
+        let asked = connected.map(|host| async move { (host, self.agents.describe(host).await) });
+        for (host, answer) in join_all(asked).await {
+            match answer {
+                Ok((description, vms)) if description.host == host.as_str() => {
+                    self.inventory.heard(host, description, vms, clock::now());
+                }
+                // The poll finds out what is wrong with it.
+                Ok(_) => {}
+                Err(error) => {
+                    self.inventory.silent(host, error.to_string(), clock::now());
+                }
+            }
+        }
     }
 
     /// What stays for everybody else on each link.

@@ -1,0 +1,246 @@
+//! The agent of one host of the fake cloud.
+
+use std::pin::Pin;
+
+use futures_util::Stream;
+use lifeboat_controller::tasks;
+use lifeboat_protocol::agent::agent_server::Agent;
+use lifeboat_protocol::agent::*;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Cloud, STEP};
+
+pub(super) struct FakeAgent {
+    pub(super) host: String,
+    pub(super) cloud: Cloud,
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+
+impl FakeAgent {
+    fn heed(&self, command: Option<&Command>) -> Result<(), Status> {
+        let mut truth = self.cloud.truth();
+        let term = command.map_or(0, |command| command.term);
+        if term < truth.term {
+            let highest = truth.term;
+            truth.violations.push(format!("term {term} after {highest}"));
+            return Err(Status::failed_precondition("a newer controller has been here"));
+        }
+        truth.term = term;
+        Ok(())
+    }
+
+    fn known(&self, migration: &str) -> Result<MigrationProgress, Status> {
+        let found = self.cloud.truth().migrations.get(migration).cloned();
+        found
+            .filter(|p| p.source_host == self.host || p.destination_host == self.host)
+            .ok_or_else(|| Status::not_found(format!("no migration {migration} at {}", self.host)))
+    }
+
+    fn absent<T>(&self) -> Reply<T> {
+        Err(Status::unimplemented("not part of this cloud"))
+    }
+}
+
+fn definition(vm: &str) -> VmDefinition {
+    VmDefinition {
+        name: vm.to_owned(),
+        memory_bytes: 256 << 20,
+        vcpus: 1,
+        machine: "pc-i440fx-7.2".to_owned(),
+        cpu_model: "qemu64".to_owned(),
+        nics: vec![Nic {
+            bridge: "br0".to_owned(),
+            mac: "52:54:00:00:00:01".to_owned(),
+            ..Nic::default()
+        }],
+        ..VmDefinition::default()
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for FakeAgent {
+    async fn describe_host(&self, _: Request<DescribeHostRequest>) -> Reply<HostDescription> {
+        let n = self.host.trim_start_matches('h');
+        Ok(Response::new(HostDescription {
+            host: self.host.clone(),
+            qemu_version: "7.2.22".to_owned(),
+            accelerator: "tcg".to_owned(),
+            machine_types: vec!["pc-i440fx-7.2".to_owned()],
+            cpu_models: vec!["qemu64".to_owned()],
+            devices: vec!["virtio-net-pci".to_owned()],
+            memory_total_bytes: 4 << 30,
+            memory_free_bytes: 4 << 30,
+            bridges: vec![BridgeDescription { name: "br0".to_owned(), mtu: 1500 }],
+            page_address: format!("10.0.0.{n}:7000"),
+            ..HostDescription::default()
+        }))
+    }
+
+    async fn list_vms(&self, _: Request<ListVmsRequest>) -> Reply<ListVmsResponse> {
+        let truth = self.cloud.truth();
+        let here = truth.at.iter().filter(|(_, at)| **at == self.host).map(|(vm, _)| VmStatus {
+            definition: Some(definition(vm)),
+            state: VmState::Running.into(),
+            generation: 1,
+            ..VmStatus::default()
+        });
+        Ok(Response::new(ListVmsResponse { vms: here.collect() }))
+    }
+
+    async fn measure_vm(&self, request: Request<MeasureVmRequest>) -> Reply<VmMeasurement> {
+        Ok(Response::new(VmMeasurement {
+            vm: request.into_inner().vm,
+            memory_pages: 65_536,
+            non_zero_pages: 40_000,
+            dirty_pages_per_sec: 100,
+            working_set_pages: 1_000,
+            dirty_rate_error: 0.1,
+            ..VmMeasurement::default()
+        }))
+    }
+
+    async fn prepare_destination(
+        &self,
+        request: Request<PrepareDestinationRequest>,
+    ) -> Reply<PrepareDestinationReply> {
+        self.heed(request.get_ref().command.as_ref())?;
+        if self.cloud.truth().refusing.contains(&self.host) {
+            return Err(Status::failed_precondition("no room after all"));
+        }
+        let page_address = "10.0.0.9:7000".to_owned();
+        Ok(Response::new(PrepareDestinationReply { page_address, token: vec![1; 32] }))
+    }
+
+    async fn start_migration(
+        &self,
+        request: Request<StartMigrationRequest>,
+    ) -> Reply<MigrationReply> {
+        let request = request.into_inner();
+        self.heed(request.command.as_ref())?;
+        let mut truth = self.cloud.truth();
+        let live = |p: &&MigrationProgress| p.vm == request.vm && !p.phase().is_final();
+        if let Some(other) = truth.migrations.values().find(live).cloned() {
+            truth.violations.push(format!("{} twice: {}", request.vm, other.migration));
+        }
+        if truth.at.get(&request.vm) != Some(&self.host) {
+            truth.violations.push(format!("{} is not at {}", request.vm, self.host));
+        }
+        let progress = MigrationProgress {
+            migration: request.migration.clone(),
+            vm: request.vm,
+            phase: Phase::MemoryCopy.into(),
+            source_host: self.host.clone(),
+            destination_host: request.destination_host,
+            iteration: 1,
+            bytes_total: 256 << 20,
+            bytes_remaining: 256 << 20,
+            ..MigrationProgress::default()
+        };
+        truth.migrations.insert(request.migration.clone(), progress.clone());
+        drop(truth);
+        self.cloud.run(&request.migration);
+        Ok(Response::new(MigrationReply { progress: Some(progress) }))
+    }
+
+    async fn query_progress(
+        &self,
+        request: Request<QueryMigrationRequest>,
+    ) -> Reply<MigrationProgress> {
+        self.known(&request.into_inner().migration).map(Response::new)
+    }
+
+    async fn query_completion(
+        &self,
+        request: Request<QueryMigrationRequest>,
+    ) -> Reply<CompletionReply> {
+        let found = self.known(&request.into_inner().migration)?;
+        let completed = found.phase() == Phase::Completed;
+        Ok(Response::new(CompletionReply { completed, phase: found.phase }))
+    }
+
+    type WatchMigrationStream =
+        Pin<Box<dyn Stream<Item = Result<MigrationProgress, Status>> + Send>>;
+
+    async fn watch_migration(
+        &self,
+        request: Request<QueryMigrationRequest>,
+    ) -> Reply<Self::WatchMigrationStream> {
+        let migration = request.into_inner().migration;
+        self.known(&migration)?;
+        let (feed, news) = mpsc::channel(4);
+        let cloud = self.cloud.clone();
+        tasks::spawn(async move {
+            loop {
+                let progress = cloud.truth().migrations[&migration].clone();
+                let over = progress.phase().is_final();
+                if feed.send(Ok(progress)).await.is_err() || over {
+                    return;
+                }
+                tokio::time::sleep(STEP / 2).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(news))))
+    }
+
+    async fn list_migrations(
+        &self,
+        _: Request<ListMigrationsRequest>,
+    ) -> Reply<ListMigrationsResponse> {
+        let truth = self.cloud.truth();
+        let here = truth.migrations.values().filter(|p| p.source_host == self.host);
+        Ok(Response::new(ListMigrationsResponse { migrations: here.cloned().collect() }))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<CommandOnMigration>,
+    ) -> Reply<MigrationReply> {
+        let request = request.into_inner();
+        self.heed(request.command.as_ref())?;
+        let mut progress = self.known(&request.migration)?;
+        match progress.phase() {
+            Phase::MemoryCopy => {
+                progress.set_phase(Phase::Cancelled);
+                progress.reason = request.reason;
+                self.cloud.truth().migrations.insert(request.migration, progress.clone());
+                Ok(Response::new(MigrationReply { progress: Some(progress) }))
+            }
+            _ => Err(Status::failed_precondition("past the point of no return, or over")),
+        }
+    }
+
+    async fn start_vm(&self, _: Request<StartVmRequest>) -> Reply<VmReply> {
+        self.absent()
+    }
+
+    async fn stop_vm(&self, _: Request<StopVmRequest>) -> Reply<VmReply> {
+        self.absent()
+    }
+
+    async fn set_network_limit(&self, _: Request<SetLimitRequest>) -> Reply<MigrationReply> {
+        self.absent()
+    }
+
+    async fn set_disk_limit(&self, _: Request<SetLimitRequest>) -> Reply<MigrationReply> {
+        self.absent()
+    }
+
+    async fn claim_vm(&self, _: Request<ClaimVmRequest>) -> Reply<VmReply> {
+        self.absent()
+    }
+
+    async fn ensure_classifier(&self, _: Request<ClassifierRequest>) -> Reply<ClassifierReply> {
+        self.absent()
+    }
+
+    async fn remove_classifier(&self, _: Request<ClassifierRequest>) -> Reply<ClassifierReply> {
+        self.absent()
+    }
+
+    async fn probe_storage(&self, _: Request<ProbeStorageRequest>) -> Reply<ProbeStorageReply> {
+        self.absent()
+    }
+}

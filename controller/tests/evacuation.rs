@@ -1,0 +1,242 @@
+//! Whole evacuations, controller and agents in one process over real gRPC, with failures and with
+//! the controller killed in the middle.
+
+mod cloud;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cloud::{Cloud, CountingNetwork};
+use lifeboat_controller::daemon::Daemon;
+use lifeboat_controller::driver::Patience;
+use lifeboat_controller::network::Network;
+use lifeboat_controller::service::{Caller, Service};
+use lifeboat_protocol::controller::{
+    CancelRequest, CordonRequest, EvacuateRequest, EvacuationStatus, ReportRequest, RetryRequest,
+};
+use lifeboat_protocol::units::BitsPerSec;
+use tokio::runtime::Runtime;
+
+const VMS: [&str; 4] = ["a", "b", "c", "d"];
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn caller() -> Caller {
+    Caller { name: "ann".to_owned(), by: "certificate" }
+}
+
+fn request(hosts: &[&str]) -> EvacuateRequest {
+    EvacuateRequest {
+        hosts: hosts.iter().map(|host| host.to_string()).collect(),
+        urgency: Some(75),
+        ..EvacuateRequest::default()
+    }
+}
+
+/// A controller in a runtime of its own: dropping the runtime is its kill -9.
+struct Controller {
+    runtime: Runtime,
+    service: Arc<Service>,
+}
+
+impl Controller {
+    fn start(cloud: &Cloud, hosts: usize, network: &Arc<CountingNetwork>) -> Self {
+        let runtime = runtime();
+        let patience = Patience {
+            connect: Duration::from_secs(5),
+            watch: Duration::from_secs(5),
+            settle: Duration::from_secs(5),
+            again: Duration::from_millis(50),
+        };
+        let daemon = runtime.block_on(async {
+            // The journal of one that was just killed is free when its last task is gone.
+            for _ in 0..100 {
+                let network = Arc::clone(network) as Arc<dyn Network>;
+                match Daemon::start(cloud.site(hosts), network, patience) {
+                    Ok(daemon) => return daemon,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            }
+            panic!("the controller does not start");
+        });
+        let service = Arc::clone(&daemon.service);
+        let controller = Self { runtime, service };
+        controller.until("all agents are connected", |service| {
+            service.inventory.hosts().values().all(|entry| entry.connected)
+        });
+        controller
+    }
+
+    fn kill(self) {
+        drop(self.service);
+        self.runtime.shutdown_background();
+    }
+
+    fn until(&self, what: &str, mut holds: impl FnMut(&Service) -> bool) {
+        self.runtime.block_on(async {
+            for _ in 0..600 {
+                if holds(&self.service) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(25)).await;
+            }
+            panic!("waited in vain until {what}");
+        });
+    }
+
+    fn status(&self, id: &str) -> EvacuationStatus {
+        let reply = self.runtime.block_on(self.service.status(id)).unwrap();
+        reply.evacuations.into_iter().next().unwrap()
+    }
+
+    fn to_the_end(&self, id: &str) -> EvacuationStatus {
+        for _ in 0..600 {
+            let status = self.status(id);
+            if ["done", "partial", "cancelled", "failed"].contains(&status.state.as_str()) {
+                return status;
+            }
+            self.runtime.block_on(async { tokio::time::sleep(Duration::from_millis(25)).await });
+        }
+        panic!("it does not end: {:?}", self.status(id));
+    }
+
+    fn evacuate(&self, request: &EvacuateRequest) -> Result<String, String> {
+        let begun = self.runtime.block_on(self.service.evacuate(request, &caller()));
+        begun.map(|reply| reply.evacuation).map_err(|error| error.to_string())
+    }
+}
+
+fn world(hosts: usize) -> (Runtime, Cloud, Arc<CountingNetwork>) {
+    let runtime = runtime();
+    let cloud = runtime.block_on(async { Cloud::new(hosts, &VMS) });
+    (runtime, cloud, Arc::new(CountingNetwork::default()))
+}
+
+fn nothing_is_left(cloud: &Cloud, network: &CountingNetwork) {
+    assert_eq!(cloud.truth().violations, Vec::<String>::new());
+    assert!(network.held.lock().unwrap().is_empty(), "reservations remain");
+}
+
+#[test]
+fn four_vms_leave_one_after_the_other_and_everything_is_given_back() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    let controller = Controller::start(&cloud, 3, &network);
+    let plan =
+        controller.runtime.block_on(controller.service.plan(&request(&["h1"]), &caller())).unwrap();
+    assert_eq!((plan.vms.len(), plan.left_behind.len()), (4, 0));
+    assert_eq!(plan.reservations[0].reserved_bits_per_sec, 150_000_000);
+    let id = controller.evacuate(&request(&["h1"])).unwrap();
+    let mut live_most = 0;
+    let mut done = [0.0; 4];
+    controller.until("it ends", |service| {
+        let fleet = service.driver.fleet();
+        let evacuation = fleet.all()[0];
+        live_most = live_most.max(evacuation.live().count());
+        for (record, before) in evacuation.vms.iter().zip(&mut done) {
+            assert!(record.done >= *before, "{} ran backwards", record.vm);
+            *before = record.done;
+        }
+        evacuation.state.is_final()
+    });
+    assert_eq!(controller.status(&id).state, "done");
+    assert_eq!(live_most, 1);
+    assert!(cloud.truth().at.values().all(|at| at != "h1"));
+    let request = ReportRequest { evacuation: id };
+    let report = controller.service.report(&request).unwrap();
+    assert!(report.vms.iter().all(|vm| vm.outcome == "moved" && vm.downtime_us == 42_000));
+    assert!(report.predicted_total_ms > 0 && report.host_reports[0].moved == 4);
+    // Source's uplink and the port that faces the destination, at 75 % of the link.
+    let first = network.reserved.lock().unwrap()[0].clone();
+    assert_eq!(first.hops.len(), 2);
+    assert_eq!(first.hops[0].rate, BitsPerSec::from_mbit(150));
+    assert_eq!(network.followed.lock().unwrap().len(), 4);
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
+fn a_failed_move_is_tried_at_another_destination_and_without_one_the_vm_is_left_behind() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    {
+        let mut truth = cloud.truth();
+        truth.failing.insert("b".to_owned());
+        truth.refusing.insert("h3".to_owned());
+    }
+    let controller = Controller::start(&cloud, 3, &network);
+    let id = controller.evacuate(&request(&["h1"])).unwrap();
+    let status = controller.to_the_end(&id);
+    let stayed: Vec<_> = status.left_behind.iter().map(|left| left.vm.as_str()).collect();
+    assert_eq!((status.state.as_str(), stayed), ("partial", vec!["b"]));
+    assert!(status.left_behind[0].reason.contains("every destination"), "{status:?}");
+    assert!(cloud.truth().at.iter().all(|(vm, at)| (at == "h1") == (vm == "b")));
+    // What was left behind goes when it is tried again.
+    cloud.truth().refusing.clear();
+    let retry = RetryRequest { evacuation: id, operation_id: "again".to_owned() };
+    let again = controller.runtime.block_on(controller.service.retry(&retry, &caller())).unwrap();
+    assert_eq!(controller.to_the_end(&again.evacuation).state, "done");
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
+fn a_controller_killed_in_the_middle_of_each_vm_goes_on_to_the_end() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    let mut controller = Controller::start(&cloud, 3, &network);
+    let mut asked = request(&["h1"]);
+    asked.operation_id = "op-1".to_owned();
+    let id = controller.evacuate(&asked).unwrap();
+    for kill in 1..=4 {
+        controller.until("a VM is under way", |_| cloud.truth().migrations.len() >= kill);
+        controller.kill();
+        controller = Controller::start(&cloud, 3, &network);
+        assert_eq!(controller.service.term.0, kill as u64 + 1);
+    }
+    assert_eq!(controller.to_the_end(&id).state, "done");
+    // The same operation again is the same evacuation, also for a new controller.
+    assert_eq!(controller.evacuate(&asked).unwrap(), id);
+    assert_eq!(cloud.truth().migrations.len(), 4, "a VM was moved twice");
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
+fn cancelling_keeps_what_has_not_been_committed_and_says_why() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    let controller = Controller::start(&cloud, 3, &network);
+    let id = controller.evacuate(&request(&["h1"])).unwrap();
+    controller.until("a VM is under way", |_| !cloud.truth().migrations.is_empty());
+    let cancel = CancelRequest { evacuation: id.clone(), ..CancelRequest::default() };
+    controller.runtime.block_on(controller.service.cancel(&cancel, &caller())).unwrap();
+    let status = controller.to_the_end(&id);
+    assert_eq!((status.state.as_str(), status.left_behind.len()), ("cancelled", 4));
+    assert!(status.left_behind.iter().all(|left| left.reason.contains("cancelled")));
+    assert!(cloud.truth().at.values().all(|at| at == "h1"));
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
+fn bad_orders_say_what_why_and_what_to_do_and_change_nothing() {
+    let (_cloud_runtime, cloud, network) = world(2);
+    let controller = Controller::start(&cloud, 2, &network);
+    let refused = |change: &dyn Fn(&mut EvacuateRequest)| {
+        let mut asked = request(&["h1"]);
+        change(&mut asked);
+        controller.evacuate(&asked).unwrap_err()
+    };
+    let unknown = refused(&|r| r.hosts = vec!["h9".to_owned()]);
+    assert_eq!(unknown, "there is no host `h9`; the hosts are h1, h2");
+    assert!(refused(&|r| r.urgency = Some(140)).contains("urgency 140 is out of range"));
+    assert!(refused(&|r| r.mode = "post-copy".to_owned()).contains("not in this release"));
+    assert!(refused(&|r| r.hosts.clear()).contains("no host was named"));
+    assert!(refused(&|r| r.to = vec!["h1".to_owned()]).contains("named as a destination"));
+    assert!(cloud.truth().migrations.is_empty());
+    // A cordoned destination is no place: the plan says so, per host.
+    let cordon = CordonRequest { host: "h2".to_owned(), cordoned: true };
+    controller.runtime.block_on(controller.service.cordon(&cordon, &caller())).unwrap();
+    let (asked, who) = (request(&["h1"]), caller());
+    let plan = controller.runtime.block_on(controller.service.plan(&asked, &who)).unwrap();
+    assert!(plan.vms.is_empty());
+    assert!(plan.left_behind[0].refusals[0].contains("h2: it is cordoned"), "{plan:?}");
+    let audit = std::fs::read_to_string(cloud.path("state/audit.jsonl")).unwrap();
+    assert_eq!(audit.lines().count(), 6, "{audit}");
+    assert!(audit.contains("\"operator\":\"ann\"") && audit.contains("cordon h2"));
+}
