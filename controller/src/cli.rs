@@ -57,7 +57,7 @@ pub const USAGE: u8 = 64;
 
 /// Moves live VMs off a failing host, and says beforehand how long it takes.
 #[derive(Debug, Parser)]
-#[command(name = "lifeboat", version, about, max_term_width = 100)]
+#[command(name = "lifeboat", version, max_term_width = 100)]
 pub struct Cli {
     /// The controller: `unix:PATH` or `HOST:PORT`.
     #[arg(
