@@ -16,6 +16,7 @@ pub mod clock;
 pub mod destination;
 pub mod guests;
 pub mod handover;
+pub mod host;
 pub mod link;
 pub mod programs;
 pub mod progress;
