@@ -13,6 +13,7 @@
 //! that is not durable must not have consequences. Deliberately not here: what to do next.
 
 mod hands;
+mod proof;
 mod settle;
 mod watch;
 
@@ -76,6 +77,7 @@ impl Driver {
         let unfinished: Vec<EvacuationId> = fleet.unfinished().map(|e| e.id.clone()).collect();
         let fleet = Arc::new(Mutex::new(fleet));
         let hands = Arc::new(hands.wired(inputs.clone(), Arc::clone(&fleet)));
+        tasks::spawn(proof::prove_forever(Arc::clone(&hands), inputs.clone()));
         let state = Loop { fleet: Arc::clone(&fleet), journal, hands, bump };
         tasks::spawn(state.run(inbox));
         tasks::spawn(restart(inputs.clone(), unfinished));

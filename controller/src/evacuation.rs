@@ -42,6 +42,7 @@
 
 mod event;
 mod fleet;
+mod leg;
 mod machine;
 mod order;
 mod progress;

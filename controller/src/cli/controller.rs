@@ -1,7 +1,6 @@
 //! `lifeboat controller --config FILE [--check]`: the daemon.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
@@ -11,7 +10,7 @@ use super::output::print;
 use crate::config::Site;
 use crate::daemon::Daemon;
 use crate::driver::Patience;
-use crate::network::Detached;
+use crate::network;
 use crate::tls::TlsFiles;
 
 #[derive(Debug, clap::Args)]
@@ -39,7 +38,8 @@ pub(super) async fn run(args: Args) -> Result<u8, CliError> {
         return check(&site);
     }
     log(args.log_format);
-    let daemon = Daemon::start(site, Arc::new(Detached), Patience::default())?;
+    let network = network::connect(&site);
+    let daemon = Daemon::start(site, network, Patience::default())?;
     daemon.serve().await?;
     Ok(0)
 }

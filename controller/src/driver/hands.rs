@@ -87,8 +87,9 @@ impl Hands {
                 self.cancel(&migration, &source).await;
                 None
             }
-            Action::Settle { migration, source, destination, because, .. } => {
-                Some(self.settle(migration, &source, &destination, &because).await)
+            Action::Settle { migration, source, destination, because, committed, .. } => {
+                let ends = (&source, &destination);
+                Some(self.settle(migration, ends, &because, committed).await)
             }
             Action::Follow { vm, to } => {
                 self.follow(&vm, &to).await;

@@ -45,16 +45,16 @@ impl Hands {
     pub(super) async fn settle(
         &self,
         migration: MigrationId,
-        source: &HostId,
-        destination: &HostId,
+        (source, destination): (&HostId, &HostId),
         because: &str,
+        committed: bool,
     ) -> Event {
         let begun = clock::now();
         loop {
             // The source first: once it has let go, the destination's no is final, too.
             let at_source = self.cancel_and_ask(source, &migration, because).await;
             let at_destination = self.cancel_and_ask(destination, &migration, because).await;
-            if let Some(settlement) = judge(&at_source, &at_destination) {
+            if let Some(settlement) = judge(&at_source, &at_destination, committed) {
                 return Event::Settled { migration, settlement };
             }
             if elapsed(begun) >= self.patience.settle {
@@ -71,6 +71,11 @@ impl Hands {
         if let Err(error) = self.planner.agents.cancel(host, migration, because).await {
             tracing::debug!(%migration, %host, %error, "cancel");
         }
+        self.ask(host, migration).await
+    }
+
+    /// What an agent says about a migration.
+    pub(super) async fn ask(&self, host: &HostId, migration: &MigrationId) -> Said {
         match self.planner.agents.query(host, migration).await {
             Ok(progress) => Said::Progress(Box::new(progress)),
             Err(AgentError::NotKnown { .. }) => Said::NotKnown,
@@ -80,7 +85,10 @@ impl Hands {
 }
 
 /// What two agents' words amount to; `None` while neither knows.
-pub(super) fn judge(source: &Said, destination: &Said) -> Option<Settlement> {
+///
+/// A source that never heard of the migration never began it. Not so once COMMIT was seen: then it
+/// has lost its records, and only the destination can tell.
+pub(super) fn judge(source: &Said, destination: &Said, committed: bool) -> Option<Settlement> {
     let moved = |said: &Said| match said {
         Said::Progress(progress) if progress.phase() == Phase::Completed => Some(progress.clone()),
         _ => None,
@@ -97,6 +105,7 @@ pub(super) fn judge(source: &Said, destination: &Said) -> Option<Settlement> {
         }
     }
     match (source, source.phase()) {
+        (Said::NotKnown, _) if committed => None,
         (Said::NotKnown, _) | (_, Some(Phase::Failed | Phase::Cancelled)) => {
             Some(Settlement::Stayed { reason: source.reason() })
         }
@@ -139,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_vm_is_where_somebody_proves_it_to_be() {
-        let moved = |s: &Said, d: &Said| matches!(judge(s, d), Some(Settlement::Moved(_)));
+        let moved = |s: &Said, d: &Said| matches!(judge(s, d, true), Some(Settlement::Moved(_)));
         assert!(moved(&said(Phase::Completed), &silent()));
         assert!(moved(&silent(), &said(Phase::Completed)));
         assert!(moved(&said(Phase::Uncertain), &said(Phase::Completed)));
@@ -149,10 +158,15 @@ mod tests {
     fn it_stayed_when_the_source_says_so_whatever_the_destination_does() {
         for source in [said(Phase::Failed), said(Phase::Cancelled), Said::NotKnown] {
             for destination in [said(Phase::Setup), Said::NotKnown, silent()] {
-                let found = judge(&source, &destination);
+                let found = judge(&source, &destination, false);
                 assert!(matches!(found, Some(Settlement::Stayed { .. })), "{source:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_source_that_lost_its_records_after_commit_proves_nothing() {
+        assert_eq!(judge(&Said::NotKnown, &silent(), true), None);
     }
 
     /// A destination that cancelled proves nothing: the source may have committed before.
@@ -160,7 +174,7 @@ mod tests {
     fn nothing_is_decided_while_the_source_may_have_committed() {
         for source in [silent(), said(Phase::Uncertain), said(Phase::Committing)] {
             for destination in [silent(), Said::NotKnown, said(Phase::Cancelled)] {
-                assert_eq!(judge(&source, &destination), None, "{source:?} {destination:?}");
+                assert_eq!(judge(&source, &destination, false), None, "{source:?} {destination:?}");
             }
         }
     }

@@ -228,6 +228,8 @@ pub enum Action {
         destination: HostId,
         /// What led here.
         because: String,
+        /// Whether COMMIT was seen: then a source that knows nothing proves nothing.
+        committed: bool,
     },
     /// Move what flows there are for the VM's MAC addresses.
     Follow {

@@ -4,10 +4,14 @@
 //! older attempt, or a second answer. `tests` walk every pair of phase and event.
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
-use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
+use lifeboat_protocol::ids::{EvacuationId, MigrationId, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::event::{Action, Change, Choice, Event, PageTicket, PlannedLeg, Settlement};
+use super::event::{Action, Change, Choice, Event, PageTicket, Settlement};
+use super::leg::{
+    CANCELLED, cancel_again, commit_seen, end_leg, follow, new_leg, prove_uncertain, release,
+    resolve_uncertain, settle, watch,
+};
 use super::order::EvacuationOrder;
 use super::progress::done_share;
 use super::vm::{Leg, Outcome, VmPhase, VmRecord};
@@ -540,108 +544,4 @@ impl Evacuation {
         self.finished.get_or_insert(now);
         actions.push(Action::Finished { evacuation: self.id.clone() });
     }
-}
-
-/// The reason of every VM that stays because the operator said so.
-const CANCELLED: &str = "cancelled by the operator before it left";
-
-fn new_leg(migration: MigrationId, planned: PlannedLeg, now: UnixMs) -> Leg {
-    Leg {
-        migration,
-        destination: planned.destination,
-        mode: planned.mode,
-        hops: planned.hops,
-        reserved: Reserved::default(),
-        prediction: planned.prediction,
-        started: now,
-        uncertain_since: None,
-        cancel_sent: false,
-        outcome: None,
-    }
-}
-
-/// The leg is over: what it reserved goes back, then its outcome counts.
-fn end_leg(record: &mut VmRecord, outcome: Outcome, actions: &mut Vec<Action>) -> Change {
-    let Some(leg) = record.leg.as_mut() else { return Change::Nothing };
-    leg.outcome = Some(outcome);
-    record.phase = VmPhase::Releasing;
-    actions.extend(release(record));
-    Change::State
-}
-
-/// COMMIT was seen: from here on nothing is cancelled any more.
-fn commit_seen(record: &mut VmRecord) -> Change {
-    if record.phase == VmPhase::Committing {
-        return Change::Progress;
-    }
-    record.phase = VmPhase::Committing;
-    Change::State
-}
-
-/// A late word of the source's agent about a VM that this evacuation has given up on.
-fn prove_uncertain(record: &mut VmRecord, progress: MigrationProgress) -> Change {
-    match progress.phase() {
-        Phase::Completed => resolve_uncertain(record, Settlement::Moved(Some(Box::new(progress)))),
-        Phase::Lost => {
-            let reason = progress.reason;
-            resolve_uncertain(record, Settlement::Lost { reason })
-        }
-        Phase::Failed | Phase::Cancelled => {
-            let reason = progress.reason;
-            resolve_uncertain(record, Settlement::Stayed { reason })
-        }
-        _ => Change::Nothing,
-    }
-}
-
-/// Proof, or an operator's claim. Its reservation was given back long ago.
-fn resolve_uncertain(record: &mut VmRecord, settlement: Settlement) -> Change {
-    (record.phase, record.reason) = match settlement {
-        Settlement::Moved(progress) => {
-            record.progress = progress.map(|progress| *progress).or(record.progress.take());
-            record.done = 1.0;
-            (VmPhase::Moved, String::new())
-        }
-        Settlement::Stayed { reason } if reason.is_empty() => {
-            (VmPhase::LeftBehind, "it was found at its source".to_owned())
-        }
-        Settlement::Stayed { reason } => (VmPhase::LeftBehind, reason),
-        Settlement::Lost { reason } => (VmPhase::Lost, reason),
-        Settlement::Uncertain { .. } => return Change::Nothing,
-    };
-    Change::State
-}
-
-fn release(record: &VmRecord) -> Option<Action> {
-    record.leg.as_ref().map(|leg| Action::Release { migration: leg.migration.clone() })
-}
-
-fn settle(record: &VmRecord) -> Option<Action> {
-    record.leg.as_ref().map(|leg| Action::Settle {
-        migration: leg.migration.clone(),
-        vm: record.vm.clone(),
-        source: record.source.clone(),
-        destination: leg.destination.clone(),
-        because: record.reason.clone(),
-    })
-}
-
-fn watch(record: &VmRecord) -> Option<Action> {
-    record.leg.as_ref().map(|leg| Action::Watch {
-        migration: leg.migration.clone(),
-        source: record.source.clone(),
-        destination: leg.destination.clone(),
-    })
-}
-
-fn cancel_again(record: &VmRecord) -> Option<Action> {
-    record.leg.as_ref().map(|leg| Action::Cancel {
-        migration: leg.migration.clone(),
-        source: record.source.clone(),
-    })
-}
-
-fn follow(record: &VmRecord) -> Action {
-    let at = record.leg.as_ref().map_or(&record.source, |leg| &leg.destination);
-    Action::Follow { vm: record.vm.clone(), to: HostId::clone(at) }
 }

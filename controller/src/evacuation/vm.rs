@@ -125,6 +125,8 @@ pub struct Leg {
     pub prediction: Prediction,
     /// When it was chosen.
     pub started: UnixMs,
+    /// Whether COMMIT was seen to be under way: from then on only proof says where the VM is.
+    pub committed: bool,
     /// Since when nobody has known whether COMMIT arrived.
     pub uncertain_since: Option<UnixMs>,
     /// Whether the agents were told to cancel it.

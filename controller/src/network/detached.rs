@@ -1,5 +1,5 @@
-//! The network of a controller that was told of no way to reach its switches (`openflow_listen` is
-//! absent): nothing can be reserved, and it says so.
+//! The network of a controller without connections to its switches: nothing can be reserved, and it
+//! says so.
 //!
 //! An evacuation of urgency 0 asks for no share and goes on without; any other is refused before a
 //! VM moves.
@@ -13,9 +13,20 @@ use super::{
     Reserved, SwitchStatus,
 };
 
-/// No switches.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Detached;
+/// No switches, and why.
+#[derive(Debug, Clone, Copy)]
+pub struct Detached {
+    why: &'static str,
+}
+
+impl Detached {
+    /// A network that cannot be reached; `why` ends the sentence that operators read, and says what
+    /// to do.
+    #[must_use]
+    pub const fn new(why: &'static str) -> Self {
+        Self { why }
+    }
+}
 
 impl Network for Detached {
     fn reserve(
@@ -28,7 +39,7 @@ impl Network for Detached {
             Some(hop) => Err(NetworkError::Unable {
                 switch: hop.at.switch.clone(),
                 doing: "reserve",
-                detail: "set controller.openflow_listen in the configuration, or evacuate with --urgency 0".to_owned(),
+                detail: self.why.to_owned(),
             }),
         };
         Box::pin(ready(answer))

@@ -21,6 +21,7 @@ mod detached;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -28,6 +29,8 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
 use lifeboat_protocol::terms::Urgency;
 use lifeboat_protocol::units::BitsPerSec;
 use serde::{Deserialize, Serialize};
+
+use crate::config::Site;
 
 pub use detached::Detached;
 
@@ -302,6 +305,17 @@ impl NetworkError {
     pub const fn may_retry(&self) -> bool {
         matches!(self, Self::NotConnected { .. } | Self::Late { .. } | Self::NoRoom { .. })
     }
+}
+
+/// The network that a site's configuration describes.
+#[must_use]
+pub fn connect(site: &Site) -> Arc<dyn Network> {
+    Arc::new(Detached::new(match site.config.controller.openflow_listen {
+        None => "set controller.openflow_listen in the configuration, or evacuate with --urgency 0",
+        Some(_) => {
+            "this release does not reserve on switches yet; evacuate with --urgency 0, which reserves nothing"
+        }
+    }))
 }
 
 /// The switches, as the controller's driver sees them.
