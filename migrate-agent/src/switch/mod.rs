@@ -134,7 +134,8 @@ pub async fn remove(ports: &[impl AsRef<str>]) -> Vec<PortClassifier> {
     for port in ports.iter().map(AsRef::as_ref) {
         let (installed, problem) = match remove_one(port).await {
             Ok(()) => (false, None),
-            // What is there was not asked, or not told.
+            // What cannot be an interface has no filter; elsewhere it may be there still.
+            Err(error @ ClassifierError::Name { .. }) => (false, Some(error)),
             Err(error) => (true, Some(error)),
         };
         if let Some(error) = &problem {
@@ -254,7 +255,8 @@ mod tests {
         let answers = ensure(&["no-such-port", "a b"]).await;
         assert!(matches!(answers[0].problem, Some(ClassifierError::NoSuchPort { .. })));
         assert!(matches!(answers[1].problem, Some(ClassifierError::Name { .. })));
-        let removed = remove(&["no-such-port"]).await;
+        let removed = remove(&["no-such-port", "a b"]).await;
         assert!(!removed[0].installed && removed[0].problem.is_none());
+        assert!(!removed[1].installed && removed[1].problem.is_some());
     }
 }
