@@ -13,15 +13,19 @@
 //! ways are the controller's.
 
 pub mod clock;
+pub mod config;
 pub mod destination;
 pub mod guests;
 pub mod handover;
 pub mod host;
 pub mod link;
+pub mod measure;
 pub mod programs;
 pub mod progress;
 pub mod qemu;
 pub mod registry;
+pub mod run;
+pub mod server;
 pub mod source;
 pub mod switch;
 pub mod tasks;

@@ -31,3 +31,24 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
         },
     }
 }
+
+/// Runs blocking work on a thread of its own, which ends with it: for work that changes its
+/// thread's priority. A panic in it goes on in the caller.
+pub async fn thread<T: Send + 'static>(
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let (done, result) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Whoever asked may have hung up.
+        let _ = done.send(work());
+    });
+    match (result.await, thread) {
+        (Ok(result), _) => result,
+        (Err(_), Ok(thread)) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => unreachable!("a thread that ends without panic has sent its result"),
+        },
+        (Err(_), Err(error)) => panic!("this machine has no threads left: {error}"),
+    }
+}

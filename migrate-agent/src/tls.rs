@@ -185,3 +185,7 @@ pub fn peer_role(certificates: &[CertificateDer<'_>]) -> Result<(Role, String), 
         _ => Err(TlsError::NoRole),
     }
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;

@@ -3,8 +3,10 @@
 //! Used by `source.rs`, `destination.rs`, `vms/` and `measure/`. It knows neither migrations nor
 //! ownership; whether a VM *may* start is decided elsewhere before anything here is called.
 
+pub mod foreign;
 pub mod launch;
 pub mod process;
 pub mod procfs;
 pub mod qmp;
+pub mod ram;
 pub mod run_dir;

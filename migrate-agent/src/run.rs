@@ -1,0 +1,188 @@
+//! Puts the agent together, in the one order that is safe, and takes it apart again.
+//!
+//! ```text
+//!   ports bound -> records read -> QEMUs adopted -> open hand-overs taken up
+//!       -> page links served -> gRPC served -> VMs marked so started
+//! ```
+//!
+//! Nothing is served before the records have been taken up: a question answered from half a
+//! state could cost a guest. When the agent stops, its guests run on.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::config::{AgentRole, Config};
+use crate::handover::store::{Store, StoreError};
+use crate::host::{HostError, QemuProgram, gather};
+use crate::link::{LinkError, Listener};
+use crate::registry::{Registry, RegistryError};
+use crate::server::listen::{Bound, ListenError, bind};
+use crate::server::{Rooms, Service, TermError, Terms};
+use crate::source::Context;
+use crate::tls::{TlsError, TlsIdentity};
+use crate::vms::{VmError, Vms};
+
+/// How long calls that run may take to end when the agent stops.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Why the agent could not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The ownership records.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Who is obeyed.
+    #[error(transparent)]
+    Term(#[from] TermError),
+    /// The VMs.
+    #[error(transparent)]
+    Vms(#[from] VmError),
+    /// The host's facts.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Open hand-overs.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// gRPC.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Page links.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// Another agent.
+    #[error("another agent runs with this state directory: {} is locked", path.display())]
+    Second {
+        /// The lock.
+        path: PathBuf,
+    },
+    /// A directory or file of ours.
+    #[error("cannot use {}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Signals.
+    #[error("cannot listen for signals")]
+    Signal(#[source] std::io::Error),
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When a part cannot be set up, or one that must not end does.
+pub async fn run(config: Config) -> Result<(), RunError> {
+    let identity = config.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
+    let _lock = lock(&config.state_dir)?;
+    let terms = Terms::open(config.state_dir.join("term"))?;
+    let pages = TcpListener::bind(config.page_listen)
+        .await
+        .map_err(|source| ListenError::Tcp { address: config.page_listen, source })?;
+    let mut bound = vec![];
+    for listen in &config.listen {
+        bound.push(bind(listen, identity.clone()).await?);
+    }
+
+    let store = Store::open(config.state_dir.join("ownership"))?;
+    let vms = Vms::open(config.vms.clone(), Arc::new(store.clone())).await?;
+    let context = Context {
+        host: config.host.clone(),
+        guests: Arc::new(vms.clone()),
+        store: store.clone(),
+        identity: identity.clone(),
+    };
+    let registry = Registry::new(context, &config.page_address);
+    registry.recover().await?;
+    let listener = Listener::new(pages, identity.clone());
+    let links = crate::tasks::spawn("page links", registry.clone().serve_links(listener));
+
+    let hypervisor = config.roles.contains(&AgentRole::Hypervisor);
+    let program = QemuProgram {
+        program: &config.vms.qemu,
+        user: config.vms.user,
+        accelerator: config.vms.accelerator,
+    };
+    let facts = gather(hypervisor.then_some(program)).await?;
+    let first_since_boot = is_first_since_boot(&config.state_dir, &facts.boot_id)?;
+    let service = Service::new(Rooms {
+        host: config.host.clone(),
+        roles: config.roles.clone(),
+        facts,
+        page_address: config.page_address.clone(),
+        vms: vms.clone(),
+        registry,
+        store,
+        terms,
+    });
+    if hypervisor && first_since_boot {
+        crate::tasks::spawn("autostart", async move { vms.autostart().await });
+    }
+    serve_all(service, bound, links).await
+}
+
+/// Keeps a second agent from this state directory, for as long as the file is open.
+fn lock(state_dir: &Path) -> Result<File, RunError> {
+    let failed = |path: &Path, source| RunError::Directory { path: path.to_owned(), source };
+    std::fs::create_dir_all(state_dir).map_err(|source| failed(state_dir, source))?;
+    let path = state_dir.join("lock");
+    let file = File::create(&path).map_err(|source| failed(&path, source))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(RunError::Second { path }),
+        Err(errno) => Err(failed(&path, errno.into())),
+    }
+}
+
+/// Whether no agent has run since the host's boot `boot_id`: VMs are autostarted once per boot,
+/// so that one which an operator stopped is not started by an upgrade of the agent.
+fn is_first_since_boot(state_dir: &Path, boot_id: &str) -> Result<bool, RunError> {
+    let path = state_dir.join("boot");
+    if std::fs::read_to_string(&path).is_ok_and(|known| known.trim() == boot_id) {
+        return Ok(false);
+    }
+    std::fs::write(&path, boot_id).map_err(|source| RunError::Directory { path, source })?;
+    Ok(true)
+}
+
+type Links = tokio::task::JoinHandle<Result<(), LinkError>>;
+
+async fn serve_all(service: Service, bound: Vec<Bound>, links: Links) -> Result<(), RunError> {
+    let (stop, stopped) = watch::channel(false);
+    let mut servers = tokio::task::JoinSet::new();
+    for bound in bound {
+        let (service, mut stopped) = (service.clone(), stopped.clone());
+        servers.spawn(async move {
+            let shutdown = async move {
+                let _ = stopped.wait_for(|stop| *stop).await;
+            };
+            bound.serve(service, shutdown).await
+        });
+    }
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
+    tracing::info!("ready");
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        Some(ended) = servers.join_next() => ended.unwrap_or(Ok(())).map_err(RunError::from),
+        ended = links => ended.unwrap_or(Ok(())).map_err(RunError::from),
+    };
+    // Watchers of progress may stay connected for ever: those are cut, not waited for.
+    let _ = stop.send(true);
+    tracing::info!("stopping; guests run on");
+    let all = async { while servers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(STOP_GRACE, all).await;
+    ended
+}
