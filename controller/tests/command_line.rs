@@ -144,3 +144,29 @@ async fn only_certificates_of_operators_and_controllers_give_commands() {
     assert_eq!(audit.lines().count(), 2, "{audit}");
     assert!(audit.contains("\"operator\":\"ann\",\"by\":\"certificate\""), "{audit}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_is_believed_only_with_the_certificate_of_its_own_host() {
+    let cloud = Cloud::new(2, &["a"]);
+    let dir = cloud.dir.path().display();
+    let init = format!("certs init {dir}/pki --agent h1,h2 --controller c1 --operator ann");
+    assert!(lifeboat("unix:/none", None, &init).status.success());
+    let own = cloud.path("pki/agent-h1");
+    let h1 = cloud.serve_tls("h1", &own).await;
+    let h2 = cloud.serve_tls("h2", &own).await;
+    let state = format!("state_dir = \"{dir}/state\"");
+    let with_tls = format!("{state}\ntls_dir = \"{dir}/pki/controller-c1\"");
+    let text = cloud
+        .config(2)
+        .replace(&state, &with_tls)
+        .replace(&format!("unix:{dir}/h1.sock"), &h1.to_string())
+        .replace(&format!("unix:{dir}/h2.sock"), &h2.to_string());
+    let config = cloud.path("lab.toml");
+    std::fs::write(&config, text).unwrap();
+    let _daemon = daemon(&config);
+    let server = format!("unix:{dir}/c.sock");
+    eventually(&server, "vms h1", "running").await;
+    let hosts = eventually(&server, "hosts", "active").await;
+    let second = hosts.lines().find(|line| line.starts_with("h2")).unwrap();
+    assert!(second.contains("unreachable"), "{hosts}");
+}

@@ -9,16 +9,18 @@ mod agent;
 mod switches;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lifeboat_controller::config::Site;
 use lifeboat_controller::tasks;
+use lifeboat_controller::tls::TlsFiles;
 use lifeboat_protocol::agent::agent_server::AgentServer;
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
-use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
 
 pub(crate) use switches::CountingNetwork;
@@ -78,6 +80,18 @@ impl Cloud {
         let agent = agent::FakeAgent { host: host.to_owned(), cloud: self.clone() };
         let server = Server::builder().add_service(AgentServer::new(agent));
         tasks::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+    }
+
+    /// The same agent once more, on TCP with a certificate.
+    pub(crate) async fn serve_tls(&self, host: &str, certificate: &Path) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let agent = agent::FakeAgent { host: host.to_owned(), cloud: self.clone() };
+        let tls = TlsFiles::load(certificate).unwrap().server();
+        let server =
+            Server::builder().tls_config(tls).unwrap().add_service(AgentServer::new(agent));
+        tasks::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        address
     }
 
     /// The configuration of a controller of this cloud.

@@ -1,0 +1,349 @@
+//! How everything of ours on a switch is recognised: cookies of flows, marks of queues, and the
+//! flows themselves. Pure.
+//!
+//! Used by the rest of `switched`. A controller that was killed finds by these what it left, so
+//! their layout is a promise to the next version.
+//!
+//! ```text
+//!  cookie   63 ...... 48 47 .. 44 43 ............ 24 23 ............. 0
+//!           0x4c42 "LB"   kind     evacuation's tag   migration's tag
+//! ```
+//!
+//! Tags are the low bits of a hash of the id. Queue rows carry the whole id: the reservation of a
+//! [`Mark`] is `EVACUATION SWITCH:PORT` (no id holds a space).
+//!
+//! A packet's DSCP is its queue's number, so that one number means the same on every port of a
+//! path. Of the 64 code points only pool 2 of RFC 2474 (`xxxx11`, experimental or local use) is
+//! ours to give: 3, 7, .. 63, one per evacuation, sixteen at a time.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use lifeboat_ovs::openflow::flow::FlowMod;
+use lifeboat_ovs::openflow::multipart::FlowStats;
+use lifeboat_ovs::openflow::{Action, Instruction, Masked, Match, Oxm, PortNo};
+use lifeboat_ovs::qos::Mark;
+use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
+
+use crate::network::{PageFlow, PortRef};
+
+/// The owner in the marks of our queue rows.
+pub(super) const OWNER: &str = "lifeboat";
+/// The bits of a cookie that say it is ours.
+pub(super) const OWNER_MASK: u64 = 0xffff << 48;
+/// Our cookies' first 16 bits.
+pub(super) const OWNER_COOKIE: u64 = 0x4c42 << 48;
+
+const KIND_SHIFT: u32 = 44;
+const EVACUATION_SHIFT: u32 = 24;
+const EVACUATION_BITS: u64 = (1 << 20) - 1;
+const MIGRATION_BITS: u64 = (1 << 24) - 1;
+
+/// Page flows with the same match differ in priority: two migrations over one page link must not
+/// replace each other's flow.
+const PAGE_PRIORITY: u16 = 61_000;
+/// Slots above it.
+pub(super) const SLOTS: u16 = 4_000;
+/// Below every page flow, above whatever a network usually has.
+const CLEAR_PRIORITY: u16 = 60_000;
+
+const IPV4: u16 = 0x0800;
+const TCP: u8 = 6;
+
+/// The queue numbers that an evacuation can have.
+pub(super) fn queue_numbers() -> impl Iterator<Item = u32> {
+    (3..=63).step_by(4)
+}
+
+/// What a flow of ours is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Sends one migration's pages to its evacuation's queue.
+    Page = 1,
+    /// Clears an evacuation's mark on packets that are not its own.
+    Clear = 2,
+    /// Lets a switch forward that would otherwise drop everything.
+    Forward = 3,
+}
+
+/// What a cookie of ours says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cookie {
+    /// What for.
+    pub(super) kind: Kind,
+    /// Of which evacuation; 0 for [`Kind::Forward`].
+    pub(super) evacuation: u64,
+    /// Of which migration; 0 unless [`Kind::Page`].
+    pub(super) migration: u64,
+}
+
+/// FNV-1a: stable for ever, and spread well enough for a handful of ids.
+fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn folded(text: &str) -> u64 {
+    let hash = hash(text);
+    hash ^ (hash >> 32)
+}
+
+/// An evacuation's tag; never 0.
+pub(super) fn evacuation_tag(id: &EvacuationId) -> u64 {
+    (folded(id.as_str()) & EVACUATION_BITS).max(1)
+}
+
+/// A migration's tag; never 0.
+pub(super) fn migration_tag(id: &MigrationId) -> u64 {
+    (folded(id.as_str()) & MIGRATION_BITS).max(1)
+}
+
+/// The evacuation that a migration belongs to, by the form that the controller gives its ids:
+/// `EVACUATION-mNUMBER`.
+pub(super) fn evacuation_of(migration: &MigrationId) -> Option<EvacuationId> {
+    let (evacuation, _) = migration.as_str().rsplit_once("-m")?;
+    EvacuationId::new(evacuation).ok()
+}
+
+impl Cookie {
+    fn page(evacuation: &EvacuationId, migration: &MigrationId) -> Self {
+        let (evacuation, migration) = (evacuation_tag(evacuation), migration_tag(migration));
+        Self { kind: Kind::Page, evacuation, migration }
+    }
+
+    fn clear(evacuation: &EvacuationId) -> Self {
+        Self { kind: Kind::Clear, evacuation: evacuation_tag(evacuation), migration: 0 }
+    }
+
+    /// As it travels.
+    pub(super) fn to_bits(self) -> u64 {
+        OWNER_COOKIE
+            | (self.kind as u64) << KIND_SHIFT
+            | self.evacuation << EVACUATION_SHIFT
+            | self.migration
+    }
+
+    /// `None` for somebody else's.
+    pub(super) fn from_bits(bits: u64) -> Option<Self> {
+        if bits & OWNER_MASK != OWNER_COOKIE {
+            return None;
+        }
+        let kind = match bits >> KIND_SHIFT & 0xf {
+            1 => Kind::Page,
+            2 => Kind::Clear,
+            3 => Kind::Forward,
+            _ => return None,
+        };
+        let evacuation = bits >> EVACUATION_SHIFT & EVACUATION_BITS;
+        Some(Self { kind, evacuation, migration: bits & MIGRATION_BITS })
+    }
+
+    /// Deletes the flows with exactly this cookie.
+    pub(super) fn delete(self) -> FlowMod {
+        FlowMod::delete_by_cookie(self.to_bits(), u64::MAX)
+    }
+}
+
+/// The deletion of one migration's page flows.
+pub(super) fn delete_page(evacuation: &EvacuationId, migration: &MigrationId) -> FlowMod {
+    Cookie::page(evacuation, migration).delete()
+}
+
+/// The deletion of all page flows of an evacuation.
+pub(super) fn delete_pages(evacuation: &EvacuationId) -> FlowMod {
+    let bits = Cookie { migration: 0, ..Cookie { kind: Kind::Page, ..Cookie::clear(evacuation) } };
+    FlowMod::delete_by_cookie(bits.to_bits(), !MIGRATION_BITS)
+}
+
+/// The deletion of the flow that clears an evacuation's mark.
+pub(super) fn delete_clear(evacuation: &EvacuationId) -> FlowMod {
+    Cookie::clear(evacuation).delete()
+}
+
+/// The deletion of [`forward_flow`].
+pub(super) fn delete_forward() -> FlowMod {
+    Cookie { kind: Kind::Forward, evacuation: 0, migration: 0 }.delete()
+}
+
+/// The two ends of a page link as a switch matches them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Link {
+    /// The source host.
+    pub(super) source: Ipv4Addr,
+    /// The destination host.
+    pub(super) destination: Ipv4Addr,
+    /// Its page listener.
+    pub(super) port: u16,
+}
+
+impl Link {
+    /// `None` for IPv6, whose DSCP the classifier beside HTB does not read.
+    pub(super) fn of(traffic: &PageFlow) -> Option<Self> {
+        let SocketAddr::V4(listener) = traffic.destination else { return None };
+        let IpAddr::V4(source) = traffic.source else { return None };
+        Some(Self { source, destination: *listener.ip(), port: listener.port() })
+    }
+
+    fn matching(self) -> Match {
+        Match::any()
+            .with(Oxm::EthType(IPV4))
+            .with(Oxm::IpProto(TCP))
+            .with(Oxm::Ipv4Src(Masked::exact(self.source)))
+            .with(Oxm::Ipv4Dst(Masked::exact(self.destination)))
+            .with(Oxm::TcpDst(self.port))
+    }
+
+    fn from_match(matching: &Match) -> Option<Self> {
+        let (mut source, mut destination, mut port) = (None, None, None);
+        for field in &matching.fields {
+            match field {
+                Oxm::Ipv4Src(address) => source = Some(address.value),
+                Oxm::Ipv4Dst(address) => destination = Some(address.value),
+                Oxm::TcpDst(number) => port = Some(*number),
+                _ => {}
+            }
+        }
+        Some(Self { source: source?, destination: destination?, port: port? })
+    }
+}
+
+fn apply(actions: Vec<Action>) -> Vec<Instruction> {
+    vec![Instruction::ApplyActions(actions)]
+}
+
+fn dscp(value: u32) -> u8 {
+    u8::try_from(value).unwrap_or_default()
+}
+
+/// Sends a migration's pages to `queue`. The queue works on the kernel's datapath, the mark on the
+/// userspace one, so that the same flow is right on both.
+pub(super) fn page_flow(
+    evacuation: &EvacuationId,
+    migration: &MigrationId,
+    slot: u16,
+    queue: u32,
+    link: Link,
+) -> FlowMod {
+    let cookie = Cookie::page(evacuation, migration).to_bits();
+    let actions = vec![
+        Action::SetQueue(queue),
+        Action::SetField(Oxm::IpDscp(dscp(queue))),
+        Action::output(PortNo::NORMAL),
+    ];
+    FlowMod::add(cookie, PAGE_PRIORITY + slot.min(SLOTS), link.matching(), apply(actions))
+}
+
+/// Takes the mark of `queue` from packets that nobody has reserved anything for: an application
+/// that sets it would share the evacuation's queue.
+pub(super) fn clear_flow(evacuation: &EvacuationId, queue: u32) -> FlowMod {
+    let cookie = Cookie::clear(evacuation).to_bits();
+    let matching = Match::any().with(Oxm::EthType(IPV4)).with(Oxm::IpDscp(dscp(queue)));
+    let actions = vec![Action::SetField(Oxm::IpDscp(0)), Action::output(PortNo::NORMAL)];
+    FlowMod::add(cookie, CLEAR_PRIORITY, matching, apply(actions))
+}
+
+/// Lets a switch forward as a learning switch does.
+pub(super) fn forward_flow() -> FlowMod {
+    let cookie = Cookie { kind: Kind::Forward, evacuation: 0, migration: 0 }.to_bits();
+    FlowMod::add(cookie, 0, Match::any(), apply(vec![Action::output(PortNo::NORMAL)]))
+}
+
+/// A page flow of ours as a switch shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FoundPage {
+    /// Whose.
+    pub(super) cookie: Cookie,
+    /// Its slot.
+    pub(super) slot: u16,
+    /// Which packets.
+    pub(super) link: Link,
+}
+
+impl FoundPage {
+    /// `None` for any other flow.
+    pub(super) fn of(flow: &FlowStats) -> Option<Self> {
+        let cookie = Cookie::from_bits(flow.cookie).filter(|cookie| cookie.kind == Kind::Page)?;
+        let slot = flow.priority.checked_sub(PAGE_PRIORITY)?;
+        Some(Self { cookie, slot, link: Link::from_match(&flow.matching)? })
+    }
+}
+
+/// The mark of an evacuation's queue on a port.
+pub(super) fn queue_mark(evacuation: &EvacuationId, at: &PortRef, expires: u64) -> Mark {
+    Mark { owner: OWNER.to_owned(), reservation: format!("{evacuation} {at}"), expires }
+}
+
+/// Whose queue a mark is on, and where; `None` for a mark that is not ours or not of a queue.
+pub(super) fn read_mark(mark: &Mark) -> Option<(EvacuationId, PortRef)> {
+    if mark.owner != OWNER {
+        return None;
+    }
+    let (evacuation, at) = mark.reservation.split_once(' ')?;
+    let (switch, port) = at.split_once(':')?;
+    let at = PortRef { switch: SwitchId::new(switch).ok()?, port: port.to_owned() };
+    Some((EvacuationId::new(evacuation).ok()?, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids() -> (EvacuationId, MigrationId) {
+        (EvacuationId::new("e1").unwrap(), MigrationId::new("e1-m1").unwrap())
+    }
+
+    #[test]
+    fn cookies_read_as_they_are_written_and_others_are_nobodys() {
+        let (evacuation, migration) = ids();
+        let page = Cookie::page(&evacuation, &migration);
+        assert_eq!(Cookie::from_bits(page.to_bits()), Some(page));
+        assert_eq!(page.to_bits() >> 44, 0x4c421);
+        for foreign in [0, 0x4c43_1000_0000_0000, 0x4c42_f000_0000_0000, 1] {
+            assert_eq!(Cookie::from_bits(foreign), None, "{foreign:x}");
+        }
+    }
+
+    #[test]
+    fn ids_that_differ_by_one_have_different_tags() {
+        let tags = (1..=2000).map(|n| migration_tag(&MigrationId::new(format!("e1-m{n}")).unwrap()));
+        let distinct: std::collections::BTreeSet<u64> = tags.collect();
+        assert!(distinct.len() >= 1999, "{}", distinct.len());
+        assert_eq!(evacuation_of(&ids().1), Some(ids().0));
+        assert_eq!(evacuation_of(&MigrationId::new("other").unwrap()), None);
+    }
+
+    #[test]
+    fn queue_numbers_are_pool_2_of_the_dscp_code_points() {
+        let numbers: Vec<u32> = queue_numbers().collect();
+        assert_eq!((numbers.len(), numbers[0], numbers[15]), (16, 3, 63));
+        assert!(numbers.iter().all(|number| number & 3 == 3));
+    }
+
+    #[test]
+    fn a_page_flow_is_recognised_and_a_deletion_of_its_evacuation_covers_it() {
+        let (evacuation, migration) = ids();
+        let link = Link {
+            source: [10, 0, 0, 1].into(),
+            destination: [10, 0, 0, 2].into(),
+            port: 7445,
+        };
+        let flow = page_flow(&evacuation, &migration, 5, 7, link);
+        assert_eq!(Link::from_match(&flow.matching), Some(link));
+        let all = delete_pages(&evacuation);
+        assert_eq!(flow.cookie & all.cookie_mask, all.cookie);
+        assert_ne!(clear_flow(&evacuation, 7).cookie & all.cookie_mask, all.cookie);
+        assert_eq!(delete_page(&evacuation, &migration).cookie, flow.cookie);
+    }
+
+    #[test]
+    fn marks_of_queues_read_as_they_are_written() {
+        let (evacuation, _) = ids();
+        let at = PortRef { switch: SwitchId::new("h1.br0").unwrap(), port: "h1-eth0".to_owned() };
+        let mark = queue_mark(&evacuation, &at, 9);
+        assert_eq!(mark.reservation, "e1 h1.br0:h1-eth0");
+        assert_eq!(read_mark(&mark), Some((evacuation, at)));
+        let shared = Mark { reservation: String::new(), ..mark.clone() };
+        assert_eq!(read_mark(&shared), None);
+        assert_eq!(read_mark(&Mark { owner: "other".to_owned(), ..mark }), None);
+    }
+}
