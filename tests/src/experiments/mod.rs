@@ -1,0 +1,51 @@
+//! The experiments: each asks one question and answers it with a [`Record`].
+//!
+//! Used by the program `lifeboat-experiment`, inside private namespaces. A new one is a file here
+//! and a line in [`EXPERIMENTS`]. The convention (samples, checks, spread) is
+//! `lifeboat_lab::experiment`.
+
+mod machine;
+pub mod reservation;
+
+use std::path::Path;
+
+pub use lifeboat_lab::experiment::Record;
+
+use crate::rig::RigError;
+
+/// What an experiment is given.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    /// A first look with few runs.
+    pub quick: bool,
+    /// An empty folder; short, because sockets lie in it.
+    pub folder: &'a Path,
+    /// Where the guest image is (`lab/build`).
+    pub images: &'a Path,
+}
+
+/// An experiment's name and what it asks, in one line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: &'static str,
+    /// What it asks.
+    pub about: &'static str,
+}
+
+/// All of them.
+pub const EXPERIMENTS: [Entry; 1] = [Entry {
+    name: reservation::NAME,
+    about: "does a migration get the share of a full link that is reserved for it, and no more?",
+}];
+
+/// Runs one; `None` when there is none of that name.
+///
+/// # Errors
+/// When the rig cannot be raised. A bound that does not hold is no error: it is in the record.
+pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigError>> {
+    match name {
+        reservation::NAME => Some(reservation::run(setting).await),
+        _ => None,
+    }
+}
