@@ -144,7 +144,6 @@ impl Bound {
 }
 
 /// On a TLS listener: lets only controllers through.
-#[expect(clippy::result_large_err, reason = "the interceptor's signature is tonic's")]
 fn controllers_only(request: Request<()>) -> Result<Request<()>, Status> {
     let connection = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
     let certificates = connection.and_then(TlsConnectInfo::peer_certs);

@@ -42,6 +42,7 @@ impl Vms {
         let generation = self.ownership.may_start(vm)?;
         let qmp = self.launch(definition, Begin::Boot).await?;
         qmp.cont().await?;
+        self.running(vm)?.refresh(&qmp).await?;
         tracing::info!(%vm, %generation, "started");
         self.view(vm)
     }

@@ -128,6 +128,13 @@ impl Running {
         Ok(())
     }
 
+    /// Asks QEMU what the guest does, for an answer that cannot wait for the events.
+    pub(super) async fn refresh(&self, qmp: &Qmp) -> Result<(), QmpError> {
+        let status = qmp.query_status().await?.status;
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).state = Some(status);
+        Ok(())
+    }
+
     /// What the guest does, as last heard; `None` when that is not known at the moment.
     pub(super) fn state(&self) -> Option<RunState> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).state
