@@ -93,6 +93,12 @@ async fn the_exit_code_and_the_last_lines_say_how_it_ended() {
     let server = format!("unix:{}", cloud.path("c.sock").display());
     let _daemon = daemon(&config);
     eventually(&server, "vms", "running").await;
+    let plan = text(&lifeboat(&server, None, "plan h1 --urgency 75").stdout);
+    assert!(
+        plan.starts_with("evacuation of h1: 2 to move, 0 stay; mode auto, urgency 75 %"),
+        "{plan}"
+    );
+    assert!(plan.contains("h1 > h1.br0:h1-eth0 > s1:s1-eth2 > h2"), "{plan}");
     let asked = lifeboat(&server, None, "evacuate h1 --urgency 0");
     assert_eq!(asked.status.code(), Some(1));
     assert!(text(&asked.stderr).contains("add --yes"), "{}", text(&asked.stderr));

@@ -147,7 +147,7 @@ impl Ledger {
         // Nobody but the operator's order knows the urgency; what was reserved is its best witness.
         let most = hops.iter().map(|hop| hop.rate.0 * 100 / hop.capacity.0.max(1)).max();
         let percent = u32::try_from(most.unwrap_or_default().min(100)).unwrap_or_default();
-        let urgency = Urgency::new(percent).unwrap_or_default();
+        let Ok(urgency) = Urgency::new(percent) else { return };
         self.hold(evacuation, migration, urgency, queue, hops, link);
         let holding = self.evacuations.get_mut(evacuation);
         if let Some(held) = holding.and_then(|held| held.migrations.get_mut(migration)) {
