@@ -9,12 +9,27 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
+import subprocess
 import sys
+
+
+def _open_tun_device() -> None:
+    """A /dev/net/tun of our own that everybody may open, as udev makes it on Debian: QEMU runs
+    unprivileged, and a container often has the device for root alone. What may be done with it
+    the kernel decides by the tap's owner."""
+    if os.stat("/dev/net/tun").st_mode & 0o006 == 0o006:
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "lifeboat-tun", "/dev/net"],
+                   check=True)
+    os.mknod("/dev/net/tun", 0o666 | stat.S_IFCHR, os.makedev(10, 200))
+    os.chmod("/dev/net/tun", 0o666)
 
 
 def main() -> int:
     """Runs `raising` in a child and reaps until that child has ended."""
     options = json.loads(sys.argv[1])
+    _open_tun_device()
     child = os.fork()
     if child == 0:
         from .raising import raise_cloud  # Mininet is loaded by the child only

@@ -19,6 +19,7 @@ pub mod guests;
 pub mod handover;
 pub mod host;
 pub mod link;
+pub mod marks;
 pub mod measure;
 pub mod programs;
 pub mod progress;

@@ -321,8 +321,8 @@ impl SourceTask {
 
     async fn connect(&mut self) -> Result<(), Failure> {
         let identity = self.context.identity.as_ref();
-        let (mut reader, mut writer) =
-            crate::link::connect(&self.order.page_address, identity).await?;
+        let (address, host) = (&self.order.page_address, &self.order.destination);
+        let (mut reader, mut writer) = crate::link::connect(address, host, identity).await?;
         let hello = Hello {
             purpose: Purpose::Migrate,
             migration: self.order.migration.clone(),
@@ -445,6 +445,8 @@ impl SourceTask {
 
     async fn perform(&mut self, actions: Vec<Action>) -> Result<(), Failure> {
         for action in actions {
+            let name = action.name();
+            crate::marks::pass("source", "before", name).await;
             match action {
                 Action::Persist(record) => {
                     let (store, vm) = (self.context.store.clone(), self.order.vm.clone());
@@ -468,6 +470,7 @@ impl SourceTask {
                 // `finish` asks for as long as the machine is open.
                 Action::Ask => {}
             }
+            crate::marks::pass("source", "after", name).await;
         }
         Ok(())
     }

@@ -126,9 +126,9 @@ impl DestinationTask {
     }
 
     async fn question(&mut self) -> Result<Event, LinkError> {
-        let (_, address) = self.machine.source();
+        let (host, address) = self.machine.source();
         let identity = self.context.identity.as_ref();
-        let (mut reader, mut writer) = crate::link::connect(address, identity).await?;
+        let (mut reader, mut writer) = crate::link::connect(address, host, identity).await?;
         let hello = Hello {
             purpose: Purpose::AskSource,
             migration: self.machine.migration().clone(),
@@ -159,7 +159,11 @@ impl DestinationTask {
         let mut todo = VecDeque::from(actions);
         while let Some(action) = todo.pop_front() {
             let fatal = matches!(action, Action::Persist(_));
-            match self.perform(action).await {
+            let name = action.name();
+            crate::marks::pass("destination", "before", name).await;
+            let performed = self.perform(action).await;
+            crate::marks::pass("destination", "after", name).await;
+            match performed {
                 Ok(None) => {}
                 Ok(Some(event)) => {
                     let mut more = Vec::new();

@@ -60,6 +60,22 @@ pub enum Action {
     Ask,
 }
 
+impl Action {
+    /// Its name in logs and marks.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Persist(record) => record.name(),
+            Self::SendLoaded(_) => "send-loaded",
+            Self::StartGuest => "start-guest",
+            Self::SendRunning(_) => "send-running",
+            Self::SendRefused => "send-refused",
+            Self::DiscardGuest => "discard-guest",
+            Self::Ask => "ask",
+        }
+    }
+}
+
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {

@@ -75,6 +75,20 @@ impl Record {
         matches!(self, Self::Owner { .. } | Self::Sending { .. })
     }
 
+    /// Writing it, as a name in logs and marks.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Owner { resumed: false, .. } => "persist-owner",
+            Self::Owner { .. } => "persist-resumed",
+            Self::Sending { .. } => "persist-sending",
+            Self::Ceded { confirmed: false, .. } => "persist-ceded",
+            Self::Ceded { .. } => "persist-confirmed",
+            Self::Loaded { .. } => "persist-loaded",
+            Self::Refused { .. } => "persist-refused",
+        }
+    }
+
     /// The generation that the record speaks of.
     #[must_use]
     pub const fn generation(&self) -> Generation {

@@ -56,6 +56,21 @@ pub enum Action {
     Ask,
 }
 
+impl Action {
+    /// Its name in logs and marks.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Persist(record) => record.name(),
+            Self::SendCommit(_) => "send-commit",
+            Self::SendAbort => "send-abort",
+            Self::ResumeGuest => "resume-guest",
+            Self::QuitGuest => "quit-guest",
+            Self::Ask => "ask",
+        }
+    }
+}
+
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lifeboat_protocol::ids::HostId;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -23,15 +24,17 @@ pub struct Peer {
     pub name: Option<String>,
 }
 
-/// Connects to an agent's page listener.
+/// Connects to the page listener of `host`'s agent. Its certificate must name the host: who is
+/// at the other end counts, not by which address it was reached.
 ///
 /// # Errors
-/// When the address is none, nobody answers in time, or the other side is not an agent of ours.
+/// When the address is none, nobody answers in time, or the other side is not that host's agent.
 pub async fn connect(
     address: &str,
+    host: &HostId,
     identity: Option<&TlsIdentity>,
 ) -> Result<(FrameReader, FrameWriter), LinkError> {
-    let attempt = connect_now(address, identity);
+    let attempt = connect_now(address, host, identity);
     match tokio::time::timeout(CONNECT_LIMIT, attempt).await {
         Ok(link) => link,
         Err(_) => Err(LinkError::Silent(CONNECT_LIMIT)),
@@ -40,24 +43,30 @@ pub async fn connect(
 
 async fn connect_now(
     address: &str,
+    host: &HostId,
     identity: Option<&TlsIdentity>,
 ) -> Result<(FrameReader, FrameWriter), LinkError> {
     let bad_address = || LinkError::Address { address: address.to_owned() };
-    let (host, _) = address.rsplit_once(':').ok_or_else(bad_address)?;
+    if !address.contains(':') {
+        return Err(bad_address());
+    }
     let socket = TcpStream::connect(address).await?;
     prepare(&socket)?;
     let Some(identity) = identity else {
         let (reading, writing) = socket.into_split();
         return Ok((FrameReader::new(reading), FrameWriter::new(writing)));
     };
-    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
-        .map_err(|_| bad_address())?;
+    let name = ServerName::try_from(host.to_string())
+        .map_err(|_| LinkError::Role(format!("`{host}` cannot stand in a certificate")))?;
     let connector = TlsConnector::from(Arc::clone(identity.client_config()));
     let stream = connector
         .connect(name, socket)
         .await
         .map_err(|source| LinkError::Tls { address: address.to_owned(), source })?;
-    check_role(stream.get_ref().1.peer_certificates())?;
+    let certified = check_role(stream.get_ref().1.peer_certificates())?;
+    if certified != host.as_str() {
+        return Err(LinkError::Role(format!("{address} is `{certified}`, not `{host}`")));
+    }
     let (reading, writing) = tokio::io::split(stream);
     Ok((FrameReader::new(reading), FrameWriter::new(writing)))
 }

@@ -111,9 +111,9 @@ async fn counters(
     let stat = procfs::stat(pid).ok_or_else(|| MeasureError::Gone { vm: vm.clone() })?;
     let mut counters = Counters { cpu_ticks: stat.cpu_ticks, ..Counters::default() };
     for tap in tap_names {
-        // The tap receives what the VM sends.
-        counters.network_out += interface_counter(tap, "rx_bytes");
-        counters.network_in += interface_counter(tap, "tx_bytes");
+        let Some(carried) = taps::counters(tap) else { continue };
+        counters.network_out += carried.from_vm;
+        counters.network_in += carried.to_vm;
     }
     // A monitor that is silent costs the disk figures, not the measurement.
     let disks = match vms.qmp(vm).await {
@@ -128,10 +128,4 @@ async fn counters(
         counters.disk_written += disk.written_bytes;
     }
     Ok(counters)
-}
-
-fn interface_counter(interface: &str, counter: &str) -> u64 {
-    let path = format!("/sys/class/net/{interface}/statistics/{counter}");
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
 }

@@ -60,8 +60,8 @@ pub enum Begin {
 pub struct NicSpec {
     /// `52:54:00:12:34:56`.
     pub mac: String,
-    /// Interface name on this host; made before (`taps`).
-    pub tap: String,
+    /// Its tap, as QEMU inherits it: an open descriptor (`tap`).
+    pub tap: i32,
     /// Told to the guest; `None` leaves it to the guest.
     pub mtu: Option<u32>,
 }
@@ -198,16 +198,11 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
     line.options("-device", device);
 }
 
-/// Offloads are off (`vnet_hdr=off`): with them a guest leaves its checksums to the tap, and OVS'
-/// userspace datapath passes such frames on unfinished. They are part of what the guest was told
-/// and so must be the same wherever it runs, whichever datapath is there.
+/// Offloads are off, for the tap was opened without their header: with them a guest leaves its
+/// checksums to the tap, and OVS' userspace datapath passes such frames on unfinished. They are part
+/// of what the guest was told and so must be the same wherever it runs, whichever datapath is there.
 fn nic_arguments(line: &mut CommandLine, index: usize, nic: &NicSpec) {
-    let tap = Options::first("tap")
-        .set("id", format!("net{index}"))
-        .set("ifname", &nic.tap)
-        .set("script", "no")
-        .set("downscript", "no")
-        .set("vnet_hdr", "off");
+    let tap = Options::first("tap").set("id", format!("net{index}")).set("fd", nic.tap.to_string());
     line.options("-netdev", tap);
     // No boot ROM: its size differs between packages, and it travels in the stream.
     let device = Options::first("virtio-net-pci")
@@ -316,11 +311,7 @@ mod tests {
             kernel: Some("/images/vmlinuz".into()),
             initrd: Some("/images/initrd".into()),
             kernel_arguments: "console=ttyS0 a=b,c".to_owned(),
-            nics: vec![NicSpec {
-                mac: "52:54:00:00:00:01".to_owned(),
-                tap: "lb0".to_owned(),
-                mtu: None,
-            }],
+            nics: vec![NicSpec { mac: "52:54:00:00:00:01".to_owned(), tap: 30, mtu: None }],
             disks: vec![],
             profile_arguments: vec![],
             begin: Begin::Boot,
@@ -357,7 +348,7 @@ mod tests {
     #[test]
     fn nics_stand_at_fixed_addresses_in_their_order() {
         let mut two = spec();
-        two.nics.push(NicSpec { mac: "m2".to_owned(), tap: "lb1".to_owned(), mtu: Some(1400) });
+        two.nics.push(NicSpec { mac: "m2".to_owned(), tap: 31, mtu: Some(1400) });
         let words = words(&two);
         assert_eq!(
             after(&words, "-device"),
@@ -366,10 +357,7 @@ mod tests {
                 "virtio-net-pci,id=nic1,netdev=net1,mac=m2,addr=0x11,romfile=,host_mtu=1400"
             ]
         );
-        assert_eq!(
-            after(&words, "-netdev")[1],
-            "tap,id=net1,ifname=lb1,script=no,downscript=no,vnet_hdr=off"
-        );
+        assert_eq!(after(&words, "-netdev"), ["tap,id=net0,fd=30", "tap,id=net1,fd=31"]);
     }
 
     #[test]
@@ -377,13 +365,11 @@ mod tests {
         let mut evil = spec();
         evil.name = "a,debug-threads=on".to_owned();
         evil.machine = "pc,dump-guest-core=on".to_owned();
-        evil.nics[0].tap = "x,script=/bin/sh".to_owned();
         evil.nics[0].mac = "x,romfile=/etc/shadow".to_owned();
         evil.disks.push(DiskSpec { path: "/d/a,b=c".into(), format: "raw", read_only: true });
         let words = words(&evil);
         assert_eq!(after(&words, "-name"), ["guest=a,,debug-threads=on"]);
         assert_eq!(after(&words, "-machine"), ["pc,,dump-guest-core=on"]);
-        assert!(after(&words, "-netdev")[0].contains("ifname=x,,script=/bin/sh,script=no"));
         assert!(after(&words, "-device")[1].contains("mac=x,,romfile=/etc/shadow,addr"));
         assert_eq!(
             after(&words, "-blockdev")[0],

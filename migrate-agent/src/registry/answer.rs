@@ -11,7 +11,7 @@ use crate::handover::store::StoreError;
 use crate::source;
 
 /// How a VM stands on this host by its ownership record; QEMU's own state refines it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmStanding {
     /// The state that the record gives; `None`: the guest's own state counts.
     pub state: Option<VmState>,

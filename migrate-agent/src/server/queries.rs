@@ -12,6 +12,7 @@ use lifeboat_protocol::ids::VmId;
 use tonic::Status;
 
 use super::{Service, status};
+use crate::handover::Record;
 use crate::qemu::foreign;
 use crate::qemu::qmp::RunState;
 use crate::registry::VmStanding;
@@ -58,9 +59,12 @@ impl Service {
         let views = self.rooms.vms.list();
         let mut names: BTreeSet<VmId> =
             views.iter().map(|view| view.definition.name.clone()).collect();
-        // A ceded VM whose definition went with it is still to be told about.
+        // A ceded VM whose definition went with it is still to be told about; one that only ever
+        // knocked is not.
         let records = self.rooms.store.read_all();
-        names.extend(records.map_err(|error| Status::internal(chain(&error)))?.into_keys());
+        let records = records.map_err(|error| Status::internal(chain(&error)))?.into_iter();
+        let kept = records.filter(|(_, record)| !matches!(record, Record::Refused { .. }));
+        names.extend(kept.map(|(vm, _)| vm));
         names.iter().map(|vm| self.status_of(vm)).collect()
     }
 

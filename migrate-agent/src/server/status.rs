@@ -42,9 +42,11 @@ pub(super) fn of_vm(error: &VmError) -> Status {
         | VmError::File(_)
         | VmError::HostFile(_)
         | VmError::SocketPath { .. } => Code::FailedPrecondition,
-        VmError::Directory { .. } | VmError::Tap(_) | VmError::Process(_) | VmError::Monitor(_) => {
-            Code::Internal
-        }
+        VmError::Directory { .. }
+        | VmError::Tap(_)
+        | VmError::OpenTap { .. }
+        | VmError::Process(_)
+        | VmError::Monitor(_) => Code::Internal,
     };
     status(code, error)
 }

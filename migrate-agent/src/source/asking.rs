@@ -79,9 +79,9 @@ impl SourceTask {
     }
 
     async fn open_question(&mut self) -> Result<(FrameReader, FrameWriter), LinkError> {
-        let (_, address) = self.machine.destination();
+        let (host, address) = self.machine.destination();
         let identity = self.context.identity.as_ref();
-        let (reader, mut writer) = crate::link::connect(address, identity).await?;
+        let (reader, mut writer) = crate::link::connect(address, host, identity).await?;
         let hello = Hello {
             purpose: Purpose::AskDestination,
             migration: self.order.migration.clone(),

@@ -163,7 +163,7 @@ impl SourceTask {
     fn watch(&self) -> Watch {
         let defaults = StopCriteria::default();
         let criteria = StopCriteria {
-            downtime: self.order.downtime_limit,
+            downtime: self.wanted_downtime(),
             downtime_limit: self.order.downtime_limit.max(defaults.downtime_limit),
             fixed_pause: FIXED_PAUSE,
             max_iterations: self.order.iterations_max.unwrap_or(defaults.max_iterations),
@@ -180,9 +180,15 @@ impl SourceTask {
         }
     }
 
+    /// Aims at half of what is allowed: another iteration costs a second of copying, and most
+    /// guests have far less left after it. What does not get there is judged by `policy::stop`.
+    fn wanted_downtime(&self) -> Duration {
+        self.order.downtime_limit / 2
+    }
+
     /// What QEMU may leave for the pause: the wanted downtime less what else the pause costs.
     fn wanted_limit_ms(&self) -> u64 {
-        let left = self.order.downtime_limit.saturating_sub(FIXED_PAUSE);
+        let left = self.wanted_downtime().saturating_sub(FIXED_PAUSE);
         u64::try_from(left.as_millis()).unwrap_or(GO_MS).clamp(20, GO_MS)
     }
 
