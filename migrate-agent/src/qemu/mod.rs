@@ -10,3 +10,4 @@ pub mod procfs;
 pub mod qmp;
 pub mod ram;
 pub mod run_dir;
+pub mod tap;

@@ -1,6 +1,7 @@
 //! How a VM's QEMU begins and ends. Every step of a start has its undo; the end takes away all
 //! that is left, whatever of it there is, and goes on past errors.
 
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,13 +9,14 @@ use std::time::Duration;
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::Bytes;
 
-use super::definition::{Definition, Image};
+use super::definition::{Definition, Image, Nic};
 use super::running::Running;
 use super::{Known, VmError, VmView, Vms, chain, files, host_files, taps};
 use crate::qemu::launch::{Begin, DiskSpec, LaunchSpec, NicSpec, command_line};
 use crate::qemu::process::QemuProcess;
 use crate::qemu::qmp::{Qmp, RunState};
 use crate::qemu::run_dir::{RunDir, SOCKET_PATH_BYTES_MAX};
+use crate::qemu::tap;
 
 /// How long QEMU may take to end after `quit`.
 const QUIT_GRACE: Duration = Duration::from_secs(5);
@@ -87,9 +89,9 @@ impl Vms {
         self.sweep(&vm, &definition).await;
         let _busy = self.occupy(&vm, definition.footprint())?;
         let definition = self.with_digests(definition)?;
-        let spec = self.spec(&definition, begin)?;
+        let mut spec = self.spec(&definition, begin)?;
         let run_dir = self.run_dir(&vm)?;
-        let launched = self.launch_prepared(&definition, &spec, &run_dir).await;
+        let launched = self.launch_prepared(&definition, &mut spec, &run_dir).await;
         if let Err(error) = &launched {
             tracing::warn!(%vm, error = chain(error), "not launched; taking away what there is");
             self.sweep(&vm, &definition).await;
@@ -100,7 +102,7 @@ impl Vms {
     async fn launch_prepared(
         &self,
         definition: &Definition,
-        spec: &LaunchSpec,
+        spec: &mut LaunchSpec,
         run_dir: &RunDir,
     ) -> Result<Qmp, VmError> {
         let settings = &self.settings;
@@ -112,8 +114,16 @@ impl Vms {
         let text = files::to_text(definition);
         std::fs::write(run_dir.definition(), text).map_err(failed(&run_dir.definition()))?;
         taps::create(definition, &settings.ovs, settings.user.uid).await?;
+        let mut open = vec![];
+        for (nic, name) in spec.nics.iter_mut().zip(taps::names(definition)) {
+            let descriptor = tap::open(&name)
+                .map_err(|source| VmError::OpenTap { tap: name.clone(), source })?;
+            nic.tap = descriptor.as_raw_fd();
+            open.push(descriptor);
+        }
         let arguments = command_line(spec, run_dir);
-        let process = QemuProcess::start(&settings.qemu, &arguments, settings.user, run_dir)?;
+        let process =
+            QemuProcess::start_with(&settings.qemu, &arguments, settings.user, run_dir, open)?;
         let running = Arc::new(Running::new(definition.clone(), process, run_dir.clone()));
         // Known before it answers, so that whatever happens now, `sweep` finds it.
         self.inventory().running.insert(definition.name.clone(), Arc::clone(&running));
@@ -153,11 +163,9 @@ impl Vms {
             Some(name) => host_files::profile(&settings.profiles_dir, name)?,
             None => vec![],
         };
-        let nics = definition.nics.iter().enumerate().map(|(index, nic)| NicSpec {
-            mac: nic.mac.clone(),
-            tap: taps::name(&definition.name, index),
-            mtu: nic.mtu,
-        });
+        // The taps are opened when they have been made.
+        let nic = |nic: &Nic| NicSpec { mac: nic.mac.clone(), tap: -1, mtu: nic.mtu };
+        let nics = definition.nics.iter().map(nic);
         let disks = definition.disks.iter().map(|disk| DiskSpec {
             path: disk.path.clone(),
             format: disk.format.as_str(),

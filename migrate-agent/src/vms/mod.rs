@@ -137,6 +137,15 @@ pub enum VmError {
     /// A tap.
     #[error("the VM's network cannot be set up or taken down")]
     Tap(#[from] ProgramError),
+    /// A tap that was made cannot be opened.
+    #[error("tap `{tap}` cannot be opened; is the kernel's tun module there?")]
+    OpenTap {
+        /// The tap.
+        tap: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Its process.
     #[error(transparent)]
     Process(#[from] ProcessError),

@@ -5,8 +5,6 @@
 //! bridge carries the VM's VLAN tag, and external-ids that mark it as ours. Taking away never
 //! stops at the first error, and succeeds where nothing is left.
 
-use std::path::PathBuf;
-
 use lifeboat_protocol::ids::VmId;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -72,12 +70,37 @@ pub async fn remove(definition: &Definition, ovs: &Ovs) -> Vec<ProgramError> {
         if let Err(error) = programs::run("ovs-vsctl", &port).await {
             errors.push(error);
         }
-        let there = PathBuf::from("/sys/class/net").join(&tap).exists();
+        // Of this process's own network namespace, which `/sys` need not be.
+        let there = counters(&tap).is_some();
         if there && let Err(error) = programs::run("ip", &["link", "del", "dev", &tap]).await {
             errors.push(error);
         }
     }
     errors
+}
+
+/// Bytes that a tap has carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counters {
+    /// What the tap received: what the VM sent.
+    pub from_vm: u64,
+    /// What the tap sent: what the VM received.
+    pub to_vm: u64,
+}
+
+/// The counters of an interface; `None` where there is none of that name.
+#[must_use]
+pub fn counters(interface: &str) -> Option<Counters> {
+    counters_in(&std::fs::read_to_string("/proc/self/net/dev").ok()?, interface)
+}
+
+/// From the text of `/proc/net/dev` (proc(5)): received bytes first, sent bytes ninth.
+fn counters_in(text: &str, interface: &str) -> Option<Counters> {
+    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+    let (_, figures) = lines.find(|(name, _)| name.trim() == interface)?;
+    let figures: Vec<&str> = figures.split_ascii_whitespace().collect();
+    let figure = |at: usize| figures.get(at)?.parse().ok();
+    Some(Counters { from_vm: figure(0)?, to_vm: figure(8)? })
 }
 
 type Call = (&'static str, Vec<String>);
@@ -130,6 +153,15 @@ mod tests {
         let web = VmId::new("web-1").unwrap();
         assert_eq!(name(&web, 0), name(&web, 0));
         assert_ne!(name(&web, 0), name(&VmId::new("web-2").unwrap(), 0));
+    }
+
+    #[test]
+    fn a_taps_counters_are_the_vms_turned_round() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n\
+                    lb0n0:700 7 0 0 0 0 0 0 900 9 0 0 0 0 0 0\n";
+        assert_eq!(counters_in(text, "lb0n0"), Some(Counters { from_vm: 700, to_vm: 900 }));
+        assert_eq!(counters_in(text, "lb0n1"), None);
+        assert!(counters("lo").is_some());
     }
 
     #[test]

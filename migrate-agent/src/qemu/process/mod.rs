@@ -102,6 +102,20 @@ impl QemuProcess {
         user: User,
         run_dir: &RunDir,
     ) -> Result<Self, ProcessError> {
+        Self::start_with(program, arguments, user, run_dir, vec![])
+    }
+
+    /// As [`Self::start`]; QEMU inherits `kept` under the numbers that they have here.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        program: &Path,
+        arguments: &[OsString],
+        user: User,
+        run_dir: &RunDir,
+        kept: Vec<OwnedFd>,
+    ) -> Result<Self, ProcessError> {
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -114,8 +128,8 @@ impl QemuProcess {
             })?;
         let start_error =
             |source| ProcessError::Start { program: program.display().to_string(), source };
-        let child =
-            detach::start(program, arguments, (user.uid, user.gid), log).map_err(start_error)?;
+        let child = detach::start(program, arguments, (user.uid, user.gid), log, kept)
+            .map_err(start_error)?;
         let pid = child.id();
         Self::hold(pid, Some(child))?.ok_or_else(|| ProcessError::Reach {
             pid,
