@@ -69,6 +69,24 @@ impl Default for StopCriteria {
     }
 }
 
+impl StopCriteria {
+    /// Criteria for a pause that should not exceed `limit`, for the agent that decides and for the
+    /// plan that predicts it alike. They aim at half of `limit`: another iteration costs a second
+    /// of copying, and most guests have far less left after it. What besides the remainder makes
+    /// up the pause is measured with a relay between the QEMUs: up to 50 ms of queue, loading, and
+    /// the durable commit.
+    #[must_use]
+    pub fn within(limit: Duration) -> Self {
+        let defaults = Self::default();
+        Self {
+            downtime: limit / 2,
+            downtime_limit: defaults.downtime_limit.max(limit),
+            fixed_pause: Duration::from_millis(90),
+            ..defaults
+        }
+    }
+}
+
 /// What to do after an iteration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {

@@ -122,8 +122,7 @@ impl Planner {
 
 fn criteria(order: &EvacuationOrder) -> StopCriteria {
     let downtime = Duration::from_millis(u64::from(order.downtime_limit_ms));
-    let longest = StopCriteria::default().downtime_limit.max(downtime);
-    StopCriteria { downtime, downtime_limit: longest, ..StopCriteria::default() }
+    StopCriteria::within(downtime)
 }
 
 fn stays(host: &HostId, vm: &VmId, reason: String) -> Stays {

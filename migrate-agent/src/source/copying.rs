@@ -27,9 +27,6 @@ use crate::qemu::qmp::{MigrateInfo, MigrateParameters, MigrationStatus, Qmp, Qmp
 const HOLD_MS: u64 = 1;
 /// "Go, whatever is left."
 const GO_MS: u64 = 2_000_000;
-/// What the pause costs besides sending the rest: draining the relay, loading, two fsyncs,
-/// resuming.
-const FIXED_PAUSE: Duration = Duration::from_millis(90);
 /// QEMU is asked this often while it copies.
 const POLL: Duration = Duration::from_millis(100);
 /// From "go" to the pause, and from there to the end of QEMU's stream.
@@ -125,7 +122,7 @@ impl SourceTask {
     ) -> Result<(), Failure> {
         let mut watch = self.watch();
         qmp.migrate_set_parameters(MigrateParameters {
-            downtime_limit_ms: Some(self.wanted_limit_ms()),
+            downtime_limit_ms: Some(limit_ms(&watch.criteria)),
             max_bandwidth_bytes: None,
         })
         .await?;
@@ -161,14 +158,11 @@ impl SourceTask {
     }
 
     fn watch(&self) -> Watch {
-        let defaults = StopCriteria::default();
+        let within = StopCriteria::within(self.order.downtime_limit);
         let criteria = StopCriteria {
-            downtime: self.wanted_downtime(),
-            downtime_limit: self.order.downtime_limit.max(defaults.downtime_limit),
-            fixed_pause: FIXED_PAUSE,
-            max_iterations: self.order.iterations_max.unwrap_or(defaults.max_iterations),
-            max_time: self.order.deadline.unwrap_or(defaults.max_time),
-            ..defaults
+            max_iterations: self.order.iterations_max.unwrap_or(within.max_iterations),
+            max_time: self.order.deadline.unwrap_or(within.max_time),
+            ..within
         };
         Watch {
             history: Vec::new(),
@@ -178,18 +172,6 @@ impl SourceTask {
             criteria,
             going: false,
         }
-    }
-
-    /// Aims at half of what is allowed: another iteration costs a second of copying, and most
-    /// guests have far less left after it. What does not get there is judged by `policy::stop`.
-    fn wanted_downtime(&self) -> Duration {
-        self.order.downtime_limit / 2
-    }
-
-    /// What QEMU may leave for the pause: the wanted downtime less what else the pause costs.
-    fn wanted_limit_ms(&self) -> u64 {
-        let left = self.wanted_downtime().saturating_sub(FIXED_PAUSE);
-        u64::try_from(left.as_millis()).unwrap_or(GO_MS).clamp(20, GO_MS)
     }
 
     fn stopped(&mut self, event: &QmpEvent, relay: &Relay) {
@@ -478,6 +460,12 @@ fn drain_failure(
 
 fn qemu_failure(info: &MigrateInfo) -> Failure {
     Failure::Qemu { status: info.status, detail: info.error_desc.clone() }
+}
+
+/// What QEMU may leave for the pause: what is wanted less what else the pause costs.
+fn limit_ms(criteria: &StopCriteria) -> u64 {
+    let left = criteria.downtime.saturating_sub(criteria.fixed_pause);
+    u64::try_from(left.as_millis()).unwrap_or(GO_MS).clamp(20, GO_MS)
 }
 
 /// What is left divided by what of the rate is gained on the guest; unknown where nothing is.

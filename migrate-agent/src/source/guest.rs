@@ -61,8 +61,14 @@ impl SourceTask {
         }
         let qmp = self.context.guests.qmp(&vm).await?;
         cancel(&qmp).await?;
-        if qmp.query_status().await?.status != RunState::Running {
-            qmp.cont().await?;
+        match qmp.query_status().await?.status {
+            RunState::Running => {}
+            // Powered down for a cold migration that failed: it boots again.
+            RunState::Shutdown => {
+                qmp.system_reset().await?;
+                qmp.cont().await?;
+            }
+            _ => qmp.cont().await?,
         }
         // The destination may have announced the guest's addresses while it was loading.
         if let Err(error) = qmp.announce_self().await {

@@ -158,6 +158,14 @@ impl Qmp {
         self.order("system_powerdown", Value::Null).await
     }
 
+    /// Resets the machine, as its reset button would.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn system_reset(&self) -> Result<(), QmpError> {
+        self.order("system_reset", Value::Null).await
+    }
+
     /// Ends QEMU. That it ended before it answered is success.
     pub async fn quit(&self) -> Result<(), QmpError> {
         match self.order("quit", Value::Null).await {
