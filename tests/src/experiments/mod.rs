@@ -5,6 +5,7 @@
 //! `lifeboat_lab::experiment`.
 
 mod machine;
+pub mod overhead;
 pub mod reservation;
 
 use std::path::Path;
@@ -34,10 +35,16 @@ pub struct Entry {
 }
 
 /// All of them.
-pub const EXPERIMENTS: [Entry; 1] = [Entry {
-    name: reservation::NAME,
-    about: "does a migration get the share of a full link that is reserved for it, and no more?",
-}];
+pub const EXPERIMENTS: [Entry; 2] = [
+    Entry {
+        name: reservation::NAME,
+        about: "does a migration get the share of a full link that is reserved for it, and no more?",
+    },
+    Entry {
+        name: overhead::NAME,
+        about: "what does a migration through two agents cost, against QEMU migrating by itself?",
+    },
+];
 
 /// Runs one; `None` when there is none of that name.
 ///
@@ -46,6 +53,7 @@ pub const EXPERIMENTS: [Entry; 1] = [Entry {
 pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigError>> {
     match name {
         reservation::NAME => Some(reservation::run(setting).await),
+        overhead::NAME => Some(overhead::run(setting).await),
         _ => None,
     }
 }

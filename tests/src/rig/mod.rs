@@ -4,6 +4,9 @@
 //! it vanishes with the process that asked for them, however that ends; nothing here needs to be
 //! undone, and nothing touches the machine's own network or switch.
 
+pub mod agents;
+pub mod cpu;
+pub mod direct;
 pub mod network;
 pub mod private;
 pub mod program;

@@ -51,8 +51,10 @@ fn work(args: &Args) -> anyhow::Result<ExitCode> {
     if !EXPERIMENTS.iter().any(|entry| entry.name == args.name) {
         bail!("there is no experiment {}; `list` names them", args.name);
     }
-    // One thread: whatever is measured needs the machine's few CPUs.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // One thread for connections, which must answer while this one waits for the world; no more,
+    // because what is measured needs the machine's few CPUs.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     if !private::is_inside() {
         let ended = runtime.block_on(private::enter())?;
         return Ok(ended.code().map_or(ExitCode::from(2), |code| ExitCode::from(code as u8)));

@@ -1,0 +1,82 @@
+"""An evacuation on the lab's cloud, for real: the short form of lab/demo, with all its checks.
+
+Needs root, the guest image (lab/image) and Lifeboat's programs, which tests/run has built. One
+cloud at a time can be up in a checkout. Deliberately not here: what the checks make of bad
+samples (demo_checks_test.py), and the full demo, which is an operator's (lab/demo).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+SMALL = ROOT / "tests/mininet/small.toml"
+DEMO_SECONDS = 240
+
+
+def demo(*more: str) -> list[str]:
+    """The demo of one small guest, with the programs that are being tested."""
+    return [str(ROOT / "lab/demo"), "--scenario", str(SMALL), "--binaries", str(TARGET / "debug"),
+            *more]
+
+
+def run_demo(*more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Runs it to its end; what it said, and what it recorded."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.json"
+        done = subprocess.run(demo("--json", str(record), *more), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=DEMO_SECONDS,
+                              check=False)
+        return done, json.loads(record.read_text()) if record.exists() else {}
+
+
+class OneSmallGuest(unittest.TestCase):
+    def test_it_is_evacuated_and_every_check_holds(self) -> None:
+        done, record = run_demo()
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertTrue(record["ok"])
+        moved = record["report"]["vms"][0]
+        # h3 has no room for it.
+        self.assertEqual((moved["vm"], moved["destination"]), ("solo", "h2"))
+        self.assertTrue(moved["network_downtime_known"])
+        self.assertFalse((ROOT / "lab/run/state.json").exists())
+
+    def test_the_demo_fails_when_a_flow_is_left(self) -> None:
+        done, record = run_demo("--spoil", "flow")
+        self.assertEqual(done.returncode, 1, done.stdout)
+        broken = [check for check in record["checks"] if not check["held"]]
+        self.assertEqual([check["name"] for check in broken],
+                         ["nothing of Lifeboat's is left on switches, links and hosts"])
+        self.assertIn("cookie=0x4c42", broken[0]["faults"][0])
+
+
+class CtrlC(unittest.TestCase):
+    def test_an_interrupted_demo_leaves_no_cloud(self) -> None:
+        before = {entry.name for entry in Path("/sys/class/net").iterdir()}
+        with subprocess.Popen(demo(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                if "waiting for the agents" in line:
+                    break
+            time.sleep(2)  # into the middle of it, where QEMUs are being started
+            running.send_signal(signal.SIGINT)
+            said, _ = running.communicate(timeout=60)
+        self.assertEqual(running.returncode, 130, said)
+        self.assertEqual({entry.name for entry in Path("/sys/class/net").iterdir()}, before)
+        free = subprocess.run([ROOT / "lab/exec", "true"], capture_output=True, text=True,
+                              check=False)
+        self.assertIn("no cloud is up", free.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

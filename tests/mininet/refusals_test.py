@@ -1,0 +1,153 @@
+"""Bad input to a live controller: the error says what, why and what to do, and nothing changes.
+
+"Nothing changes" is looked at, not believed: links, tc, queues, QoS, flows, meters and processes
+of every node before and after each refusal. Needs what evacuation_test.py needs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "lab"))
+
+# pylint: disable=wrong-import-position
+from cloud.state import RUN, State  # noqa: E402
+from demonstration.standing import Standing  # noqa: E402
+
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+SMALL = ROOT / "tests/mininet/small.toml"
+TCP = "10.99.0.254:7443"
+CONNECT_SECONDS = 60
+
+
+def inside(*command: str, node: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs a command in the cloud."""
+    where = [node] if node else []
+    return subprocess.run([ROOT / "lab/exec", *where, *command], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=60, check=False)
+
+
+class ALiveController(unittest.TestCase):
+    standing = Standing(TARGET / "debug", keep=False)
+    before: Any = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.addClassCleanup(cls.standing.end)
+        cls.standing.raise_it(str(SMALL))
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while not cls.is_ready():
+            if time.monotonic() > deadline:
+                raise AssertionError("the cloud is not ready: " + cls.standing.lifeboat("hosts"))
+            time.sleep(0.5)
+        cls.before = cls.standing.look()
+
+    @classmethod
+    def is_ready(cls) -> bool:
+        """Hosts and switches connected, the guest running."""
+        hosts = cls.standing.ask("hosts")["hosts"]
+        vms = cls.standing.ask("vms")["vms"]
+        keys = ("connected", "ovsdb_connected", "openflow_connected")
+        return all(host[key] for host in hosts for key in keys) and [
+            (vm["name"], vm["host"], vm["state"]) for vm in vms] == [("solo", "h1", "running")]
+
+    def refused(self, *words: str, code: int = 1) -> str:
+        """Runs a command that must be refused, and returns its one sentence."""
+        said = inside("lifeboat", *words)
+        self.assertEqual(said.returncode, code, said.stdout + said.stderr)
+        self.assertEqual(self.standing.look(), self.before, "something has changed")
+        return said.stderr
+
+    def says(self, text: str, *parts: str) -> None:
+        """What was asked, what stood in the way, what to do."""
+        for part in parts:
+            self.assertIn(part, text)
+
+    def test_an_unknown_host(self) -> None:
+        said = self.refused("evacuate", "h9", "--yes")
+        self.says(said, "no host `h9`", "h1, h2, h3")
+
+    def test_an_unknown_vm(self) -> None:
+        said = self.refused("migrate", "nobody", "--to", "h2", "--yes")
+        self.says(said, "no VM `nobody`", "lifeboat vms")
+
+    def test_an_unknown_destination(self) -> None:
+        said = self.refused("migrate", "solo", "--to", "h9", "--yes")
+        self.says(said, "no host `h9`", "h1, h2, h3")
+
+    def test_a_vm_that_is_there_already(self) -> None:
+        said = self.refused("migrate", "solo", "--to", "h1", "--yes")
+        self.says(said, "solo is already at h1", "name another host")
+
+    def test_an_urgency_of_140(self) -> None:
+        said = self.refused("evacuate", "h1", "--urgency", "140", "--yes")
+        self.says(said, "140", "100")
+
+    def test_a_mode_of_a_later_release(self) -> None:
+        said = self.refused("evacuate", "h1", "--mode", "post-copy", "--yes")
+        self.says(said, "post-copy is not in this release", "choose auto, pre-copy or cold")
+
+    def test_an_order_that_nobody_can_confirm(self) -> None:
+        said = self.refused("evacuate", "h1")
+        self.says(said, "there is no terminal to ask on", "--yes")
+
+    def test_no_certificate(self) -> None:
+        said = self.refused("--server", TCP, "hosts")
+        self.says(said, TCP, "--tls-dir")
+
+    def test_a_certificate_of_another_role(self) -> None:
+        said = self.refused("--server", TCP, "--tls-dir", str(RUN / "certs/agent-h1"),
+                            "evacuate", "h1", "--yes")
+        self.says(said, "agent", "operator")
+
+    def test_a_certificate_of_an_operator_is_taken(self) -> None:
+        said = inside("lifeboat", "--server", TCP, "--tls-dir", str(RUN / "certs/operator-lab"),
+                      "hosts")
+        self.assertEqual(said.returncode, 0, said.stderr)
+
+    def test_no_destination_with_enough_memory(self) -> None:
+        said = inside("lifeboat", "plan", "h1", "--to", "h3")
+        self.assertEqual(said.returncode, 0, said.stderr)
+        self.says(said.stdout, "stays: solo at h1", "h3", "MiB")
+        self.assertEqual(self.standing.look(), self.before, "something has changed")
+
+
+class AHostThatIsNotConnected(unittest.TestCase):
+    standing = Standing(TARGET / "debug", keep=False)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.addClassCleanup(cls.standing.end)
+        cls.standing.raise_it(str(SMALL))
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while not all(host["connected"] for host in cls.standing.ask("hosts")["hosts"]):
+            if time.monotonic() > deadline:
+                raise AssertionError("the cloud is not ready: " + cls.standing.lifeboat("hosts"))
+            time.sleep(0.5)
+
+    def test_is_named_and_nothing_is_tried(self) -> None:
+        agent = State.load().services["agent-h1"]
+        inside("kill", "-TERM", str(agent))
+        deadline = time.monotonic() + 30
+        while self.standing.ask("hosts")["hosts"][0]["connected"]:
+            self.assertLess(time.monotonic(), deadline, "its loss was not noticed")
+            time.sleep(0.5)
+        before = self.standing.look()
+        said = inside("lifeboat", "evacuate", "h1", "--yes")
+        self.assertNotEqual(said.returncode, 0, said.stdout)
+        self.assertIn("h1", said.stderr)
+        self.assertIn("agent", said.stderr)
+        self.assertEqual(self.standing.look(), before)
+        # The guest is none the worse for it: its QEMU outlives the agent.
+        self.assertEqual([one["vm"] for one in before["h1"]["processes"]], ["solo"])
+
+
+if __name__ == "__main__":
+    unittest.main()
