@@ -448,7 +448,7 @@ fn may_receive(
     Ok(())
 }
 
-#[expect(clippy::disallowed_methods, reason = "the one place that draws random numbers")]
+/// The one place in the agent that draws random numbers.
 fn random_token() -> rustix::io::Result<[u8; TOKEN_BYTES]> {
     let mut token = [0; TOKEN_BYTES];
     let mut filled = 0;

@@ -476,10 +476,10 @@ impl SourceTask {
     }
 
     async fn send_commit(&mut self, generation: Generation) {
-        if let Some(writer) = &mut self.writer {
-            if let Err(error) = writer.send(&Frame::Commit(generation)).await {
-                tracing::error!(%error, "COMMIT could not be sent on the link");
-            }
+        if let Some(writer) = &mut self.writer
+            && let Err(error) = writer.send(&Frame::Commit(generation)).await
+        {
+            tracing::error!(%error, "COMMIT could not be sent on the link");
         }
     }
 }

@@ -20,7 +20,6 @@ where
 
 /// Runs work that blocks (a disk's fsync) off the runtime's own threads. A panic in it goes on
 /// in the caller.
-#[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,

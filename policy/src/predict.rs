@@ -144,7 +144,36 @@ pub fn pre_copy_range(
         };
         pre_copy(&scaled, bandwidth.scale(1.0 - sign * rate_off), criteria)
     };
-    Range { low: with(-1.0), likely: with(0.0), high: with(1.0) }
+    // Less to send does not always mean a shorter pause: the copying may stop an iteration
+    // earlier, with more left. So each figure has its own lowest and highest.
+    let (less, likely, more) = (with(-1.0), with(0.0), with(1.0));
+    Range {
+        low: less.lower(&likely).lower(&more),
+        high: less.higher(&likely).higher(&more),
+        likely,
+    }
+}
+
+impl Prediction {
+    fn lower(&self, other: &Self) -> Self {
+        Self {
+            iterations: self.iterations.min(other.iterations),
+            total_time: self.total_time.min(other.total_time),
+            downtime: self.downtime.min(other.downtime),
+            bytes: self.bytes.min(other.bytes),
+            converges: self.converges || other.converges,
+        }
+    }
+
+    fn higher(&self, other: &Self) -> Self {
+        Self {
+            iterations: self.iterations.max(other.iterations),
+            total_time: self.total_time.max(other.total_time),
+            downtime: self.downtime.max(other.downtime),
+            bytes: self.bytes.max(other.bytes),
+            converges: self.converges && other.converges,
+        }
+    }
 }
 
 /// What stopping and starting take, from the operator's experience or an earlier report.

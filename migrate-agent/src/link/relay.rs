@@ -227,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn the_stream_arrives_whole_and_its_end_names_it() {
         let (near, far) = tokio::io::duplex(1 << 20);
-        let stream: Vec<u8> = (0..1_000_000u32).map(|i| (i * 31 >> 3) as u8).collect();
+        let stream: Vec<u8> = (0..1_000_000u32).map(|i| ((i * 31) >> 3) as u8).collect();
         let relay = Relay::new(None);
         let mut writer = FrameWriter::new(near);
         let drained = async {
