@@ -8,21 +8,25 @@
 mod poll;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
-    ClaimVmRequest, Command, CommandOnMigration, DescribeHostRequest, HostDescription,
-    ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
-    PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply, ProbeStorageRequest,
-    QueryMigrationRequest, StartMigrationRequest, VmMeasurement, VmStatus,
+    ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
+    HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
+    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply,
+    ProbeStorageRequest, QueryMigrationRequest, StartMigrationRequest, VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
-use crate::config::{HostConfig, Listen};
+use crate::clock;
+use crate::config::{HostConfig, Listen, SwitchConfig};
 use crate::tls::TlsFiles;
 
 pub use poll::poll_forever;
@@ -124,23 +128,33 @@ fn shorten(text: &str) -> String {
 pub struct Agents {
     channels: BTreeMap<HostId, Channel>,
     term: Term,
+    asked: Arc<AtomicU64>,
 }
 
 impl Agents {
-    /// One connection per host, made when it is first needed and again whenever it breaks.
+    /// One connection per host, and one per agent that only serves switches, made when it is first
+    /// needed and again whenever it breaks.
     ///
     /// # Errors
     /// With the first address or certificate that cannot be used.
     pub fn new(
         hosts: &[HostConfig],
+        switches: &[SwitchConfig],
         tls: Option<&TlsFiles>,
         term: Term,
     ) -> Result<Self, AgentError> {
         let mut channels = BTreeMap::new();
         for host in hosts {
-            channels.insert(host.name.clone(), channel(host, tls)?);
+            channels.insert(host.name.clone(), channel(&host.name, &host.agent, tls)?);
         }
-        Ok(Self { channels, term })
+        for switch in switches {
+            let (Some(name), Some(address)) = (switch.agent_id(), &switch.agent) else { continue };
+            if let Entry::Vacant(vacant) = channels.entry(name) {
+                let made = channel(vacant.key(), address, tls)?;
+                vacant.insert(made);
+            }
+        }
+        Ok(Self { channels, term, asked: Arc::default() })
     }
 
     fn client(&self, host: &HostId) -> Result<AgentClient<Channel>, AgentError> {
@@ -302,12 +316,49 @@ impl Agents {
         let mut client = self.client(host)?;
         call(host, "probe a storage", QUICK, client.probe_storage(request)).await
     }
+
+    /// Has the classifier beside the queues of each of these ports. Answers for each port.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn ensure_classifier(
+        &self,
+        host: &HostId,
+        ports: Vec<String>,
+    ) -> Result<Vec<PortClassifier>, AgentError> {
+        let request = ClassifierRequest { command: self.fresh_command("classify"), ports };
+        let mut client = self.client(host)?;
+        let reply = call(host, "classify ports", QUICK, client.ensure_classifier(request));
+        Ok(reply.await?.ports)
+    }
+
+    /// Takes the classifier away from each of these ports. Answers for each port.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn remove_classifier(
+        &self,
+        host: &HostId,
+        ports: Vec<String>,
+    ) -> Result<Vec<PortClassifier>, AgentError> {
+        let request = ClassifierRequest { command: self.fresh_command("unclassify"), ports };
+        let mut client = self.client(host)?;
+        let reply = call(host, "release ports", QUICK, client.remove_classifier(request));
+        Ok(reply.await?.ports)
+    }
+
+    /// The head of a command that has to be done each time it is given: what it makes goes with the
+    /// port's queues, and is made again with them.
+    fn fresh_command(&self, verb: &str) -> Option<Command> {
+        let number = self.asked.fetch_add(1, Ordering::Relaxed);
+        self.command(&format!("t{}-{}-{number}", self.term.0, clock::now().0), verb)
+    }
 }
 
-fn channel(host: &HostConfig, tls: Option<&TlsFiles>) -> Result<Channel, AgentError> {
+fn channel(name: &HostId, address: &Listen, tls: Option<&TlsFiles>) -> Result<Channel, AgentError> {
     let wrong =
-        |detail: String| AgentError::Address { host: host.name.clone(), detail: shorten(&detail) };
-    let (uri, tls) = match &host.agent {
+        |detail: String| AgentError::Address { host: name.clone(), detail: shorten(&detail) };
+    let (uri, tls) = match address {
         // The socket's permissions guard it; nothing to encrypt.
         Listen::Unix(path) => (format!("unix://{}", path.display()), None),
         Listen::Tcp(address) if tls.is_some() => (format!("https://{address}"), tls),
@@ -320,7 +371,7 @@ fn channel(host: &HostConfig, tls: Option<&TlsFiles>) -> Result<Channel, AgentEr
         .keep_alive_timeout(Duration::from_secs(5));
     if let Some(files) = tls {
         endpoint = endpoint
-            .tls_config(files.client(host.name.as_str()))
+            .tls_config(files.client(name.as_str()))
             .map_err(|error| wrong(error.to_string()))?;
     }
     Ok(endpoint.connect_lazy())

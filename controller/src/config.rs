@@ -25,6 +25,8 @@
 //! name = "s1"
 //! datapath_id = "0000000000000001"
 //! ovsdb = "unix:/run/openvswitch/db.sock"
+//! agent = "10.99.0.254:7444"
+//! agent_name = "fabric"
 //!
 //! [[link]]
 //! a = "s1:s1-eth1"
@@ -201,9 +203,22 @@ pub struct SwitchConfig {
     pub ovsdb: String,
     /// Its bridge's name in OVSDB, where that is not its own.
     pub bridge: Option<String>,
+    /// The agent with the role `switch` on its machine: needed where its datapath is in userspace,
+    /// which leaves its queues to a classifier beside them.
+    pub agent: Option<Listen>,
+    /// The name in that agent's certificate, where it is not the switch's: one agent can serve
+    /// several switches.
+    pub agent_name: Option<HostId>,
 }
 
 impl SwitchConfig {
+    /// By what name its agent is known; `None` without one.
+    #[must_use]
+    pub fn agent_id(&self) -> Option<HostId> {
+        self.agent.as_ref()?;
+        self.agent_name.clone().or_else(|| HostId::new(self.name.as_str()).ok())
+    }
+
     /// Its bridge's name in its OVSDB.
     #[must_use]
     pub fn bridge_name(&self) -> &str {

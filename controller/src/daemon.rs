@@ -99,7 +99,9 @@ impl Daemon {
         let audit = AuditLog::open(dir)?;
         let term = journal.next_term()?;
         let tls = controller.tls_dir.as_deref().map(TlsFiles::load).transpose()?;
-        let agents = Arc::new(Agents::new(&site.config.hosts, tls.as_ref(), term)?);
+        let agents =
+            Arc::new(Agents::new(&site.config.hosts, &site.config.switches, tls.as_ref(), term)?);
+        network.meet_agents(&agents);
         let hosts: Vec<HostId> = site.config.hosts.iter().map(|host| host.name.clone()).collect();
         let cordoned: BTreeSet<HostId> = journal.cordoned()?.into_iter().collect();
         let inventory = Arc::new(Inventory::new(&hosts, &cordoned, clock::now()));

@@ -104,6 +104,23 @@ fn check_protection(file: &Path, config: &Config) -> Result<(), ConfigError> {
             host: host.name.to_string(),
             address: host.agent.to_string(),
         }),
+        None => check_switch_agents(file, config, open),
+    }
+}
+
+fn check_switch_agents(
+    file: &Path,
+    config: &Config,
+    open: impl Fn(&Listen) -> bool,
+) -> Result<(), ConfigError> {
+    let addresses =
+        config.switches.iter().filter_map(|switch| Some((&switch.name, switch.agent.as_ref()?)));
+    match addresses.into_iter().find(|(_, agent)| open(agent)) {
+        Some((switch, agent)) => Err(ConfigError::UnprotectedAgent {
+            file: file.to_owned(),
+            host: switch.to_string(),
+            address: agent.to_string(),
+        }),
         None => Ok(()),
     }
 }

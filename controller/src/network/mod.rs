@@ -18,6 +18,7 @@
 //! - Foreign QoS rows and flows stay untouched.
 
 mod detached;
+mod switched;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -30,9 +31,11 @@ use lifeboat_protocol::terms::Urgency;
 use lifeboat_protocol::units::BitsPerSec;
 use serde::{Deserialize, Serialize};
 
+use crate::agents::Agents;
 use crate::config::Site;
 
 pub use detached::Detached;
+pub use switched::{ClassifierError, Classifiers, SwitchNetwork};
 
 /// A port of a switch by the names of the configuration. A host's own bridge is a switch too.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -307,19 +310,23 @@ impl NetworkError {
     }
 }
 
-/// The network that a site's configuration describes.
+/// The network that a site's configuration describes. Inside tokio.
 #[must_use]
 pub fn connect(site: &Site) -> Arc<dyn Network> {
-    Arc::new(Detached::new(match site.config.controller.openflow_listen {
-        None => "set controller.openflow_listen in the configuration, or evacuate with --urgency 0",
-        Some(_) => {
-            "this release does not reserve on switches yet; evacuate with --urgency 0, which reserves nothing"
-        }
-    }))
+    match site.config.controller.openflow_listen {
+        Some(_) => Arc::new(SwitchNetwork::start(site)),
+        None => Arc::new(Detached::new(
+            "set controller.openflow_listen in the configuration, or evacuate with --urgency 0",
+        )),
+    }
 }
 
 /// The switches, as the controller's driver sees them.
 pub trait Network: Send + Sync + 'static {
+    /// Told once who the agents are, before anything is reserved: those with the switch role make
+    /// the queues of userspace datapaths reachable.
+    fn meet_agents(&self, _agents: &Arc<Agents>) {}
+
     /// Reserves along a path and sends the migration's packets there. Idempotent by migration.
     fn reserve(&self, request: ReservationRequest)
     -> BoxFuture<'_, Result<Reserved, NetworkError>>;

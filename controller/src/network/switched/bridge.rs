@@ -67,7 +67,9 @@ impl Bridge {
     /// For a person: why its OpenFlow connection cannot come.
     pub(super) fn obstacle(&self) -> Option<String> {
         if !self.has_controller {
-            return Some("its bridge has no controller: ovs-vsctl set-controller BRIDGE tcp:...".to_owned());
+            return Some(
+                "its bridge has no controller: ovs-vsctl set-controller BRIDGE tcp:...".to_owned(),
+            );
         }
         let speaks = self.protocols.is_empty() || self.protocols.iter().any(|p| p == "OpenFlow13");
         (!speaks).then(|| {

@@ -91,7 +91,10 @@ fn known(config: &Config) -> BTreeMap<SwitchId, Known> {
     for switch in &config.switches {
         let (bridge, database) = (switch.bridge_name().to_owned(), client(&switch.ovsdb));
         let (agent, datapath_id) = (switch.agent_id(), Some(switch.datapath_id.0));
-        known.insert(switch.name.clone(), Known { host: None, agent, bridge, database, datapath_id });
+        known.insert(
+            switch.name.clone(),
+            Known { host: None, agent, bridge, database, datapath_id },
+        );
     }
     known
 }

@@ -103,12 +103,7 @@ impl Ledger {
         link: Link,
     ) {
         let slot = self.free_slot(migration, link);
-        let new = Holding {
-            queue,
-            urgency,
-            wishes: BTreeMap::new(),
-            migrations: BTreeMap::new(),
-        };
+        let new = Holding { queue, urgency, wishes: BTreeMap::new(), migrations: BTreeMap::new() };
         let holding = self.evacuations.entry(evacuation.clone()).or_insert(new);
         holding.urgency = urgency;
         for hop in hops {
@@ -205,6 +200,15 @@ impl Ledger {
         self.ports_of(evacuation).iter().any(|port| port.switch == *switch)
     }
 
+    /// Whether the migration with these tags (evacuation's and its own) holds something.
+    pub(super) fn has_page(&self, tags: (u64, u64)) -> bool {
+        let holds = |(id, holding): (&EvacuationId, &Holding)| {
+            let mut migrations = holding.migrations.keys().map(mark::migration_tag);
+            mark::evacuation_tag(id) == tags.0 && migrations.any(|tag| tag == tags.1)
+        };
+        self.evacuations.iter().any(holds)
+    }
+
     /// The evacuations that hold anything.
     pub(super) fn evacuations(&self) -> impl Iterator<Item = &EvacuationId> {
         self.evacuations.keys()
@@ -219,8 +223,11 @@ impl Ledger {
             .filter_map(|(id, holding)| Some((id, holding, holding.wishes.get(at)?)));
         let holders: Vec<_> = holders.collect();
         let capacity = holders.iter().map(|(_, _, wish)| wish.capacity).min()?;
-        // Foreign promises serve everybody else, as the floor does; only what exceeds it is lost.
-        let ours = capacity - (foreign - self.floor.of(capacity));
+        // Foreign promises serve everybody else, as the floor does; the larger of the two stays.
+        let (ours, floor) = match foreign > self.floor.of(capacity) {
+            true => (capacity - foreign, Floor { share: 0.0, at_least: BitsPerSec::ZERO }),
+            false => (capacity, self.floor),
+        };
         let claims: Vec<Claim> = holders
             .iter()
             .map(|(id, holding, wish)| Claim {
@@ -229,7 +236,7 @@ impl Ledger {
                 wanted: wish.wanted,
             })
             .collect();
-        let grants = admit(ours, self.floor, &claims);
+        let grants = admit(ours, floor, &claims);
         let granted = grants.iter().map(|grant| grant.rate).sum();
         let queues = holders.iter().zip(grants).map(|((id, holding, _), grant)| Share {
             evacuation: (*id).clone(),
@@ -342,7 +349,7 @@ mod tests {
         let mut ledger = Ledger::new(Floor::default());
         hold(&mut ledger, 1, 1, 90, &[hop(1, 90)]);
         let shares = ledger.shares(&port(1), BitsPerSec::from_mbit(40)).unwrap();
-        assert!(shares.queues[0].rate <= BitsPerSec::from_mbit(61), "{shares:?}");
+        assert!(shares.queues[0].rate == BitsPerSec::from_mbit(60), "{shares:?}");
         let none = ledger.shares(&port(1), BitsPerSec(u64::MAX)).unwrap();
         assert_eq!(none.queues[0].rate, BitsPerSec::ZERO);
     }

@@ -305,7 +305,8 @@ mod tests {
 
     #[test]
     fn ids_that_differ_by_one_have_different_tags() {
-        let tags = (1..=2000).map(|n| migration_tag(&MigrationId::new(format!("e1-m{n}")).unwrap()));
+        let tags =
+            (1..=2000).map(|n| migration_tag(&MigrationId::new(format!("e1-m{n}")).unwrap()));
         let distinct: std::collections::BTreeSet<u64> = tags.collect();
         assert!(distinct.len() >= 1999, "{}", distinct.len());
         assert_eq!(evacuation_of(&ids().1), Some(ids().0));
@@ -322,11 +323,8 @@ mod tests {
     #[test]
     fn a_page_flow_is_recognised_and_a_deletion_of_its_evacuation_covers_it() {
         let (evacuation, migration) = ids();
-        let link = Link {
-            source: [10, 0, 0, 1].into(),
-            destination: [10, 0, 0, 2].into(),
-            port: 7445,
-        };
+        let link =
+            Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, 2].into(), port: 7445 };
         let flow = page_flow(&evacuation, &migration, 5, 7, link);
         assert_eq!(Link::from_match(&flow.matching), Some(link));
         let all = delete_pages(&evacuation);

@@ -8,7 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use lifeboat_ovs::ovsdb::{Client, ClientError, Condition, Datum, Operation, RequestError, Row, Uuid};
+use lifeboat_ovs::ovsdb::{
+    Client, ClientError, Condition, Datum, Operation, RequestError, Row, Uuid,
+};
 use lifeboat_ovs::qos::{
     self, Mark, QosError, Rates, Reservation, Snapshot, release_plan, reserve_plan,
 };
@@ -146,7 +148,12 @@ fn check_room(at: &PortRef, shares: &Shares, foreign: BitsPerSec) -> Result<(), 
     let given: BitsPerSec = shares.queues.iter().map(|share| share.rate).sum();
     let asked = BitsPerSec(shares.capacity.0 / 100);
     let free = shares.capacity - given - foreign;
-    Err(NetworkError::NoRoom { at: at.clone(), asked, free: free.min(asked), capacity: shares.capacity })
+    Err(NetworkError::NoRoom {
+        at: at.clone(),
+        asked,
+        free: free.min(asked),
+        capacity: shares.capacity,
+    })
 }
 
 /// Deletes the evacuation's queues of a database on ports that it does not hold any more. Answers

@@ -1,0 +1,162 @@
+//! What a controller that was killed left behind: of migrations that still live it is taken over
+//! into the ledger, the rest is taken away.
+//!
+//! Used by [`super::SwitchNetwork`] some times after a start. Everything is told apart by cookies
+//! and marks alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures_util::future::join_all;
+use lifeboat_ovs::openflow::Message;
+use lifeboat_ovs::qos;
+use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
+use lifeboat_protocol::units::BitsPerSec;
+
+use super::mark::{self, Cookie, FoundPage, Kind, OWNER_COOKIE, OWNER_MASK};
+use super::{Inner, WITHIN, locked, of_openflow, queues};
+use crate::network::{Hop, NetworkError, PortRef, ReleaseFailure, ReleaseReport};
+
+/// The queues that were found: whose, where, number and guaranteed rate.
+type Queues = BTreeMap<(EvacuationId, PortRef), (u32, BitsPerSec)>;
+
+/// The migrations that live, by the tags in their cookies.
+struct Alive(BTreeMap<(u64, u64), (EvacuationId, MigrationId)>);
+
+impl Alive {
+    fn new(keep: &[MigrationId]) -> Self {
+        let tagged = |migration: &MigrationId| {
+            let evacuation = mark::evacuation_of(migration)?;
+            let tags = (mark::evacuation_tag(&evacuation), mark::migration_tag(migration));
+            Some((tags, (evacuation, migration.clone())))
+        };
+        Self(keep.iter().filter_map(tagged).collect())
+    }
+
+    fn evacuations(&self) -> BTreeSet<&EvacuationId> {
+        self.0.values().map(|(evacuation, _)| evacuation).collect()
+    }
+}
+
+impl Inner {
+    /// See [`crate::network::Network::release_leftovers`].
+    pub(super) async fn release_leftovers(&self, keep: Vec<MigrationId>) -> ReleaseReport {
+        let _changing = self.changing.lock().await;
+        let alive = Alive::new(&keep);
+        let mut report = ReleaseReport::default();
+        let found = self.found_queues().await;
+        let switches: Vec<SwitchId> =
+            self.connections.switches().map(|(switch, _)| switch.clone()).collect();
+        let mut pages: BTreeMap<(EvacuationId, MigrationId), (FoundPage, BTreeSet<SwitchId>)> =
+            BTreeMap::new();
+        let seen = switches.iter().map(|switch| async move { (switch, self.ours(switch).await) });
+        let mut doomed: Vec<(SwitchId, Vec<Cookie>)> = Vec::new();
+        for (switch, seen) in join_all(seen).await {
+            let (cookies, here) = match seen {
+                Ok(seen) => seen,
+                Err(error) => {
+                    report.failures.push(ReleaseFailure { switch: switch.clone(), error });
+                    continue;
+                }
+            };
+            for page in here {
+                let tags = (page.cookie.evacuation, page.cookie.migration);
+                if let Some(whose) = alive.0.get(&tags) {
+                    let new = || (page, BTreeSet::new());
+                    pages.entry(whose.clone()).or_insert_with(new).1.insert(switch.clone());
+                }
+            }
+            let dead = cookies.into_iter().filter(|cookie| !self.is_wanted(*cookie, &alive));
+            doomed.push((switch.clone(), dead.collect()));
+        }
+        self.adopt(&found, &pages);
+        for (switch, cookies) in doomed {
+            if let Err(error) = self.delete_all(&switch, cookies).await {
+                report.failures.push(ReleaseFailure { switch, error });
+            }
+        }
+        let kept = alive.evacuations();
+        for database in self.connections.databases() {
+            let doomed = |whose: &EvacuationId, at: &PortRef| {
+                !kept.contains(whose) && !locked(&self.ledger).ports_of(whose).contains(at)
+            };
+            self.remove_queues(&database, doomed, &mut report).await;
+        }
+        self.pay_debts().await;
+        report
+    }
+
+    async fn found_queues(&self) -> Queues {
+        let mut found = Queues::new();
+        for database in self.connections.databases() {
+            if let Ok(snapshot) = qos::read(&database.client, WITHIN).await {
+                found.extend(queues::held(&snapshot));
+            }
+        }
+        found
+    }
+
+    /// All cookies of ours on a switch, and its page flows.
+    async fn ours(&self, switch: &SwitchId) -> Result<(Vec<Cookie>, Vec<FoundPage>), NetworkError> {
+        let handle = self.connections.openflow(switch)?;
+        let flows = handle.flow_stats(OWNER_COOKIE, OWNER_MASK, WITHIN).await;
+        let flows = flows.map_err(|error| of_openflow(switch, "list its flows", error))?;
+        let cookies = flows.iter().filter_map(|flow| Cookie::from_bits(flow.cookie)).collect();
+        Ok((cookies, flows.iter().filter_map(FoundPage::of).collect()))
+    }
+
+    /// Whether a flow belongs to a reservation of the ledger, or of a migration that lives.
+    fn is_wanted(&self, cookie: Cookie, alive: &Alive) -> bool {
+        let ledger = locked(&self.ledger);
+        let mut known = ledger.evacuations().chain(alive.evacuations());
+        match cookie.kind {
+            // Goes by a rule of its own: see `delete_forward`.
+            Kind::Forward => true,
+            Kind::Clear => known.any(|id| mark::evacuation_tag(id) == cookie.evacuation),
+            Kind::Page => {
+                let tags = (cookie.evacuation, cookie.migration);
+                alive.0.contains_key(&tags) || ledger.has_page(tags)
+            }
+        }
+    }
+
+    /// Takes over what was found of migrations that live and that the ledger does not have.
+    fn adopt(
+        &self,
+        found: &Queues,
+        pages: &BTreeMap<(EvacuationId, MigrationId), (FoundPage, BTreeSet<SwitchId>)>,
+    ) {
+        for ((evacuation, migration), (page, switches)) in pages {
+            if locked(&self.ledger).holds(evacuation, migration) {
+                continue;
+            }
+            let mine = found
+                .iter()
+                .filter(|((whose, at), _)| whose == evacuation && switches.contains(&at.switch));
+            let hops = mine.clone().filter_map(|((_, at), (_, rate))| {
+                let capacity = self.links.get(at)?.capacity;
+                Some(Hop { at: at.clone(), capacity, rate: *rate })
+            });
+            let hops: Vec<Hop> = hops.collect();
+            let queue = mine.clone().map(|(_, (queue, _))| *queue).next();
+            if let (Some(queue), false) = (queue, hops.is_empty()) {
+                tracing::info!(%evacuation, %migration, queue, "reservation taken over");
+                let mut ledger = locked(&self.ledger);
+                ledger.adopt(evacuation, migration, queue, &hops, page.slot, page.link);
+            }
+        }
+    }
+
+    async fn delete_all(
+        &self,
+        switch: &SwitchId,
+        cookies: Vec<Cookie>,
+    ) -> Result<(), NetworkError> {
+        if !cookies.is_empty() {
+            let handle = self.connections.openflow(switch)?;
+            let changes = cookies.into_iter().map(|cookie| Message::FlowMod(cookie.delete()));
+            let deleted = handle.change(changes.collect(), WITHIN).await;
+            deleted.map_err(|error| of_openflow(switch, "delete flows", error))?;
+        }
+        self.delete_forward(switch).await
+    }
+}

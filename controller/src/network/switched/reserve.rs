@@ -1,0 +1,202 @@
+//! Making a reservation, and changing one.
+//!
+//! Used by [`super::SwitchNetwork`]. Everything that can be known before the first change is
+//! checked before the first change; what fails later is undone by the same release that ends any
+//! reservation.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures_util::future::join_all;
+use lifeboat_ovs::openflow::{Message, SwitchHandle};
+use lifeboat_ovs::qos;
+use lifeboat_protocol::ids::{EvacuationId, SwitchId};
+use lifeboat_protocol::units::BitsPerSec;
+
+use super::mark::{self, Cookie, Kind, Link};
+use super::{Inner, WITHIN, locked, of_openflow, queues};
+use crate::network::{
+    Adjustment, Hop, NetworkError, PortRef, ReservationRequest, Reserved, ReservedHop,
+};
+
+impl Inner {
+    /// See [`crate::network::Network::reserve`].
+    pub(super) async fn reserve(
+        &self,
+        request: ReservationRequest,
+    ) -> Result<Reserved, NetworkError> {
+        let ReservationRequest { evacuation, migration, urgency, mut hops, traffic } = request;
+        hops.retain(|hop| hop.rate > BitsPerSec::ZERO);
+        let Some(first) = hops.first() else {
+            locked(&self.empty).insert(migration);
+            return Ok(Reserved::default());
+        };
+        let link = Link::of(&traffic).ok_or_else(|| NetworkError::Unable {
+            switch: first.at.switch.clone(),
+            doing: "reserve for pages over IPv6",
+            detail: "give both hosts an IPv4 address in page_listen, or evacuate with --urgency 0"
+                .to_owned(),
+        })?;
+        let _changing = self.changing.lock().await;
+        self.check(&hops)?;
+        let queue = self.choose_queue(&evacuation, &first.at.switch).await?;
+        locked(&self.ledger).hold(&evacuation, &migration, urgency, queue, &hops, link);
+        match self.install(&evacuation, &hops).await {
+            Ok(reserved) => {
+                tracing::info!(%evacuation, %migration, queue, rate = %reserved.rate(), "reserved");
+                Ok(reserved)
+            }
+            Err(error) => {
+                let undone = self.release_locked(&evacuation, Some(&migration)).await;
+                for failure in &undone.failures {
+                    tracing::warn!(switch = %failure.switch, error = %failure.error, "not undone");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// That every switch of the path is there and has the port, and somebody to classify.
+    fn check(&self, hops: &[Hop]) -> Result<(), NetworkError> {
+        for hop in hops {
+            let switch = &hop.at.switch;
+            self.connections.database(switch)?;
+            let bridge = self.connections.bridge(switch).ok_or_else(|| {
+                let bridge = self.connections.known(switch).map(|known| known.bridge.clone());
+                let bridge = bridge.unwrap_or_default();
+                let detail = format!("its database has not shown a bridge `{bridge}`");
+                NetworkError::NotConnected { switch: switch.clone(), protocol: "OVSDB", detail }
+            })?;
+            if bridge.ports.get(&hop.at.port).is_none_or(|port| port.number == 0) {
+                return Err(NetworkError::UnknownPort { at: hop.at.clone() });
+            }
+            self.connections.openflow(switch)?;
+            if bridge.needs_classifier() {
+                self.classifier(switch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The evacuation's number: the one that it has, by the ledger or by a mark that a controller
+    /// before this one left; else one that no queue of any switch has.
+    async fn choose_queue(
+        &self,
+        evacuation: &EvacuationId,
+        switch: &SwitchId,
+    ) -> Result<u32, NetworkError> {
+        if let Some(queue) = locked(&self.ledger).queue(evacuation) {
+            return Ok(queue);
+        }
+        let mut taken = BTreeSet::new();
+        for database in self.connections.databases() {
+            // A switch that is away keeps its queues; on the path there is none such.
+            let Ok(snapshot) = qos::read(&database.client, WITHIN).await else { continue };
+            let mut held = queues::held(&snapshot).into_iter();
+            if let Some((_, (number, _))) = held.find(|((whose, _), _)| whose == evacuation) {
+                return Ok(number);
+            }
+            taken.extend(queues::taken(&snapshot));
+        }
+        locked(&self.ledger).free_queue(&taken).ok_or_else(|| NetworkError::Unable {
+            switch: switch.clone(),
+            doing: "mark one more evacuation",
+            detail: "sixteen reserve already, or foreign queues have the numbers 3, 7, .. 63; wait for one to end".to_owned(),
+        })
+    }
+
+    async fn install(
+        &self,
+        evacuation: &EvacuationId,
+        hops: &[Hop],
+    ) -> Result<Reserved, NetworkError> {
+        let mut reserved = Reserved::default();
+        for hop in hops {
+            reserved.hops.extend(self.apply_queues(evacuation, &hop.at).await?);
+        }
+        let mut by_switch: BTreeMap<&SwitchId, Vec<String>> = BTreeMap::new();
+        for hop in hops {
+            by_switch.entry(&hop.at.switch).or_default().push(hop.at.port.clone());
+        }
+        let classify = by_switch.iter().map(|(switch, ports)| self.classify(switch, ports.clone()));
+        join_all(classify).await.into_iter().collect::<Result<(), _>>()?;
+        let flows = by_switch.keys().map(|switch| self.install_flows(switch));
+        join_all(flows).await.into_iter().collect::<Result<(), _>>()?;
+        Ok(reserved)
+    }
+
+    /// Makes a port's queues agree with the ledger. Answers the evacuation's part of it.
+    pub(super) async fn apply_queues(
+        &self,
+        evacuation: &EvacuationId,
+        at: &PortRef,
+    ) -> Result<Option<ReservedHop>, NetworkError> {
+        let client = self.connections.database(&at.switch)?;
+        let divide = |foreign| locked(&self.ledger).shares(at, foreign);
+        let shares = queues::apply(&client, at, Self::expiry(), divide).await?;
+        Ok(shares.and_then(|shares| {
+            let capacity = shares.capacity;
+            let share = shares.queues.into_iter().find(|share| share.evacuation == *evacuation)?;
+            Some(ReservedHop { at: at.clone(), capacity, rate: share.rate, queue: share.queue })
+        }))
+    }
+
+    /// Makes a switch's queues reachable where its datapath does not do that itself.
+    pub(super) async fn classify(
+        &self,
+        switch: &SwitchId,
+        ports: Vec<String>,
+    ) -> Result<(), NetworkError> {
+        let bridge = self.connections.bridge(switch);
+        if ports.is_empty() || !bridge.is_some_and(|bridge| bridge.needs_classifier()) {
+            return Ok(());
+        }
+        let (installer, agent) = self.classifier(switch)?;
+        let ensured = installer.ensure(&agent, ports).await;
+        ensured.map_err(|error| Self::unclassified(switch, &error))
+    }
+
+    /// Sends all flows that a switch should have; those that it has are replaced by the same.
+    pub(super) async fn install_flows(&self, switch: &SwitchId) -> Result<(), NetworkError> {
+        let flows = locked(&self.ledger).flows_on(switch);
+        if flows.is_empty() {
+            return Ok(());
+        }
+        let handle = self.connections.openflow(switch)?;
+        let mut changes: Vec<Message> = flows.into_iter().map(Message::FlowMod).collect();
+        if self.would_drop(switch, &handle).await? {
+            tracing::warn!(%switch, "the switch drops everything; a flow lets it forward");
+            changes.push(Message::FlowMod(mark::forward_flow()));
+        }
+        let done = handle.change(changes, WITHIN).await;
+        done.map_err(|error| of_openflow(switch, "install flows", error))
+    }
+
+    /// Whether a switch forwards nothing but our pages: in secure mode, without a flow of anybody.
+    async fn would_drop(
+        &self,
+        switch: &SwitchId,
+        handle: &SwitchHandle,
+    ) -> Result<bool, NetworkError> {
+        if !self.connections.bridge(switch).is_some_and(|bridge| bridge.secure) {
+            return Ok(false);
+        }
+        let flows = handle.flow_stats(0, 0, WITHIN).await;
+        let flows = flows.map_err(|error| of_openflow(switch, "list its flows", error))?;
+        let forwards = |cookie| Cookie::from_bits(cookie).is_none_or(|c| c.kind == Kind::Forward);
+        Ok(!flows.iter().any(|flow| forwards(flow.cookie)))
+    }
+
+    /// See [`crate::network::Network::adjust`].
+    pub(super) async fn adjust(&self, adjustment: Adjustment) -> Result<Reserved, NetworkError> {
+        let Adjustment { evacuation, ports } = adjustment;
+        let _changing = self.changing.lock().await;
+        let mut reserved = Reserved::default();
+        for (at, rate) in ports {
+            let held = locked(&self.ledger).want(&evacuation, &at, rate);
+            if held {
+                reserved.hops.extend(self.apply_queues(&evacuation, &at).await?);
+            }
+        }
+        Ok(reserved)
+    }
+}
