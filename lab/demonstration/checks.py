@@ -1,0 +1,225 @@
+"""Did the evacuation do what it promised? Pure: evidence -> checks, each with what broke it.
+
+Deliberately not here: any figure of how good it was (telling.py prints them); a check only says
+whether a promise was kept. Every one of them is refused a bad sample in tests/mininet/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+from .evidence import Evidence, Guest, spans
+from .gaps import Span, left_of
+from .leftovers import differences, stray_taps
+from .waiting import on_the_way, waited
+
+DOWNTIME_MOST_MS = 300.0
+ALIVE_STATES = ("running", "paused", "sending", "incoming", "uncertain", "in doubt", "crashed")
+SHOWN = 6
+
+
+@dataclass
+class Check:
+    """A promise, and everything that breaks it."""
+
+    name: str
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        return not self.faults
+
+
+def judge(evidence: Evidence) -> list[Check]:
+    """Every check, in the order in which a person asks."""
+    return [Check(name, question(evidence)) for name, question in QUESTIONS]
+
+
+def arrived(evidence: Evidence) -> list[str]:
+    """Lifeboat's report, Lifeboat's inventory and the process tables agree on where it runs."""
+    faults = []
+    for guest in evidence.guests:
+        row = evidence.moved(guest.name)
+        if row is None:
+            faults.append(f"{guest.name}: the report does not name it")
+        elif row["outcome"] != "moved":
+            faults.append(f"{guest.name}: {row['outcome']}: {row['reason']}")
+        else:
+            faults += _runs_at(evidence, guest.name, row["destination"])
+    return faults
+
+
+def _runs_at(evidence: Evidence, name: str, destination: str) -> list[str]:
+    faults = []
+    if destination in ("", evidence.host):
+        return [f"{name}: moved to `{destination}`, which is no destination"]
+    running = [vm["host"] for vm in evidence.vms if vm["name"] == name and vm["state"] == "running"]
+    if running != [destination]:
+        faults.append(f"{name}: should run at {destination}; `lifeboat vms` says {running}")
+    qemus = [node for node in evidence.after for one in evidence.processes(node)
+             if one["vm"] == name]
+    if qemus != [destination]:
+        faults.append(f"{name}: should run at {destination}; its QEMUs are on {qemus}")
+    return faults
+
+
+def source_is_empty(evidence: Evidence) -> list[str]:
+    """No QEMU, and nothing that Lifeboat still counts there."""
+    faults = [f"{evidence.host}: QEMU {one['pid']} of `{one['vm']}` still runs"
+              for one in evidence.processes(evidence.host)]
+    return faults + [
+        f"{evidence.host}: `lifeboat vms` shows {vm['name']} there as {vm['state']}"
+        for vm in evidence.vms if vm["host"] == evidence.host and vm["state"] in ALIVE_STATES
+    ]
+
+
+def no_wrong_byte(evidence: Evidence) -> list[str]:
+    """Neither a guest nor the client has found one, on the serial line or on the network."""
+    faults = []
+    for guest in evidence.guests:
+        account, row = evidence.accounts.get(guest.name), evidence.seen_by_client(guest.name)
+        if account is None or not account.ticks:
+            faults.append(f"{guest.name}: said nothing on its serial line")
+        elif complaint := account.complaint():
+            faults.append(f"{guest.name}: {complaint}")
+        if row is None:
+            faults.append(f"{guest.name}: the client has not watched it")
+        elif row["corrupt"] or row["guest_errors"] or row["stream"]["errors"]:
+            faults.append(f"{guest.name}: the client saw {row['guest_errors']} wrong pages and "
+                          f"{row['stream']['errors']} wrong bytes on its stream")
+    return faults
+
+
+def read_again(evidence: Evidence) -> list[str]:
+    """Every page has been read and compared after the move, not only the busy ones."""
+    faults = []
+    for guest in evidence.guests:
+        account = evidence.accounts.get(guest.name)
+        passes = account.passes_since_arrival() if account else 0.0
+        if passes < 1:
+            faults.append(f"{guest.name}: {passes:.0%} of its memory was read and compared since "
+                          "it arrived")
+    return faults
+
+
+def same_life(evidence: Evidence) -> list[str]:
+    """Booted once, never set back, never two of it."""
+    faults = []
+    for guest in evidence.guests:
+        row, account = evidence.seen_by_client(guest.name), evidence.accounts.get(guest.name)
+        boots = set(row["boot_ids"] if row else []) | set(account.boots if account else [])
+        if len(boots) != 1:
+            faults.append(f"{guest.name}: {len(boots)} boot ids: {', '.join(sorted(boots))}")
+        if account and (back := account.step_back()):
+            faults.append(f"{guest.name}: {back}")
+        if row and row["ticks_went_backwards"]:
+            faults.append(f"{guest.name}: its counters fell {row['ticks_went_backwards']} times")
+        if row and row["repeated"]:
+            faults.append(f"{guest.name}: {row['repeated']} heartbeats were answered twice")
+    return faults
+
+
+def gaps_accounted_for(evidence: Evidence) -> list[str]:
+    """Silence has a cause: the guest's own move, a stall of the client, a machine without time."""
+    stalls = spans(evidence.client.get("client_stalls", []))
+    threshold = evidence.client.get("threshold_ms", 0)
+    faults = []
+    for guest in evidence.guests:
+        row, window = evidence.seen_by_client(guest.name), evidence.window(guest.name)
+        if row is None or row["answered"] == 0:
+            faults.append(f"{guest.name}: answered no heartbeat")
+            continue
+        if not row["alive"]:
+            faults.append(f"{guest.name}: silent at the end")
+        gaps = spans(row["gaps"])
+        if row["gap_count"] != len(gaps):
+            faults.append(f"{guest.name}: {row['gap_count']} gaps, too many to be listed")
+        causes = stalls + ([window] if window else [])
+        for gap in gaps:
+            starved = starvation(evidence, guest, gap)
+            if left_of(gap, causes) - starved > threshold:
+                faults.append(f"{guest.name}: {_when(evidence, guest, gap.start)} silent for "
+                              f"{gap.length:.0f} ms, {starved:.0f} ms of it for want of a processor")
+    return faults
+
+
+def starvation(evidence: Evidence, guest: Guest, gap: Span) -> float:
+    """Milliseconds of a gap in which the guest, or a switch on its way, waited for a processor."""
+    row = evidence.moved(guest.name)
+    gone = row is not None and 0 < row["stop_unix_us"] / 1000 < gap.start
+    host = evidence.destination(guest.name) if gone else evidence.host
+    return waited(evidence.waits, on_the_way(guest.name, host), gap)
+
+
+def _when(evidence: Evidence, guest: Guest, start_ms: float) -> str:
+    row = evidence.moved(guest.name)
+    if row and row["stop_unix_us"]:
+        away = start_ms / 1000 - row["stop_unix_us"] / 1e6
+        return f"{abs(away):.1f} s {'after' if away > 0 else 'before'} its switchover"
+    return f"{start_ms - evidence.client.get('started_ms', 0):.0f} ms after the client's start"
+
+
+def connections_survived(evidence: Evidence) -> list[str]:
+    """The one connection to each guest is still the first, and still carries."""
+    faults = []
+    for guest in evidence.guests:
+        row = evidence.seen_by_client(guest.name)
+        stream = row["stream"] if row else {"alive": False, "bytes": 0, "lost_connections": 0}
+        if stream["lost_connections"]:
+            faults.append(f"{guest.name}: its connection was lost")
+        if not stream["alive"] or not stream["bytes"]:
+            faults.append(f"{guest.name}: its connection carries nothing at the end")
+    return faults
+
+
+def pauses_were_short(evidence: Evidence) -> list[str]:
+    """STOP to RESUME, by QEMU's events."""
+    faults = []
+    for guest in evidence.guests:
+        row = evidence.moved(guest.name)
+        if row is None or evidence.window(guest.name) is None:
+            faults.append(f"{guest.name}: no STOP and RESUME were reported")
+            continue
+        by_events = (row["resume_unix_us"] - row["stop_unix_us"]) / 1000
+        pause = max(by_events, row["downtime_us"] / 1000)
+        if pause >= DOWNTIME_MOST_MS or by_events < 0:
+            faults.append(f"{guest.name}: stood for {pause:.0f} ms")
+    return faults
+
+
+def pages_had_their_share(evidence: Evidence) -> list[str]:
+    """What the plan was to reserve was seen reserved while it ran."""
+    if not evidence.reserves:
+        return []
+    planned = {(hop["switch"], hop["port"]) for hop in evidence.plan.get("reservations", [])}
+    seen = {(held.switch, held.port) for held in evidence.held if held.reserved}
+    if not planned:
+        return ["the plan reserves nothing"]
+    return [f"{switch}:{port}: nothing was reserved there"
+            for switch, port in sorted(planned - seen)]
+
+
+def nothing_is_left(evidence: Evidence) -> list[str]:
+    """Queues, QoS, flows, meters, qdiscs, links: as before, on every node."""
+    if not evidence.before or not evidence.after:
+        return ["nobody looked"]
+    places = {guest.name: evidence.destination(guest.name) or evidence.host
+              for guest in evidence.guests}
+    nics = {guest.name: guest.nics for guest in evidence.guests}
+    return (differences(evidence.before, evidence.after)
+            + stray_taps(evidence.after, places, nics))
+
+
+QUESTIONS: tuple[tuple[str, Callable[[Evidence], list[str]]], ...] = (
+    ("every guest runs at its destination, and nowhere else", arrived),
+    ("the source holds no QEMU any more", source_is_empty),
+    ("no guest ever reported a wrong byte", no_wrong_byte),
+    ("every page was read and compared again since it arrived", read_again),
+    ("every guest is in its first life, and was never set back", same_life),
+    ("every heartbeat gap is accounted for", gaps_accounted_for),
+    ("every checked TCP connection survived", connections_survived),
+    (f"every guest stood for less than {DOWNTIME_MOST_MS:.0f} ms", pauses_were_short),
+    ("the pages had their reserved share on every link", pages_had_their_share),
+    ("nothing of Lifeboat's is left on switches, links and hosts", nothing_is_left),
+)

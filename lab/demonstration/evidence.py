@@ -1,0 +1,86 @@
+"""All that was seen of an evacuation, as values. Filled by main.py, judged by checks.py.
+
+Replies of Lifeboat and reports of the client stay as they came (their JSON); what is read from
+them is read here, in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Sequence
+
+from .gaps import Span, move_window
+from .leftovers import Look
+from .serial import Account
+from .waiting import Wait
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A VM of the scenario that stood on the evacuated host."""
+
+    name: str
+    role: str
+    nics: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was reserved on a port at one moment; bit/s."""
+
+    switch: str
+    port: str
+    queue: int
+    capacity: int
+    reserved: int
+    used: int
+
+
+@dataclass
+class Evidence:
+    """One evacuation."""
+
+    host: str
+    guests: Sequence[Guest]
+    plan: Json = field(default_factory=dict)
+    report: Json = field(default_factory=dict)
+    vms: Sequence[Json] = ()
+    client: Json = field(default_factory=dict)
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    before: Look = field(default_factory=dict)
+    after: Look = field(default_factory=dict)
+    held: Sequence[Held] = ()
+    waits: Sequence[Wait] = ()
+    # Whether the plan was to reserve at all (an urgency of 0 reserves nothing).
+    reserves: bool = True
+
+    def moved(self, name: str) -> Optional[Json]:
+        """The report's row of a guest."""
+        return next((row for row in self.report.get("vms", []) if row["vm"] == name), None)
+
+    def destination(self, name: str) -> str:
+        """Where the report says that a guest has gone; empty where it says nothing."""
+        row = self.moved(name)
+        return row["destination"] if row else ""
+
+    def window(self, name: str) -> Optional[Span]:
+        """When a guest's own move kept it from answering."""
+        row = self.moved(name)
+        if not row or not row["stop_unix_us"] or not row["resume_unix_us"]:
+            return None
+        return move_window(row["stop_unix_us"], row["resume_unix_us"])
+
+    def seen_by_client(self, name: str) -> Optional[Json]:
+        """The client's row of a guest."""
+        return next((row for row in self.client.get("guests", []) if row["name"] == name), None)
+
+    def processes(self, node: str) -> Sequence[Json]:
+        """The QEMUs on a node, asked the kernel."""
+        return self.after.get(node, {}).get("processes", [])
+
+
+def spans(listed: Sequence[Json]) -> list[Span]:
+    """A list of gaps or stalls as the client writes it."""
+    return [Span(one["start_ms"], one["start_ms"] + one["length_ms"]) for one in listed]

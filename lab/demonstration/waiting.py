@@ -1,0 +1,126 @@
+"""Who waited for a processor, and when: the witness for a machine that is too small or too busy.
+
+Two cores carry four emulated guests and seven software switches. A guest may be silent because
+its QEMU, or a switch on its way, was ready to run and was not let: that is the machine's doing,
+not the move's. The kernel counts it per thread (/proc/PID/task/TID/schedstat, second figure:
+nanoseconds on a run queue, added when the thread is let run again). What is counted here is taken
+from a gap (gaps.py) and named in the record; it is measured, never assumed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Mapping, Sequence
+
+from cloud.state import RUN
+
+from .gaps import Span
+
+SAMPLE_SECONDS = 0.04
+SEARCH_SECONDS = 1.0
+# Shorter waits are how a scheduler works.
+LEAST_MS = 4.0
+PROGRAMS = {"qemu-system-x86": "qemu", "ovs-vswitchd": "switch"}
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Some thread of `who` waited `length_ms`, and was let run before `until_ms` (Unix time)."""
+
+    who: str
+    until_ms: float
+    length_ms: float
+
+
+def waited(waits: Sequence[Wait], who: Sequence[str], gap: Span) -> float:
+    """How many milliseconds of a gap `who` waited for a processor, one after the other."""
+    slack = SAMPLE_SECONDS * 1000
+    return sum(min(wait.length_ms, wait.until_ms - gap.start) for wait in waits
+               if wait.who in who and gap.start < wait.until_ms <= gap.end + slack)
+
+
+class Waiting(threading.Thread):
+    """Watches the cloud's QEMUs and switches until it is told to end."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.waits: list[Wait] = []
+        self._threads: dict[Path, str] = {}
+        self._counted: dict[Path, int] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        searched = 0.0
+        while not self._over.wait(SAMPLE_SECONDS):
+            if time.monotonic() - searched > SEARCH_SECONDS:
+                searched = time.monotonic()
+                self._threads = dict(_threads())
+            self._sample(time.time() * 1000)
+
+    def _sample(self, now_ms: float) -> None:
+        for file, who in self._threads.items():
+            try:
+                total = int(file.read_text().split()[1])
+            except (OSError, IndexError, ValueError):
+                continue  # it has ended
+            length = (total - self._counted.get(file, total)) / 1e6
+            self._counted[file] = total
+            if length >= LEAST_MS:
+                self.waits.append(Wait(who, now_ms, length))
+
+    def finish(self) -> list[Wait]:
+        """Ends it and returns what it has seen."""
+        self._over.set()
+        self.join(timeout=10)
+        return self.waits
+
+
+def _threads() -> Iterator[tuple[Path, str]]:
+    """The threads that carry guests and packets, with whose they are: `qemu web h1`, `switch h1`."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            program = PROGRAMS.get((entry / "comm").read_text().strip())
+            words = (entry / "cmdline").read_bytes().decode(errors="replace") if program else ""
+        except OSError:
+            continue
+        # Another cloud's, of another checkout, has other paths in its command line.
+        if program and (who := _owner(program, words)):
+            yield from ((task / "schedstat", who) for task in _busy(entry, program))
+
+
+def _owner(program: str, words: str) -> str:
+    _, found, rest = words.partition(f"{RUN}/")
+    parts = rest.split("/")
+    if not found:
+        return ""
+    # RUN/h1/qemu/web/io/..., RUN/h1/ovs/db.sock, RUN/fabric/db.sock
+    return f"qemu {parts[2]} {parts[0]}" if program == "qemu" else f"switch {parts[0]}"
+
+
+def _busy(entry: Path, program: str) -> Iterator[Path]:
+    """The main thread, and of a QEMU its virtual processors: the threads that an answer needs."""
+    for task in (entry / "task").iterdir():
+        try:
+            name = (task / "comm").read_text()
+        except OSError:
+            continue
+        if task.name == entry.name or (program == "qemu" and name.startswith("CPU ")):
+            yield task
+
+
+def on_the_way(guest: str, host: str) -> tuple[str, ...]:
+    """Who has to run for a guest on a host to be heard by the client."""
+    return (f"qemu {guest} {host}", f"switch {host}", "switch fabric", "switch client")
+
+
+def as_record(waits: Sequence[Wait]) -> Mapping[str, float]:
+    """The sum of all waits, by whom; milliseconds."""
+    sums: dict[str, float] = {}
+    for wait in waits:
+        sums[wait.who] = round(sums.get(wait.who, 0.0) + wait.length_ms, 1)
+    return dict(sorted(sums.items()))
