@@ -13,3 +13,4 @@
 pub mod clock;
 pub mod experiments;
 pub mod rig;
+pub mod world;

@@ -10,7 +10,8 @@
 //! all the time. Whatever is compared is seen from outside of both: bytes that the source's interface
 //! has sent, QEMU's own STOP and RESUME, CPU time of all processes that take part (QEMU's holds its
 //! guest's, which is the same kind of guest on both sides). The time is from the order to RESUME at
-//! the destination; starting the destination's QEMU comes before, on both sides.
+//! the destination; starting the destination's QEMU comes before, on both sides. On the shaped link
+//! both are told what it carries: an agent by its controller, QEMU by `max-bandwidth`.
 //!
 //! What others show: QEMU's own figures are the baseline. MigrateFS (section V) and SOLive (V) relay
 //! through user-space brokers and do not state what that costs.
@@ -34,7 +35,7 @@ use super::machine::machine;
 use crate::clock;
 use crate::rig::agents::{Agent, Prepared, make_certificates};
 use crate::rig::cpu::CpuMeter;
-use crate::rig::direct::{Direct, Moments, Place};
+use crate::rig::direct::{Aim, Direct, Moments, Place};
 use crate::rig::network::{self, Namespace};
 use crate::rig::program::run as run_program;
 use crate::rig::switch::Switch;
@@ -58,6 +59,9 @@ const GIB: f64 = (1 << 30) as f64;
 
 /// Names of the two links, and what they carry.
 const LINKS: [(&str, Option<u64>); 2] = [("unshaped", None), ("200 Mbit/s", Some(SHAPED))];
+/// Of the pause, where it went: as the source's agent timed it.
+const PHASES: [(Phase, &str); 2] =
+    [(Phase::Switchover, "source_switchover_ms"), (Phase::Committing, "source_committing_ms")];
 const OURS: &str = "Lifeboat";
 const DIRECT: &str = "QEMU alone";
 
@@ -78,8 +82,8 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
             for which in both {
                 clock::rest(REST);
                 let figures = match which {
-                    OURS => rig.move_ours().await?,
-                    _ => rig.move_direct().await?,
+                    OURS => rig.move_ours(rate).await?,
+                    _ => rig.move_direct(rate).await?,
                 };
                 record.samples.push(Sample { case: format!("{which}, {link}"), run, figures });
             }
@@ -218,7 +222,7 @@ impl Rig {
         self.at = 1 - self.at;
     }
 
-    async fn move_ours(&mut self) -> Result<Figures, RigError> {
+    async fn move_ours(&mut self, limit: Option<u64>) -> Result<Figures, RigError> {
         self.migrations += 1;
         let migration = format!("m{}", self.migrations);
         let (to, wire) = (1 - self.at, Wire::start(&self.namespaces[self.at])?);
@@ -230,7 +234,7 @@ impl Rig {
         let relays = [source.pid(), destination.pid()];
         let cpu = CpuMeter::start(&[relays[0], relays[1], from, there]);
         let began = clock::unix_now();
-        prepared.start(source, DOWNTIME).await?;
+        prepared.start(source, DOWNTIME, limit).await?;
         let sent = source.ended(&migration, PATIENCE).await?;
         if sent.phase() != Phase::Completed {
             let why = format!("{:?}: {}", sent.phase(), sent.reason);
@@ -243,25 +247,30 @@ impl Rig {
         let relayed: f64 = relays.iter().filter_map(|pid| used.get(pid)).sum();
         figures.insert("agents_cpu_seconds", relayed);
         figures.insert("iterations", f64::from(sent.iteration));
+        for (phase, name) in PHASES {
+            let of_phase = sent.phase_times.iter().filter(|time| time.phase() == phase);
+            figures.insert(name, of_phase.map(|time| time.micros as f64 / 1e3).sum());
+        }
         let serial = self.agents[to].serial_log("ours");
         figures.insert("wrong_bytes_reported", lives(&serial)?);
         Ok(figures)
     }
 
-    async fn move_direct(&mut self) -> Result<Figures, RigError> {
+    async fn move_direct(&mut self, limit: Option<u64>) -> Result<Figures, RigError> {
         let to = 1 - self.at;
         let place = Place {
             namespace: &self.namespaces[to],
             address: ADDRESSES[to],
             folder: &self.folders[to],
         };
+        let aim = Aim { downtime: DOWNTIME, limit, within: PATIENCE };
         let waiting = Direct::listen(&self.spec, place).await?;
         let running = self.direct.take();
         let running = running.ok_or_else(|| RigError::refused("a guest")("there is none"))?;
         let wire = Wire::start(&self.namespaces[self.at])?;
         let cpu = CpuMeter::start(&[running.pid(), waiting.pid()]);
         let began = clock::unix_now();
-        let moments = running.migrate_to(&waiting, ADDRESSES[to], DOWNTIME, PATIENCE).await?;
+        let moments = running.migrate_to(&waiting, ADDRESSES[to], aim).await?;
         let used = cpu.finish();
         let mut figures = wire.figures(&self.namespaces[self.at], began, moments, &used)?;
         figures.insert("wrong_bytes_reported", lives(&waiting.serial_log())?);

@@ -201,11 +201,17 @@ impl Prepared {
         Ok(Self { request })
     }
 
-    /// Sets it going, with this aim for the pause.
+    /// Sets it going, with this aim for the pause and this limit in bit/s.
     ///
     /// # Errors
     /// With the source's words.
-    pub async fn start(mut self, source: &mut Agent, downtime: Duration) -> Result<(), RigError> {
+    pub async fn start(
+        mut self,
+        source: &mut Agent,
+        downtime: Duration,
+        limit: Option<u64>,
+    ) -> Result<(), RigError> {
+        self.request.network_limit_bits_per_sec = limit.unwrap_or(0);
         self.request.downtime_limit_ms = u32::try_from(downtime.as_millis()).unwrap_or(u32::MAX);
         let started = source.client.start_migration(self.request).await;
         started.map(drop).map_err(RigError::refused("to start the migration"))

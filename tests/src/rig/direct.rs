@@ -42,6 +42,17 @@ pub struct Direct {
     run_dir: RunDir,
 }
 
+/// How a migration is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Aim {
+    /// What the pause should not exceed.
+    pub downtime: Duration,
+    /// What it may send, in bit/s.
+    pub limit: Option<u64>,
+    /// When it is given up.
+    pub within: Duration,
+}
+
 /// When the guest was stopped and when it went on, in microseconds since the epoch, by the events
 /// of both QEMUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,22 +125,20 @@ impl Direct {
         self.run_dir.serial_log()
     }
 
-    /// Migrates to `destination`, which listens at `address`, as fast as the link allows, and ends
-    /// this QEMU.
+    /// Migrates to `destination`, which listens at `address`, and ends this QEMU.
     ///
     /// # Errors
-    /// When QEMU refuses, or it takes longer than `within`.
+    /// When QEMU refuses, or it takes too long.
     pub async fn migrate_to(
         self,
         destination: &Self,
         address: Ipv4Addr,
-        downtime: Duration,
-        within: Duration,
+        aim: Aim,
     ) -> Result<Moments, RigError> {
         let (mut here, mut there) = (self.qmp.events(), destination.qmp.events());
         let parameters = MigrateParameters {
-            downtime_limit_ms: u64::try_from(downtime.as_millis()).ok(),
-            max_bandwidth_bytes: Some(0),
+            downtime_limit_ms: u64::try_from(aim.downtime.as_millis()).ok(),
+            max_bandwidth_bytes: Some(aim.limit.unwrap_or(0) / 8),
         };
         let refused = RigError::refused("to migrate");
         self.qmp.migrate_set_parameters(parameters).await.map_err(refused)?;
@@ -141,8 +150,8 @@ impl Direct {
             Ok(Moments { stop, resume })
         };
         let late =
-            |_| RigError::TooLate { what: "a migration".to_owned(), seconds: within.as_secs() };
-        let moments = tokio::time::timeout(within, moments).await.map_err(late)??;
+            |_| RigError::TooLate { what: "a migration".to_owned(), seconds: aim.within.as_secs() };
+        let moments = tokio::time::timeout(aim.within, moments).await.map_err(late)??;
         self.end().await?;
         Ok(moments)
     }

@@ -1,0 +1,35 @@
+//! A test that runs itself again in namespaces of its own, so that whatever it starts ends with it.
+//!
+//! As `rig::private` does for the experiments; a test differs in how it is named on its command
+//! line, and needs no kernel parameter of the machine's.
+
+use std::env;
+use std::process::{ExitStatus, Stdio};
+
+use crate::rig::RigError;
+use crate::rig::program::words;
+
+const INSIDE: &str = "LIFEBOAT_TEST_IS_INSIDE";
+
+/// Whether this process is inside already.
+#[must_use]
+pub fn is_inside() -> bool {
+    env::var_os(INSIDE).is_some()
+}
+
+/// Runs the test `name` of this program again, inside, and returns how it ended. Its output is
+/// this program's.
+///
+/// # Errors
+/// When that needs rights or programs that are not there.
+pub fn run_inside(name: &str) -> Result<ExitStatus, RigError> {
+    let program = env::current_exe().map_err(RigError::io("cannot find this program"))?;
+    let mut command = words(
+        "setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc --",
+    );
+    // The shell buries orphans while it waits; without the second command it would become the
+    // program instead of starting it.
+    command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]).arg(program);
+    command.args(["--exact", name, "--nocapture"]).env(INSIDE, "yes").stdin(Stdio::null());
+    command.status().map_err(|source| RigError::Start { program: "unshare".to_owned(), source })
+}

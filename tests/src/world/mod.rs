@@ -1,0 +1,148 @@
+//! A small world of its own: three hosts with real agents, one VM with a real QEMU, a real
+//! controller; and a hand on each of their throats.
+//!
+//! Used by the tests that kill. Each host is a network namespace with a loopback interface and
+//! nothing else: its page links to the others are [`relay`]s, so that every direction of every
+//! link can be cut. The VM has no NIC, so no switch is needed, and the evacuations are ordered with
+//! urgency 0, which reserves nothing. What really runs is not asked of the agents: [`witness`]
+//! hears it from the QEMUs.
+//!
+//! ```text
+//!   lifeboat --unix--> controller --unix--> agent h1  agent h2  agent h3
+//!                                              |  '--relays--'  |
+//!                                            QEMU              QEMU  --second monitor--> witness
+//! ```
+//!
+//! Not here: what is done to it, and what must come of that, which the tests say.
+
+pub mod agent;
+pub mod control;
+pub mod inside;
+pub mod relay;
+pub mod witness;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent::Agent;
+use control::Control;
+use relay::Relay;
+use witness::Witness;
+
+use crate::clock;
+use crate::rig::RigError;
+use crate::rig::network::Namespace;
+
+/// The VM's name.
+pub const VM: &str = "vm";
+/// How many hosts there are.
+pub const HOSTS: usize = 3;
+/// A booted guest says so within this time, on a busy machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+/// A host by its number, from 0.
+pub type Host = usize;
+
+/// A host's name.
+#[must_use]
+pub fn host_name(host: Host) -> String {
+    format!("h{}", host + 1)
+}
+
+/// The host of a name.
+#[must_use]
+pub fn host_of(name: &str) -> Option<Host> {
+    (0..HOSTS).find(|&host| host_name(host) == name)
+}
+
+/// The world. Everything in it ends when it is dropped; QEMUs end with the process's namespace.
+pub struct World {
+    folder: tempfile::TempDir,
+    /// By host.
+    pub agents: Vec<Agent>,
+    /// The controller and its commands.
+    pub control: Control,
+    /// Who runs, and what the guest says.
+    pub witness: Witness,
+    relays: Vec<Relay>,
+}
+
+impl World {
+    /// Makes world number `number`, with the VM booted at the first host.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make(number: usize, images: &Path) -> Result<Self, RigError> {
+        let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
+        // QEMU's user must be able to pass through.
+        let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
+        fs::set_permissions(folder.path(), open)
+            .map_err(RigError::io("cannot open the temporary folder"))?;
+        let programs = keep_programs(folder.path())?;
+        let mut agents = vec![];
+        for host in 0..HOSTS {
+            let namespace = Namespace::make(&format!("w{number}{}", host_name(host)))?;
+            agents.push(Agent::prepare(host, namespace, folder.path(), images, &programs)?);
+        }
+        let mut relays = vec![];
+        for from in 0..HOSTS {
+            for to in (0..HOSTS).filter(|&to| to != from) {
+                let (near, far) = (agents[from].namespace().clone(), agents[to].namespace().clone());
+                relays.push(Relay::start((from, to), near, far)?);
+            }
+        }
+        let witness = Witness::start(agents.iter().map(Agent::watched).collect());
+        agents[0].define_vm()?;
+        for agent in &mut agents {
+            agent.start(None)?;
+        }
+        let control = Control::start(folder.path(), &programs)?;
+        let world = Self { folder, agents, control, witness, relays };
+        world.await_guest(0)?;
+        Ok(world)
+    }
+
+    /// Waits until the guest has said something new on its serial line.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn await_guest(&self, after: u64) -> Result<u64, RigError> {
+        let what = "a new word of the guest".to_owned();
+        let late = RigError::TooLate { what, seconds: BOOT_LIMIT.as_secs() };
+        let newer = || self.witness.look().last_tick().filter(|&tick| tick > after);
+        clock::wait_for(BOOT_LIMIT, newer).ok_or(late)
+    }
+
+    /// Where its files and logs are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Keeps the folder when the world is gone, for somebody to look at, and says where it is.
+    #[must_use]
+    pub fn keep(&mut self) -> PathBuf {
+        self.folder.disable_cleanup(true);
+        self.folder.path().to_owned()
+    }
+
+    /// Cuts or heals what is between two hosts, both ways.
+    pub fn link(&self, one: Host, other: Host, state: relay::State) {
+        let between = |ends: (Host, Host)| ends == (one, other) || ends == (other, one);
+        for relay in self.relays.iter().filter(|relay| between(relay.ends())) {
+            relay.set(state);
+        }
+    }
+}
+
+/// Others may build while the world lives: it keeps the programs that it began with.
+fn keep_programs(folder: &Path) -> Result<PathBuf, RigError> {
+    let programs = folder.join("programs");
+    fs::create_dir(&programs).map_err(RigError::io("cannot make a folder"))?;
+    for name in ["lifeboat", "lifeboat-agent"] {
+        let from = crate::rig::private::built(name)?;
+        fs::copy(from, programs.join(name)).map_err(RigError::io("cannot copy a program"))?;
+    }
+    Ok(programs)
+}

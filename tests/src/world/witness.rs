@@ -1,0 +1,299 @@
+//! Who really runs, and when: heard from the QEMUs themselves, not from the agents under test.
+//!
+//! Each QEMU of the world has a second monitor (a host's profile gives it one) and a serial log. A
+//! thread per host holds both open from the moment at which the QEMU appears: RESUME and STOP carry
+//! QEMU's own time stamps of one clock, so that two guests which ran at once for a millisecond are
+//! found. Used by [`super::World`]. Deliberately not here: any command that changes a guest.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::Host;
+use crate::clock;
+
+/// A QEMU is found within this time; its guest is resumed much later.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Where a host's QEMU is seen.
+#[derive(Debug, Clone)]
+pub struct Watched {
+    /// Its second monitor.
+    pub monitor: PathBuf,
+    /// Its guest's serial line.
+    pub serial: PathBuf,
+}
+
+/// One QEMU, from its appearance to its end.
+#[derive(Debug)]
+pub struct Life {
+    /// Where.
+    pub host: Host,
+    /// From RESUME to STOP, in microseconds since the epoch; the last one may be open.
+    pub ran: Vec<(u64, Option<u64>)>,
+    /// Whether it is still there.
+    pub lives: bool,
+    serial: Option<File>,
+    text: String,
+}
+
+impl Life {
+    /// Whether its guest runs now.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.ran.last().is_some_and(|(_, stop)| stop.is_none())
+    }
+
+    fn ticks(&self) -> impl Iterator<Item = u64> + '_ {
+        let whole = self.text.lines().filter_map(|line| line.strip_prefix("LIFEBOAT-TICK "));
+        // The last words of a line may still be on their way, or come out of another QEMU.
+        whole.filter_map(|rest| rest.split_once(" ok ")?.0.parse().ok())
+    }
+
+    fn resumed(&mut self, at: u64) {
+        if !self.runs() {
+            self.ran.push((at, None));
+        }
+    }
+
+    fn stopped(&mut self, at: u64) {
+        if let Some((_, stop @ None)) = self.ran.last_mut() {
+            *stop = Some(at);
+        }
+    }
+}
+
+/// Everything seen since the guest was booted.
+#[derive(Debug, Default)]
+pub struct Seen {
+    lives: Vec<Life>,
+    /// Those before were of an earlier boot of the guest.
+    first: usize,
+}
+
+impl Seen {
+    /// The QEMUs of this boot of the guest, oldest first.
+    #[must_use]
+    pub fn lives(&self) -> &[Life] {
+        self.lives.get(self.first..).unwrap_or_default()
+    }
+
+    /// Where the guest runs now: by all that is right, at one host or at none.
+    #[must_use]
+    pub fn running(&self) -> Vec<Host> {
+        self.lives().iter().filter(|life| life.runs()).map(|life| life.host).collect()
+    }
+
+    /// The hosts that have a QEMU of the VM, running or not.
+    #[must_use]
+    pub fn with_qemu(&self) -> Vec<Host> {
+        self.lives().iter().filter(|life| life.lives).map(|life| life.host).collect()
+    }
+
+    /// The newest second that the guest has counted.
+    #[must_use]
+    pub fn last_tick(&self) -> Option<u64> {
+        self.lives().iter().flat_map(Life::ticks).max()
+    }
+
+    /// The newest second that it has counted at one host.
+    #[must_use]
+    pub fn last_tick_at(&self, host: Host) -> Option<u64> {
+        let there = self.lives().iter().filter(|life| life.host == host);
+        there.flat_map(Life::ticks).max()
+    }
+
+    /// Everything that must never be: two at once, a second counted twice, a wrong byte, a panic,
+    /// a second boot. One sentence each.
+    #[must_use]
+    pub fn offences(&self) -> Vec<String> {
+        let mut offences = twice(self.lives());
+        let mut ticks: Vec<u64> = self.lives().iter().flat_map(Life::ticks).collect();
+        let counted = ticks.len();
+        ticks.sort_unstable();
+        ticks.dedup();
+        if ticks.len() != counted {
+            offences.push("the guest counted a second twice: there were two of it".to_owned());
+        }
+        for life in self.lives() {
+            let bad = |line: &&str| {
+                line.contains("CORRUPT") || line.contains("Kernel panic") || line.contains("Oops")
+            };
+            let said = life.text.lines().find(bad);
+            offences.extend(said.map(|line| format!("at host {}: {line}", life.host + 1)));
+        }
+        let boots = self.lives().iter().map(|life| life.text.matches("LIFEBOAT-READY").count());
+        let boots: usize = boots.sum();
+        if boots > 1 {
+            offences.push(format!("the guest was booted {boots} times"));
+        }
+        offences
+    }
+}
+
+fn twice(lives: &[Life]) -> Vec<String> {
+    let all = |life: &Life| life.ran.clone().into_iter().map(|ran| (life.host, ran));
+    let mut runs: Vec<(Host, (u64, Option<u64>))> = lives.iter().flat_map(all).collect();
+    runs.sort_by_key(|(_, (start, _))| *start);
+    let pairs = runs.windows(2).filter_map(|pair| {
+        let [(one, (_, stop)), (other, (start, _))] = pair else { return None };
+        let overlap = stop.is_none_or(|stop| stop > *start);
+        overlap.then(|| {
+            let for_us = stop.map_or_else(|| "on and on".to_owned(), |s| format!("{} us", s - start));
+            format!("it ran at hosts {} and {} at once, {for_us}", one + 1, other + 1)
+        })
+    });
+    pairs.collect()
+}
+
+/// The witness of a world. Its threads end with the process.
+pub struct Witness {
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Witness {
+    /// Begins to look at all hosts.
+    #[must_use]
+    pub fn start(hosts: Vec<Watched>) -> Self {
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        for (host, watched) in hosts.into_iter().enumerate() {
+            let seen = Arc::clone(&seen);
+            thread::spawn(move || watch_host(host, &watched, &seen));
+        }
+        Self { seen }
+    }
+
+    /// What has been seen until now.
+    pub fn look(&self) -> MutexGuard<'_, Seen> {
+        let mut seen = lock(&self.seen);
+        for life in &mut seen.lives {
+            read_on(life);
+        }
+        seen
+    }
+
+    /// The guest is about to be booted anew: what was before is no longer its life.
+    pub fn forget(&self) {
+        let mut seen = lock(&self.seen);
+        seen.first = seen.lives.len();
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The file is read to its end also when it has long been removed.
+fn read_on(life: &mut Life) {
+    let mut new = Vec::new();
+    if let Some(serial) = &mut life.serial
+        && serial.read_to_end(&mut new).is_ok()
+    {
+        life.text.push_str(&String::from_utf8_lossy(&new));
+    }
+}
+
+fn watch_host(host: Host, watched: &Watched, seen: &Mutex<Seen>) {
+    loop {
+        if let Ok(socket) = UnixStream::connect(&watched.monitor) {
+            watch_qemu(host, watched, socket, seen);
+        }
+        clock::rest(LOOK);
+    }
+}
+
+/// One QEMU, to its end.
+fn watch_qemu(host: Host, watched: &Watched, mut socket: UnixStream, seen: &Mutex<Seen>) {
+    let serial = clock::wait_for(Duration::from_secs(1), || File::open(&watched.serial).ok());
+    let number = {
+        let mut seen = lock(seen);
+        let life = Life { host, ran: vec![], lives: true, serial, text: String::new() };
+        seen.lives.push(life);
+        seen.lives.len() - 1
+    };
+    let asked = socket.write_all(
+        b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\",\"id\":\"status\"}\n",
+    );
+    let mut lines = BufReader::new(socket);
+    let mut line = Vec::new();
+    while asked.is_ok() {
+        line.clear();
+        match lines.read_until(b'\n', &mut line) {
+            Ok(0) => break,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+            Ok(_) => {
+                if let Some(life) = lock(seen).lives.get_mut(number) {
+                    note(life, &line);
+                }
+            }
+        }
+    }
+    if let Some(life) = lock(seen).lives.get_mut(number) {
+        life.stopped(unix_us());
+        life.lives = false;
+    }
+}
+
+fn note(life: &mut Life, line: &[u8]) {
+    let Ok(message) = serde_json::from_slice::<Value>(line) else { return };
+    let stamp = &message["timestamp"];
+    let part = |name: &str| stamp[name].as_u64().unwrap_or_default();
+    let at = part("seconds") * 1_000_000 + part("microseconds");
+    match message["event"].as_str() {
+        Some("RESUME") => life.resumed(at),
+        Some("STOP") => life.stopped(at),
+        Some(_) => {}
+        // It was resumed before we came.
+        None if message["return"]["running"] == true => life.resumed(unix_us()),
+        None => {}
+    }
+}
+
+fn unix_us() -> u64 {
+    u64::try_from(clock::unix_now().as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn life(host: Host, ran: &[(u64, Option<u64>)], text: &str) -> Life {
+        Life { host, ran: ran.to_vec(), lives: true, serial: None, text: text.to_owned() }
+    }
+
+    fn offences(lives: Vec<Life>) -> Vec<String> {
+        Seen { lives, first: 0 }.offences()
+    }
+
+    #[test]
+    fn one_after_the_other_is_right_and_a_microsecond_of_both_is_not() {
+        let after = vec![life(0, &[(10, Some(20))], ""), life(1, &[(20, None)], "")];
+        assert_eq!(offences(after), Vec::<String>::new());
+        let both = vec![life(0, &[(10, Some(21))], ""), life(1, &[(20, None)], "")];
+        assert_eq!(offences(both), ["it ran at hosts 1 and 2 at once, 1 us"]);
+        let for_ever = vec![life(0, &[(10, None)], ""), life(1, &[(20, Some(30))], "")];
+        assert_eq!(offences(for_ever), ["it ran at hosts 1 and 2 at once, on and on"]);
+    }
+
+    #[test]
+    fn a_second_counted_twice_a_wrong_byte_and_a_second_boot_are_told() {
+        let ready = "LIFEBOAT-READY name=vm\n";
+        let tick = "LIFEBOAT-TICK 7 ok pages=1\nLIFEBOAT-TICK 8 ok pages=1\n";
+        let split = "CK 8 ok pages=1\nLIFEBOAT-TICK 9 ok pages=1\nLIFEBOAT-TIC";
+        let well = vec![life(0, &[], &format!("{ready}{tick}")), life(1, &[], split)];
+        assert_eq!(offences(well), Vec::<String>::new());
+        let again = vec![life(0, &[], tick), life(1, &[], "LIFEBOAT-TICK 8 ok pages=1\n")];
+        assert_eq!(offences(again).len(), 1);
+        let wrong = "LIFEBOAT-CORRUPT page 5 word 100: found 7\n";
+        assert!(offences(vec![life(2, &[], wrong)])[0].starts_with("at host 3: LIFEBOAT-CORRUPT"));
+        let booted = vec![life(0, &[], ready), life(1, &[], ready)];
+        assert_eq!(offences(booted), ["the guest was booted 2 times"]);
+    }
+}
