@@ -132,8 +132,10 @@ all_checks() {
         /usr/bin/python3 -m unittest discover -v -s tests/mininet -p '*_test.py' || true
 }
 
+# The demonstration with its own checks, and a first look at every experiment.
 all_experiments() {
     local name
+    step demo lab/demo || true
     for name in $(lab/experiment list --names); do
         step "$name" lab/experiment "$name" --quick || true
     done
