@@ -9,6 +9,8 @@ child=
 logs=
 
 begin_checks() {
+    # The logs are read by people and by awk, not by a terminal.
+    export TERM=dumb CARGO_TERM_COLOR=never
     logs=${CARGO_TARGET_DIR:-target}/checks
     mkdir -p "$logs"
     trap 'interrupted INT 130' INT
