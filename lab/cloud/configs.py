@@ -21,6 +21,7 @@ CONTROLLER_PORT = 7443
 OPENFLOW_PORT = 6653
 CERTS = RUN / "certs"
 CONTROLLER = "lab"
+FABRIC = "fabric"
 OPERATOR = "lab"
 KERNEL_WORDS = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off"
 
@@ -28,10 +29,8 @@ KERNEL_WORDS = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=of
 def write_all(cloud: Cloud) -> None:
     """Every file of the cloud."""
     for host in cloud.scenario.hosts:
-        folder = RUN / host.name
-        for name in ("state", "vms", "qemu", "profiles"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        _write(folder / "agent.toml", agent(host))
+        _write(RUN / host.name / "agent.toml", agent(host))
+    _write(RUN / FABRIC / "agent.toml", fabric_agent())
     for vm in cloud.scenario.vms:
         _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm))
     _write(RUN / "lab.toml", controller(cloud))
@@ -40,24 +39,40 @@ def write_all(cloud: Cloud) -> None:
 def agent(host: Host) -> str:
     """A host's agent."""
     folder = RUN / host.name
-    top = {
-        "host": host.name,
-        "listen": [f"unix:{folder}/agent.sock", f"{host.plug.management}:{AGENT_PORT}"],
+    return _agent(host.name, host.plug.management, folder, folder / "ovs", {
         "page_listen": f"{host.ip}:{PAGE_PORT}",
         "roles": ["hypervisor", "switch"],
-        "tls_dir": tls_dir("agent", host.name),
+        "memory": _size(host.memory),
+    })
+
+
+def fabric_agent() -> str:
+    """The agent on the fabric's machine, where all its switches are: it runs no VM."""
+    folder = RUN / FABRIC
+    return _agent(FABRIC, CONTROLLER_IP, folder, folder, {
+        "page_listen": f"{CONTROLLER_IP}:{PAGE_PORT}",
+        "roles": ["switch"],
+        "memory": "0 MiB",
+    })
+
+
+def _agent(name: str, management: str, folder: Path, ovs: Path, own: Mapping[str, Any]) -> str:
+    for sub in ("state", "vms", "qemu", "profiles"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    top = {
+        "host": name,
+        "listen": [f"unix:{folder}/agent.sock", f"{management}:{AGENT_PORT}"],
+        "tls_dir": tls_dir("agent", name),
         "state_dir": str(folder / "state"),
         "run_dir": str(folder / "qemu"),
         "images_dir": str(BUILD),
         "vms_dir": str(folder / "vms"),
         "profiles_dir": str(folder / "profiles"),
-        "memory": _size(host.memory),
+        **own,
     }
     # Emulated: nested virtualisation runs no stock kernel on every machine that has /dev/kvm.
     qemu = {"user": "nobody", "accelerator": "tcg"}
-    return _pairs(top) + _toml(
-        ("qemu", qemu), ("ovs", {"database": f"unix:{folder}/ovs/db.sock"})
-    )
+    return _pairs(top) + _toml(("qemu", qemu), ("ovs", {"database": f"unix:{ovs}/db.sock"}))
 
 
 def controller(cloud: Cloud) -> str:
@@ -85,6 +100,9 @@ def controller(cloud: Cloud) -> str:
             "name": switch.name,
             "datapath_id": switch.datapath,
             "ovsdb": f"tcp:{CONTROLLER_IP}:{OVSDB_PORT}",
+            # Queues of a userspace datapath need a classifier on the switch's own machine.
+            "agent": f"{CONTROLLER_IP}:{AGENT_PORT}",
+            "agent_name": FABRIC,
         }))
     tables += [("[link]", link_table(link)) for link in scenario.links]
     tables += [("[link]", plug_table(host.name, host.plug)) for host in scenario.hosts]
@@ -138,6 +156,7 @@ def tls_dir(role: str, name: str) -> str:
 def certs_arguments(cloud: Cloud) -> list[str]:
     """The `lifeboat certs init` that makes every certificate of the cloud."""
     agents = [f"{host.name}={host.plug.management}" for host in cloud.scenario.hosts]
+    agents.append(f"{FABRIC}={CONTROLLER_IP}")
     return ["certs", "init", str(CERTS), "--agent", ",".join(agents),
             "--controller", f"{CONTROLLER}={CONTROLLER_IP}", "--operator", OPERATOR]
 

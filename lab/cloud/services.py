@@ -1,4 +1,5 @@
-"""Lifeboat's own processes in the cloud: one agent per host, one controller.
+"""Lifeboat's own processes in the cloud: one agent per host, one for the
+fabric, one controller.
 
 They are started in their nodes' namespaces with their output in run/NODE/*.log, and stopped by
 their pids. QEMUs are the agents' business.
@@ -37,14 +38,17 @@ class Services:
         """Certificates, the agents, then the controller that connects to them."""
         run(str(self.binaries / "lifeboat"), *configs.certs_arguments(self.cloud))
         for host in self.cloud.scenario.hosts:
-            config = RUN / host.name / "agent.toml"
-            self._start(f"agent-{host.name}", self.cloud.node(host.name).pid,
-                        RUN / host.name / "agent.log", "lifeboat-agent", "--config", str(config))
+            self._agent(host.name, self.cloud.node(host.name).pid)
+        self._agent(configs.FABRIC, None)
         self._start("controller", None, RUN / "controller.log",
                     "lifeboat", "controller", "--config", str(RUN / "lab.toml"))
         state = State.load()
         state.services = {name: process.pid for name, process in self.running.items()}
         state.save()
+
+    def _agent(self, name: str, pid: Optional[int]) -> None:
+        config, log = RUN / name / "agent.toml", RUN / name / "agent.log"
+        self._start(f"agent-{name}", pid, log, "lifeboat-agent", "--config", str(config))
 
     def _start(self, name: str, pid: Optional[int], log: Path, binary: str, *args: str) -> None:
         command = in_node(pid, [str(self.binaries / binary), *args])

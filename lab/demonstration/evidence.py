@@ -61,9 +61,9 @@ class Evidence:
         return next((row for row in self.report.get("vms", []) if row["vm"] == name), None)
 
     def destination(self, name: str) -> str:
-        """Where the report says that a guest has gone; empty where it says nothing."""
+        """Where the report says that a guest has gone; empty where it did not go."""
         row = self.moved(name)
-        return row["destination"] if row else ""
+        return row["destination"] if row and row["outcome"] == "moved" else ""
 
     def window(self, name: str) -> Optional[Span]:
         """When a guest's own move kept it from answering."""

@@ -81,6 +81,17 @@ class Standing:
         """The reply of one of Lifeboat's commands."""
         return json.loads(self.lifeboat("--json", *words))
 
+    def not_connected(self) -> str:
+        """Which hosts the controller cannot use yet, as a sentence; empty when it can use all."""
+        try:
+            hosts = self.ask("hosts")["hosts"]
+        except LabError as error:
+            return str(error)  # its socket is not there at once
+        keys = ("connected", "ovsdb_connected", "openflow_connected")
+        missing = [host["name"] for host in hosts if not all(host[key] for key in keys)]
+        where = "; see lab/run/controller.log"
+        return f"{', '.join(missing)} not connected{where}" if missing else ""
+
     def show(self, *words: str) -> int:
         """Runs one of Lifeboat's commands on this very terminal; its exit code."""
         return subprocess.run([self.binaries / "lifeboat", *words], env=self.env,
