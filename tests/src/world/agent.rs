@@ -51,15 +51,8 @@ impl Agent {
     ) -> Result<Self, RigError> {
         let folder = world.join(host_name(host));
         let program = programs.join("lifeboat-agent");
-        let agent = Self {
-            host,
-            namespace,
-            folder,
-            program,
-            child: None,
-            log_from: 0,
-            operations: 0,
-        };
+        let agent =
+            Self { host, namespace, folder, program, child: None, log_from: 0, operations: 0 };
         let cannot = RigError::io("cannot write a host's files");
         agent.write_files(images).map_err(cannot)?;
         Ok(agent)
@@ -193,6 +186,12 @@ impl Agent {
         let _ = fs::remove_file(self.hold_file());
     }
 
+    /// Whether it has been started and not been killed.
+    #[must_use]
+    pub fn lives(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Kills it with -9. Its QEMU goes on.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -230,7 +229,7 @@ impl Agent {
         let gone = clock::wait_for(START_LIMIT, || (!self.has_qemu()).then_some(()));
         gone.ok_or_else(|| cannot()(std::io::ErrorKind::TimedOut.into()))?;
         let _ = fs::remove_dir_all(self.folder.join("qemu"));
-        fs::write(self.folder.join("state/boot_id"), "an earlier boot").map_err(cannot())
+        fs::write(self.folder.join("state/boot"), "an earlier boot").map_err(cannot())
     }
 
     /// The VM as its agent tells it; `None` where it knows none.

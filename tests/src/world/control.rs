@@ -81,6 +81,12 @@ impl Control {
         self.folder.join("controller.log")
     }
 
+    /// Whether it has been started and not been killed.
+    #[must_use]
+    pub fn lives(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Kills it with -9.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -176,7 +182,8 @@ impl Control {
     /// # Errors
     /// With the controller's words.
     pub fn evacuate(&self, source: Host) -> Result<String, RigError> {
-        let reply = self.ask(&format!("evacuate {} --urgency 0 --yes --detach", host_name(source)))?;
+        let reply =
+            self.ask(&format!("evacuate {} --urgency 0 --yes --detach", host_name(source)))?;
         let id = reply["evacuation"].as_str().map(str::to_owned);
         id.ok_or_else(|| RigError::refused("an evacuation")(reply.to_string()))
     }

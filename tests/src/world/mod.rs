@@ -88,7 +88,8 @@ impl World {
         let mut relays = vec![];
         for from in 0..HOSTS {
             for to in (0..HOSTS).filter(|&to| to != from) {
-                let (near, far) = (agents[from].namespace().clone(), agents[to].namespace().clone());
+                let (near, far) =
+                    (agents[from].namespace().clone(), agents[to].namespace().clone());
                 relays.push(Relay::start((from, to), near, far)?);
             }
         }

@@ -138,14 +138,17 @@ impl Seen {
 }
 
 fn twice(lives: &[Life]) -> Vec<String> {
-    let all = |life: &Life| life.ran.clone().into_iter().map(|ran| (life.host, ran));
-    let mut runs: Vec<(Host, (u64, Option<u64>))> = lives.iter().flat_map(all).collect();
+    let mut runs: Vec<(Host, (u64, Option<u64>))> = Vec::new();
+    for life in lives {
+        runs.extend(life.ran.iter().map(|ran| (life.host, *ran)));
+    }
     runs.sort_by_key(|(_, (start, _))| *start);
     let pairs = runs.windows(2).filter_map(|pair| {
         let [(one, (_, stop)), (other, (start, _))] = pair else { return None };
         let overlap = stop.is_none_or(|stop| stop > *start);
         overlap.then(|| {
-            let for_us = stop.map_or_else(|| "on and on".to_owned(), |s| format!("{} us", s - start));
+            let for_us =
+                stop.map_or_else(|| "on and on".to_owned(), |s| format!("{} us", s - start));
             format!("it ran at hosts {} and {} at once, {for_us}", one + 1, other + 1)
         })
     });

@@ -1,0 +1,121 @@
+//! A VM never runs twice and is never lost: real QEMU, real agents, a real controller, killed at
+//! every step of the hand-over.
+//!
+//! Needs root (namespaces, QEMU as another user) and `lab/image`'s guest. Of the kill points in
+//! `cases` a seed chooses some of each kind, and the details; a failure names the seed.
+//!
+//! * `LIFEBOAT_SEED=N`: that seed again;
+//! * `LIFEBOAT_KILL_POINTS=all` (or `LIFEBOAT_TESTS=full`): all of them; or a number; or a part of
+//!   their name.
+
+mod cases;
+mod chance;
+mod play;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cases::{CASES, Case};
+use chance::Chance;
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::private;
+use lifeboat_tests::world::World;
+use lifeboat_tests::world::inside;
+
+/// So many are played where nobody says otherwise.
+const DEFAULT: usize = 30;
+
+#[test]
+fn a_vm_never_runs_twice_and_is_never_lost_whatever_is_killed() {
+    if !inside::is_inside() {
+        let images = images();
+        assert!(images.join("vmlinuz").is_file(), "lab/image made no kernel");
+        let name = "a_vm_never_runs_twice_and_is_never_lost_whatever_is_killed";
+        let status = inside::run_inside(name).unwrap();
+        assert!(status.success(), "see above: {status}");
+        return;
+    }
+    private::settle().unwrap();
+    let seed = seed();
+    println!("LIFEBOAT_SEED={seed}");
+    let mut chance = Chance::from_seed(seed);
+    let chosen = choose(&mut chance);
+    let failures = play_all(0, &chosen, &mut chance);
+    println!("{} kill points, {} failed", chosen.len(), failures.len());
+    assert!(failures.is_empty(), "LIFEBOAT_SEED={seed}:\n{}", failures.join("\n"));
+}
+
+/// A world lasts until a kill point fails in it; the next one gets a new one.
+fn play_all(number: usize, chosen: &[Case], chance: &mut Chance) -> Vec<String> {
+    let mut failures = vec![];
+    let mut world = None;
+    for (index, case) in chosen.iter().enumerate() {
+        let name = name(case);
+        let began = clock::now();
+        let mut here = match world.take() {
+            Some(world) => world,
+            None => World::make(number * 100 + index, &images()).unwrap(),
+        };
+        let played = play::play(&mut here, case, chance);
+        let took = began.elapsed().as_secs_f64();
+        match played {
+            Ok(end) => {
+                println!("{:3} {took:5.1} s  {name}: {end}", index + 1);
+                world = Some(here);
+            }
+            Err(failure) => {
+                let folder = here.keep();
+                println!("{:3} {took:5.1} s  {name}: FAILED: {failure} ({folder:?})", index + 1);
+                failures.push(format!("{name}: {failure}"));
+            }
+        }
+    }
+    failures
+}
+
+fn name(case: &Case) -> String {
+    format!("{:?} {:?}", case.moment, case.blow)
+}
+
+fn choose(chance: &mut Chance) -> Vec<Case> {
+    let mut all: Vec<Vec<Case>> = CASES.iter().map(|kind| kind.to_vec()).collect();
+    for kind in &mut all {
+        chance.shuffle(kind);
+    }
+    let wanted = std::env::var("LIFEBOAT_KILL_POINTS").unwrap_or_default();
+    let full = std::env::var("LIFEBOAT_TESTS").is_ok_and(|tier| tier == "full");
+    let number = match wanted.as_str() {
+        "all" => usize::MAX,
+        "" if full => usize::MAX,
+        "" => DEFAULT,
+        text => match text.parse() {
+            Ok(number) => number,
+            Err(_) => {
+                let named = |case: &Case| name(case).contains(text);
+                return all.into_iter().flatten().filter(named).collect();
+            }
+        },
+    };
+    // One of each kind in turn, so that few are still of every kind.
+    let longest = all.iter().map(Vec::len).max().unwrap_or_default();
+    let in_turn = (0..longest).flat_map(|at| all.iter().filter_map(move |kind| kind.get(at)));
+    let mut chosen: Vec<Case> = in_turn.copied().take(number).collect();
+    chance.shuffle(&mut chosen);
+    chosen
+}
+
+fn seed() -> u64 {
+    let given = std::env::var("LIFEBOAT_SEED").ok().and_then(|seed| seed.parse().ok());
+    given.unwrap_or_else(|| clock::unix_now().as_millis().try_into().unwrap_or_default())
+}
+
+/// The guest's kernel and initrd, made if they are not there.
+fn images() -> PathBuf {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab");
+    let images = lab.join("build");
+    if !images.join("initrd").is_file() {
+        let made = Command::new(lab.join("image")).status().unwrap();
+        assert!(made.success(), "lab/image failed");
+    }
+    images.canonicalize().unwrap()
+}

@@ -1,0 +1,339 @@
+//! Plays one kill point in a world: brings the hand-over to the moment, strikes, repairs, and looks
+//! whether the VM runs exactly once, unharmed, and where it may.
+
+use std::time::Duration;
+
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::RigError;
+use lifeboat_tests::world::control::Attended;
+use lifeboat_tests::world::relay::State;
+use lifeboat_tests::world::{HOSTS, Host, World, host_name};
+
+use crate::cases::{Blow, Case, End, Moment, Side};
+use crate::chance::Chance;
+
+/// A moment comes within this time, on a busy machine.
+const MOMENT_LIMIT: Duration = Duration::from_secs(30);
+/// An evacuation ends within this time once everything is repaired.
+const END_LIMIT: Duration = Duration::from_secs(90);
+/// All is at rest within this time after that.
+const REST_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why a kill point did not end as it must.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The rig.
+    #[error("{}", chain(.0))]
+    Rig(#[from] RigError),
+    /// Something that must come did not.
+    #[error("{what} did not come within {} s; it looked like this: {seen}", within.as_secs())]
+    Late { what: String, within: Duration, seen: String },
+    /// Something that must never be.
+    #[error("{}", .0.join("; "))]
+    Offence(Vec<String>),
+    /// It ended elsewhere than it may.
+    #[error(
+        "the VM runs at {at}, which is {found:?}; allowed is {allowed:?}; the evacuation said: {said}"
+    )]
+    WrongEnd { at: String, found: End, allowed: &'static [End], said: String },
+    /// The evacuation said something else than what is.
+    #[error("{what}; the evacuation said: {said}")]
+    Untrue { what: &'static str, said: String },
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map(|cause| format!(": {}", chain(cause)));
+    format!("{error}{}", cause.unwrap_or_default())
+}
+
+/// Who is who.
+#[derive(Debug, Clone, Copy)]
+struct Roles {
+    source: Host,
+    destination: Host,
+}
+
+impl Roles {
+    fn host(self, side: Side) -> Host {
+        match side {
+            Side::Source => self.source,
+            Side::Destination => self.destination,
+        }
+    }
+}
+
+/// An evacuation that was begun.
+enum Order {
+    /// By its id, which the newest has where the controller died before it could say so.
+    Detached(Option<String>),
+    Attended(Attended),
+}
+
+/// Plays `case` and says how it ended.
+pub(crate) fn play(world: &mut World, case: &Case, chance: &mut Chance) -> Result<String, Failure> {
+    let roles = prepare(world, case)?;
+    let order = begin(world, case, roles)?;
+    reach(world, case, roles, &order)?;
+    if matches!(case.moment, Moment::Copying) {
+        clock::rest(chance.up_to(Duration::from_millis(400)));
+    }
+    strike(world, case.blow, roles, &order)?;
+    clock::rest(chance.up_to(Duration::from_millis(60)));
+    world.agents.iter().for_each(|agent| agent.let_go());
+    if case.uncertain {
+        await_uncertain(world)?;
+    }
+    let first_ends = may_end_first(case) && chance.coin();
+    if first_ends {
+        await_end(world, &order)?;
+    }
+    clock::rest(chance.up_to(Duration::from_millis(1200)));
+    repair(world, roles)?;
+    finish(world, case, roles, order)
+}
+
+/// Everybody lives, one host has the VM; the agent that shall stay at a mark is told so.
+fn prepare(world: &mut World, case: &Case) -> Result<Roles, Failure> {
+    let source = running(world)?;
+    world.control.await_sight(source)?;
+    let destination = world.control.planned_destination(source)?;
+    let roles = Roles { source, destination };
+    let (side, mark) = match case.moment {
+        Moment::At(side, mark) | Moment::GivingUp(side, mark) => (side, mark),
+        Moment::TakingBack(mark) => (Side::Source, mark),
+        Moment::Asked | Moment::Phase(_) | Moment::Copying => return Ok(roles),
+    };
+    world.agents[roles.host(side)].start(Some(&marked(side, mark)))?;
+    if matches!(case.moment, Moment::TakingBack(_)) {
+        let mark = marked(Side::Destination, "before/start-guest");
+        world.agents[destination].start(Some(&mark))?;
+    }
+    world.control.await_sight(source)?;
+    Ok(roles)
+}
+
+fn marked(side: Side, mark: &str) -> String {
+    match side {
+        Side::Source => format!("source/{mark}"),
+        Side::Destination => format!("destination/{mark}"),
+    }
+}
+
+fn begin(world: &World, case: &Case, roles: Roles) -> Result<Order, Failure> {
+    let source = host_name(roles.source);
+    let line = format!("evacuate {source} --urgency 0 --yes");
+    Ok(match (case.blow, case.moment) {
+        (Blow::CtrlC, _) | (_, Moment::Asked) => Order::Attended(world.control.begin(&line)?),
+        _ => Order::Detached(Some(world.control.evacuate(roles.source)?)),
+    })
+}
+
+fn id(world: &World, order: &Order) -> Result<String, Failure> {
+    match order {
+        Order::Detached(Some(id)) => Ok(id.clone()),
+        Order::Detached(None) | Order::Attended(_) => Ok(world.control.newest()?),
+    }
+}
+
+/// Waits for the moment.
+fn reach(world: &World, case: &Case, roles: Roles, order: &Order) -> Result<(), Failure> {
+    match case.moment {
+        Moment::Asked => Ok(()),
+        Moment::Phase(phase) => await_phase(world, order, phase),
+        Moment::Copying => await_copying(world, order),
+        Moment::At(side, _) => await_hold(world, roles.host(side)),
+        Moment::GivingUp(side, _) => {
+            await_copying(world, order)?;
+            // It is not waited for: it waits for those whom we hold.
+            let _cancel = world.control.begin(&format!("cancel {}", id(world, order)?))?;
+            await_hold(world, roles.host(side))
+        }
+        Moment::TakingBack(_) => {
+            await_hold(world, roles.destination)?;
+            world.agents[roles.destination].kill_qemu();
+            clock::rest(Duration::from_millis(100));
+            world.agents[roles.destination].let_go();
+            await_hold(world, roles.source)
+        }
+    }
+}
+
+fn await_hold(world: &World, host: Host) -> Result<(), Failure> {
+    let holds = || world.agents[host].holds().then_some(());
+    let held = clock::wait_for(MOMENT_LIMIT, holds);
+    held.ok_or_else(|| late(world, "the mark", MOMENT_LIMIT))
+}
+
+fn await_phase(world: &World, order: &Order, phase: &str) -> Result<(), Failure> {
+    let is_there = || {
+        let status = world.control.status(&id(world, order).ok()?).ok()?;
+        (status["migrations"][0]["phase"] == phase).then_some(())
+    };
+    let there = clock::wait_for(MOMENT_LIMIT, is_there);
+    there.ok_or_else(|| late(world, phase, MOMENT_LIMIT))
+}
+
+fn await_copying(world: &World, order: &Order) -> Result<(), Failure> {
+    let copies = || {
+        let status = world.control.status(&id(world, order).ok()?).ok()?;
+        (status["migrations"][0]["bytes_sent"].as_u64()? > 0).then_some(())
+    };
+    clock::wait_for(MOMENT_LIMIT, copies).ok_or_else(|| late(world, "pages", MOMENT_LIMIT))
+}
+
+fn strike(world: &mut World, blow: Blow, roles: Roles, order: &Order) -> Result<(), Failure> {
+    let Roles { source, destination } = roles;
+    match blow {
+        Blow::Agent(side) => world.agents[roles.host(side)].kill(),
+        Blow::BothAgents => {
+            world.agents[source].kill();
+            world.agents[destination].kill();
+        }
+        Blow::Qemu => {
+            world.agents[destination].kill_qemu();
+            // Its agent is to find it dead.
+            clock::rest(Duration::from_millis(100));
+        }
+        Blow::Controller => world.control.kill(),
+        Blow::LinkClosed => world.link(source, destination, State::Closed),
+        Blow::LinkSilent => world.link(source, destination, State::Silent),
+        Blow::CtrlC => {
+            if let Order::Attended(command) = order {
+                command.interrupt();
+            }
+            // The cancellation is to be on its way before the agents go on.
+            clock::rest(Duration::from_millis(300));
+        }
+    }
+    Ok(())
+}
+
+/// Nothing that is broken keeps the evacuation from its end, and it may come first.
+fn may_end_first(case: &Case) -> bool {
+    let elsewhere = case.ends == [End::Elsewhere];
+    let struck_apart =
+        matches!(case.blow, Blow::Agent(Side::Destination) | Blow::LinkClosed | Blow::LinkSilent);
+    elsewhere && struck_apart
+}
+
+fn await_uncertain(world: &World) -> Result<(), Failure> {
+    let shown = || {
+        let vms = world.control.ask("vms").ok()?;
+        let states = vms["vms"].as_array()?.iter().map(|vm| vm["state"].as_str());
+        states.flatten().any(|state| state == "uncertain").then_some(())
+    };
+    let shown = clock::wait_for(MOMENT_LIMIT, shown);
+    shown.ok_or_else(|| late(world, "`uncertain` in `lifeboat vms`", MOMENT_LIMIT))
+}
+
+/// The dead rise, the cut is healed.
+fn repair(world: &mut World, roles: Roles) -> Result<(), Failure> {
+    world.link(roles.source, roles.destination, State::Whole);
+    for agent in &mut world.agents {
+        if !agent.lives() {
+            agent.start(None)?;
+        }
+    }
+    if !world.control.lives() {
+        world.control.restart()?;
+    }
+    Ok(())
+}
+
+fn await_end(world: &World, order: &Order) -> Result<serde_json::Value, Failure> {
+    let ended = || {
+        let status = world.control.status(&id(world, order).ok()?).ok()?;
+        let state = status["state"].as_str()?;
+        matches!(state, "done" | "partial" | "cancelled" | "failed").then_some(status)
+    };
+    let ended = clock::wait_for(END_LIMIT, ended);
+    ended.ok_or_else(|| late(world, "the evacuation's end", END_LIMIT))
+}
+
+fn finish(world: &World, case: &Case, roles: Roles, order: Order) -> Result<String, Failure> {
+    let status = match await_end(world, &order) {
+        Ok(status) => status.to_string(),
+        // Killed before the order was durable: there is no evacuation, and the VM never left.
+        Err(_) if matches!(case.moment, Moment::Asked) => "nothing was begun".to_owned(),
+        Err(late) => return Err(late),
+    };
+    let at = at_rest(world)?;
+    let found = match at {
+        at if at == roles.source => End::Stayed,
+        at if at == roles.destination => End::Arrived,
+        _ => End::Elsewhere,
+    };
+    let nothing_begun = status == "nothing was begun" && found == End::Stayed;
+    if !case.ends.contains(&found) && !nothing_begun {
+        let (at, allowed) = (host_name(at), case.ends);
+        return Err(Failure::WrongEnd { at, found, allowed, said: status });
+    }
+    if !nothing_begun && (status.contains("\"state\":\"done\"") == (found == End::Stayed)) {
+        let what = "what it says of its end is not what is";
+        return Err(Failure::Untrue { what, said: status });
+    }
+    if let Order::Attended(command) = order
+        && case.blow == Blow::CtrlC
+    {
+        let (code, said) = command.end(REST_LIMIT)?;
+        let wanted = if found == End::Stayed { Some(4) } else { Some(0) };
+        if code != wanted && !(found == End::Arrived && code == Some(4)) {
+            return Err(Failure::Untrue { what: "the exit code is wrong", said });
+        }
+    }
+    Ok(format!("{found:?}"))
+}
+
+/// Waits until the VM runs at one host, has counted on there, and nothing else is left of it; says
+/// which host.
+pub(crate) fn at_rest(world: &World) -> Result<Host, Failure> {
+    let before = world.witness.look().last_tick().unwrap_or_default();
+    let calm = || {
+        let seen = world.witness.look();
+        let (running, with_qemu) = (seen.running(), seen.with_qemu());
+        let [at] = running[..] else { return None };
+        let goes_on = seen.last_tick_at(at).is_some_and(|tick| tick > before);
+        (with_qemu == [at] && goes_on).then_some(at)
+    };
+    let calm = clock::wait_for(REST_LIMIT, calm);
+    let offences = world.witness.look().offences();
+    if !offences.is_empty() {
+        return Err(Failure::Offence(offences));
+    }
+    calm.ok_or_else(|| late(world, "rest", REST_LIMIT))
+}
+
+/// Where the VM runs, which is at one host.
+pub(crate) fn running(world: &World) -> Result<Host, Failure> {
+    let running = world.witness.look().running();
+    match running[..] {
+        [host] => Ok(host),
+        _ => Err(Failure::Offence(vec![format!("it runs at {} hosts", running.len())])),
+    }
+}
+
+pub(crate) fn late(world: &World, what: &str, within: Duration) -> Failure {
+    let seen = {
+        let seen = world.witness.look();
+        format!("running at {:?}, QEMU at {:?}", seen.running(), seen.with_qemu())
+    };
+    let agents: Vec<String> = (0..HOSTS).map(|host| as_its_agent_says(world, host)).collect();
+    let status = world.control.ask("status").unwrap_or_default();
+    let newest = status["evacuations"].as_array().and_then(|all| all.first()).cloned();
+    let seen = format!("{seen}; {}; {}", agents.join("; "), newest.unwrap_or_default());
+    Failure::Late { what: what.to_owned(), within, seen }
+}
+
+fn as_its_agent_says(world: &World, host: Host) -> String {
+    let name = host_name(host);
+    match world.agents[host].vm() {
+        Ok(Some(status)) => format!(
+            "{name}: {} g{} {}",
+            status.state().as_str_name(),
+            status.generation,
+            status.detail
+        ),
+        Ok(None) => format!("{name}: no such VM"),
+        Err(error) => format!("{name}: {error}"),
+    }
+}
