@@ -25,7 +25,7 @@ use crate::rig::RigError;
 use crate::rig::network::Namespace;
 
 /// An agent answers within this time after its start, on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(60);
 /// The profile that gives a QEMU its second monitor.
 const PROFILE: &str = "watched";
 

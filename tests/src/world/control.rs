@@ -15,7 +15,7 @@ use crate::clock;
 use crate::rig::RigError;
 
 /// A controller sees all its hosts within this time.
-const SIGHT_LIMIT: Duration = Duration::from_secs(30);
+const SIGHT_LIMIT: Duration = Duration::from_secs(60);
 /// What the plan believes that a link carries, and what the agents hold to: it lets a migration
 /// take long enough to be hit.
 const CAPACITY: &str = "400 Mbit/s";
@@ -177,15 +177,15 @@ impl Control {
         to.ok_or_else(|| RigError::refused("a plan")(plan.to_string()))
     }
 
-    /// Begins to empty a host and gives the evacuation's id.
+    /// Begins an evacuation by this command and gives its id.
     ///
     /// # Errors
     /// With the controller's words.
-    pub fn evacuate(&self, source: Host) -> Result<String, RigError> {
-        let reply =
-            self.ask(&format!("evacuate {} --urgency 0 --yes --detach", host_name(source)))?;
+    pub fn detached(&self, line: &str) -> Result<String, RigError> {
+        let said = self.order(&format!("{line} --detach --json"))?;
+        let reply: Value = serde_json::from_str(&said).unwrap_or_default();
         let id = reply["evacuation"].as_str().map(str::to_owned);
-        id.ok_or_else(|| RigError::refused("an evacuation")(reply.to_string()))
+        id.ok_or_else(|| RigError::refused("an evacuation")(said))
     }
 
     /// How an evacuation stands.
@@ -193,7 +193,8 @@ impl Control {
     /// # Errors
     /// When the command cannot be started.
     pub fn status(&self, id: &str) -> Result<Value, RigError> {
-        Ok(self.ask(&format!("status {id}"))?["evacuations"][0].take())
+        let mut all = self.ask(&format!("status {id}"))?;
+        Ok(all.pointer_mut("/evacuations/0").map(Value::take).unwrap_or_default())
     }
 
     /// The id of the newest evacuation.

@@ -39,7 +39,7 @@ pub const VM: &str = "vm";
 /// How many hosts there are.
 pub const HOSTS: usize = 3;
 /// A booted guest says so within this time, on a busy machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A host by its number, from 0.
 pub type Host = usize;

@@ -44,6 +44,9 @@ pub(crate) enum Blow {
     LinkSilent,
     /// Ctrl-C to `lifeboat evacuate`.
     CtrlC,
+    /// A host loses its power: agent and QEMU die, and what a reboot clears is gone. When it is
+    /// back, it starts the VMs that are to be started with it.
+    Power(Side),
 }
 
 /// Where the VM runs in the end.
@@ -53,7 +56,7 @@ pub(crate) enum End {
     Arrived,
     /// At the third host: the evacuation went on.
     Elsewhere,
-    /// Where it was, because it was cancelled.
+    /// Where it was: cancelled, or left behind with a reason.
     Stayed,
 }
 
@@ -65,14 +68,26 @@ pub(crate) struct Case {
     pub(crate) ends: &'static [End],
     /// The VM must be shown as uncertain until the damage is repaired.
     pub(crate) uncertain: bool,
+    /// Before the damage is repaired, the operator claims the VM for this side.
+    pub(crate) claim: Option<Side>,
+    /// No other host than that destination may take the VM.
+    pub(crate) only_there: bool,
 }
 
 const fn case(moment: Moment, blow: Blow, ends: &'static [End]) -> Case {
-    Case { moment, blow, ends, uncertain: false }
+    Case { moment, blow, ends, uncertain: false, claim: None, only_there: false }
 }
 
 const fn uncertain(moment: Moment, blow: Blow, ends: &'static [End]) -> Case {
-    Case { moment, blow, ends, uncertain: true }
+    Case { uncertain: true, ..case(moment, blow, ends) }
+}
+
+const fn claimed(moment: Moment, blow: Blow, by: Side, ends: &'static [End]) -> Case {
+    Case { claim: Some(by), ..uncertain(moment, blow, ends) }
+}
+
+const fn left_behind(moment: Moment, blow: Blow) -> Case {
+    Case { only_there: true, ..case(moment, blow, STAYED) }
 }
 
 const ARRIVED: &[End] = &[End::Arrived];
@@ -81,7 +96,10 @@ const STAYED: &[End] = &[End::Stayed];
 /// The evacuation is done, wherever that is.
 const MOVED: &[End] = &[End::Arrived, End::Elsewhere];
 
-use Blow::{Agent, BothAgents, Controller, CtrlC, LinkClosed, LinkSilent, Qemu};
+/// Taken back by the operator's word; the evacuation may have gone on with it.
+const CLAIMED_BACK: &[End] = &[End::Stayed, End::Elsewhere];
+
+use Blow::{Agent, BothAgents, Controller, CtrlC, LinkClosed, LinkSilent, Power, Qemu};
 use Moment::{Asked, At, Copying, GivingUp, Phase, TakingBack};
 use Side::{Destination, Source};
 
@@ -173,5 +191,27 @@ pub(crate) const CASES: &[&[Case]] = &[
         case(Copying, CtrlC, STAYED),
         case(At(Destination, "before/persist-loaded"), CtrlC, STAYED),
         case(At(Destination, "before/start-guest"), CtrlC, ARRIVED),
+    ],
+    // A host's power. A destination that comes back without the guest that it had loaded proves that
+    // it never ran; a source that ceded may not start it at its next boot.
+    &[
+        case(At(Destination, "after/send-loaded"), Power(Destination), ELSEWHERE),
+        case(At(Source, "after/persist-ceded"), Power(Destination), ELSEWHERE),
+        case(At(Source, "before/persist-confirmed"), Power(Source), ARRIVED),
+        case(At(Source, "after/send-commit"), Power(Source), ARRIVED),
+    ],
+    // A claim, where the other host is off and comes back later: it has to find out.
+    &[
+        claimed(At(Source, "after/persist-ceded"), Power(Destination), Source, CLAIMED_BACK),
+        claimed(At(Destination, "before/persist-owner"), Power(Destination), Source, CLAIMED_BACK),
+        claimed(At(Destination, "after/persist-owner"), Power(Destination), Source, CLAIMED_BACK),
+        claimed(At(Source, "after/persist-ceded"), Power(Source), Destination, ARRIVED),
+        claimed(At(Source, "before/persist-ceded"), Power(Source), Destination, ARRIVED),
+    ],
+    // Nowhere else to go: left behind at the source, with the reason.
+    &[
+        left_behind(Copying, Agent(Destination)),
+        left_behind(At(Destination, "before/persist-loaded"), Qemu),
+        left_behind(At(Destination, "before/start-guest"), Qemu),
     ],
 ];

@@ -24,6 +24,8 @@ use lifeboat_tests::world::inside;
 
 /// So many are played where nobody says otherwise.
 const DEFAULT: usize = 30;
+/// So many worlds are there at once.
+const WORLDS: usize = 2;
 
 #[test]
 fn a_vm_never_runs_twice_and_is_never_lost_whatever_is_killed() {
@@ -40,9 +42,22 @@ fn a_vm_never_runs_twice_and_is_never_lost_whatever_is_killed() {
     println!("LIFEBOAT_SEED={seed}");
     let mut chance = Chance::from_seed(seed);
     let chosen = choose(&mut chance);
-    let failures = play_all(0, &chosen, &mut chance);
+    let failures = play_side_by_side(&chosen, seed);
     println!("{} kill points, {} failed", chosen.len(), failures.len());
     assert!(failures.is_empty(), "LIFEBOAT_SEED={seed}:\n{}", failures.join("\n"));
+}
+
+/// Several worlds at once: most of a kill point's time is waiting.
+fn play_side_by_side(chosen: &[Case], seed: u64) -> Vec<String> {
+    std::thread::scope(|scope| {
+        let worlds = (0..WORLDS).map(|number| {
+            let share: Vec<Case> = chosen.iter().skip(number).step_by(WORLDS).copied().collect();
+            let mut chance = Chance::from_seed(seed.wrapping_add(1 + number as u64));
+            scope.spawn(move || play_all(number, &share, &mut chance))
+        });
+        let worlds: Vec<_> = worlds.collect();
+        worlds.into_iter().flat_map(|world| world.join().unwrap()).collect()
+    })
 }
 
 /// A world lasts until a kill point fails in it; the next one gets a new one.
@@ -60,12 +75,14 @@ fn play_all(number: usize, chosen: &[Case], chance: &mut Chance) -> Vec<String> 
         let took = began.elapsed().as_secs_f64();
         match played {
             Ok(end) => {
-                println!("{:3} {took:5.1} s  {name}: {end}", index + 1);
+                println!("{number}.{index:02} {took:5.1} s  {name}: {end}");
                 world = Some(here);
             }
             Err(failure) => {
                 let folder = here.keep();
-                println!("{:3} {took:5.1} s  {name}: FAILED: {failure} ({folder:?})", index + 1);
+                println!(
+                    "{number}.{index:02} {took:5.1} s  {name}: FAILED: {failure} ({folder:?})"
+                );
                 failures.push(format!("{name}: {failure}"));
             }
         }
@@ -74,7 +91,9 @@ fn play_all(number: usize, chosen: &[Case], chance: &mut Chance) -> Vec<String> 
 }
 
 fn name(case: &Case) -> String {
-    format!("{:?} {:?}", case.moment, case.blow)
+    let claim = case.claim.map(|side| format!(", claimed by {side:?}")).unwrap_or_default();
+    let only = if case.only_there { ", nowhere else to go" } else { "" };
+    format!("{:?} {:?}{claim}{only}", case.moment, case.blow)
 }
 
 fn choose(chance: &mut Chance) -> Vec<Case> {

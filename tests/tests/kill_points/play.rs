@@ -7,17 +7,17 @@ use lifeboat_tests::clock;
 use lifeboat_tests::rig::RigError;
 use lifeboat_tests::world::control::Attended;
 use lifeboat_tests::world::relay::State;
-use lifeboat_tests::world::{HOSTS, Host, World, host_name};
+use lifeboat_tests::world::{HOSTS, Host, VM, World, host_name};
 
 use crate::cases::{Blow, Case, End, Moment, Side};
 use crate::chance::Chance;
 
 /// A moment comes within this time, on a busy machine.
-const MOMENT_LIMIT: Duration = Duration::from_secs(30);
+const MOMENT_LIMIT: Duration = Duration::from_secs(60);
 /// An evacuation ends within this time once everything is repaired.
-const END_LIMIT: Duration = Duration::from_secs(90);
+const END_LIMIT: Duration = Duration::from_secs(150);
 /// All is at rest within this time after that.
-const REST_LIMIT: Duration = Duration::from_secs(30);
+const REST_LIMIT: Duration = Duration::from_secs(60);
 
 /// Why a kill point did not end as it must.
 #[derive(Debug, thiserror::Error)]
@@ -64,8 +64,9 @@ impl Roles {
 
 /// An evacuation that was begun.
 enum Order {
-    /// By its id, which the newest has where the controller died before it could say so.
-    Detached(Option<String>),
+    /// By its id.
+    Detached(String),
+    /// The newest one.
     Attended(Attended),
 }
 
@@ -83,11 +84,19 @@ pub(crate) fn play(world: &mut World, case: &Case, chance: &mut Chance) -> Resul
     if case.uncertain {
         await_uncertain(world)?;
     }
+    if let Some(side) = case.claim {
+        let host = host_name(roles.host(side));
+        world.control.order(&format!("claim {VM} --fenced --host {host}"))?;
+    }
     let first_ends = may_end_first(case) && chance.coin();
     if first_ends {
         await_end(world, &order)?;
     }
     clock::rest(chance.up_to(Duration::from_millis(1200)));
+    if case.claim.is_some() {
+        // Whoever comes back shall find the VM running.
+        running(world)?;
+    }
     repair(world, roles)?;
     finish(world, case, roles, order)
 }
@@ -121,17 +130,20 @@ fn marked(side: Side, mark: &str) -> String {
 
 fn begin(world: &World, case: &Case, roles: Roles) -> Result<Order, Failure> {
     let source = host_name(roles.source);
-    let line = format!("evacuate {source} --urgency 0 --yes");
+    let mut line = format!("evacuate {source} --urgency 0 --yes");
+    if case.only_there {
+        line.push_str(&format!(" --to {}", host_name(roles.destination)));
+    }
     Ok(match (case.blow, case.moment) {
         (Blow::CtrlC, _) | (_, Moment::Asked) => Order::Attended(world.control.begin(&line)?),
-        _ => Order::Detached(Some(world.control.evacuate(roles.source)?)),
+        _ => Order::Detached(world.control.detached(&line)?),
     })
 }
 
 fn id(world: &World, order: &Order) -> Result<String, Failure> {
     match order {
-        Order::Detached(Some(id)) => Ok(id.clone()),
-        Order::Detached(None) | Order::Attended(_) => Ok(world.control.newest()?),
+        Order::Detached(id) => Ok(id.clone()),
+        Order::Attended(_) => Ok(world.control.newest()?),
     }
 }
 
@@ -195,6 +207,7 @@ fn strike(world: &mut World, blow: Blow, roles: Roles, order: &Order) -> Result<
             clock::rest(Duration::from_millis(100));
         }
         Blow::Controller => world.control.kill(),
+        Blow::Power(side) => world.agents[roles.host(side)].lose_power()?,
         Blow::LinkClosed => world.link(source, destination, State::Closed),
         Blow::LinkSilent => world.link(source, destination, State::Silent),
         Blow::CtrlC => {
@@ -220,7 +233,7 @@ fn await_uncertain(world: &World) -> Result<(), Failure> {
     let shown = || {
         let vms = world.control.ask("vms").ok()?;
         let states = vms["vms"].as_array()?.iter().map(|vm| vm["state"].as_str());
-        states.flatten().any(|state| state == "uncertain").then_some(())
+        states.flatten().any(|state| matches!(state, "uncertain" | "in doubt")).then_some(())
     };
     let shown = clock::wait_for(MOMENT_LIMIT, shown);
     shown.ok_or_else(|| late(world, "`uncertain` in `lifeboat vms`", MOMENT_LIMIT))
@@ -250,38 +263,72 @@ fn await_end(world: &World, order: &Order) -> Result<serde_json::Value, Failure>
     ended.ok_or_else(|| late(world, "the evacuation's end", END_LIMIT))
 }
 
-fn finish(world: &World, case: &Case, roles: Roles, order: Order) -> Result<String, Failure> {
-    let status = match await_end(world, &order) {
-        Ok(status) => status.to_string(),
-        // Killed before the order was durable: there is no evacuation, and the VM never left.
-        Err(_) if matches!(case.moment, Moment::Asked) => "nothing was begun".to_owned(),
-        Err(late) => return Err(late),
-    };
+fn finish(world: &mut World, case: &Case, roles: Roles, order: Order) -> Result<String, Failure> {
+    let ended = await_end(world, &order);
     let at = at_rest(world)?;
     let found = match at {
         at if at == roles.source => End::Stayed,
         at if at == roles.destination => End::Arrived,
         _ => End::Elsewhere,
     };
-    let nothing_begun = status == "nothing was begun" && found == End::Stayed;
-    if !case.ends.contains(&found) && !nothing_begun {
-        let (at, allowed) = (host_name(at), case.ends);
-        return Err(Failure::WrongEnd { at, found, allowed, said: status });
-    }
-    if !nothing_begun && (status.contains("\"state\":\"done\"") == (found == End::Stayed)) {
-        let what = "what it says of its end is not what is";
-        return Err(Failure::Untrue { what, said: status });
-    }
-    if let Order::Attended(command) = order
-        && case.blow == Blow::CtrlC
-    {
-        let (code, said) = command.end(REST_LIMIT)?;
-        let wanted = if found == End::Stayed { Some(4) } else { Some(0) };
-        if code != wanted && !(found == End::Arrived && code == Some(4)) {
-            return Err(Failure::Untrue { what: "the exit code is wrong", said });
+    nobody_else_may_start_it(world, at)?;
+    let status = match ended {
+        Ok(status) => status,
+        // Killed before the order was durable: there is no evacuation, and the VM never left.
+        Err(_) if matches!(case.moment, Moment::Asked) && found == End::Stayed => {
+            return Ok("nothing was begun".to_owned());
         }
+        Err(late) => return Err(late),
+    };
+    let said = status.to_string();
+    if !case.ends.contains(&found) {
+        let (at, allowed) = (host_name(at), case.ends);
+        return Err(Failure::WrongEnd { at, found, allowed, said });
+    }
+    if let Some(what) = untrue(case, found, &status) {
+        return Err(Failure::Untrue { what, said });
+    }
+    match order {
+        Order::Attended(command) if case.blow == Blow::CtrlC => check_exit(command, found)?,
+        _ => {}
     }
     Ok(format!("{found:?}"))
+}
+
+/// What the evacuation says of its end that is not so.
+fn untrue(case: &Case, found: End, status: &serde_json::Value) -> Option<&'static str> {
+    let state = status["state"].as_str().unwrap_or_default();
+    let moved = status["migrations"][0]["phase"] == "moved";
+    if moved == (found == End::Stayed) {
+        return Some("where the VM is said to be, it is not");
+    }
+    let left = &status["left_behind"][0]["reason"];
+    if case.only_there && left.as_str().is_none_or(str::is_empty) {
+        return Some("the VM was left behind without a reason");
+    }
+    // One that was cancelled too late has moved its VM all the same.
+    let cancelled = case.blow == Blow::CtrlC && state == "cancelled";
+    let done = state == "done";
+    (moved && !done && !cancelled).then_some("all VMs have moved, and it is not done")
+}
+
+fn check_exit(command: Attended, found: End) -> Result<(), Failure> {
+    let (code, said) = command.end(REST_LIMIT)?;
+    match (found, code) {
+        (End::Stayed, Some(4)) | (End::Arrived | End::Elsewhere, Some(0 | 4)) => Ok(()),
+        _ => Err(Failure::Untrue { what: "the exit code is wrong", said }),
+    }
+}
+
+/// Every host that does not own the VM refuses to start it.
+fn nobody_else_may_start_it(world: &mut World, owner: Host) -> Result<(), Failure> {
+    for (host, agent) in world.agents.iter_mut().enumerate().filter(|(host, _)| *host != owner) {
+        if agent.start_vm().is_ok() {
+            let what = format!("{} started it, which is {}'s", host_name(host), host_name(owner));
+            return Err(Failure::Offence(vec![what]));
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the VM runs at one host, has counted on there, and nothing else is left of it; says
