@@ -436,7 +436,9 @@ impl SourceTask {
     fn reload_once(&mut self) -> Result<(), StoreError> {
         if let Some(record) = self.context.store.read(&self.order.vm)? {
             let mut ignored = Vec::new();
-            if let Some(machine) = Source::resume(&record, &mut ignored) {
+            if let Some(machine) =
+                Source::resume(&record, self.context.guests.lives(&self.order.vm), &mut ignored)
+            {
                 self.machine = machine;
             }
         }

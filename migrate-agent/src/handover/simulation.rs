@@ -44,6 +44,8 @@ enum Step {
     Crash(bool),
     /// The destination's QEMU dies.
     KillGuest,
+    /// The source's whole host loses its power and comes back.
+    PowerCut,
     /// The operator cancels, or the stream fails.
     GiveUp,
     /// Somebody's question gets its answer.
@@ -157,6 +159,12 @@ impl World {
                     }
                 }
             }
+            Step::PowerCut => {
+                if matches!(self.source_guest, Guest::Paused | Guest::Running) {
+                    self.source_guest = Guest::Dead;
+                }
+                self.crash_source();
+            }
             Step::GiveUp => self.tell_source(source::Event::GiveUp),
             Step::Answer(true) => self.answer_source(),
             Step::Answer(false) => self.answer_destination(),
@@ -178,7 +186,9 @@ impl World {
             source::Action::ResumeGuest => {
                 let durable = self.source_record.as_ref().is_some_and(Record::may_run);
                 assert!(durable, "resumed at the source under {:?}", self.source_record);
-                self.source_guest = Guest::Running;
+                if self.source_guest == Guest::Paused {
+                    self.source_guest = Guest::Running;
+                }
             }
             source::Action::QuitGuest => self.source_guest = Guest::Absent,
             source::Action::Ask => self.source_asks = true,
@@ -260,8 +270,9 @@ impl World {
         self.source_asks = false;
         let mut actions = Vec::new();
         let record = self.source_record.clone();
+        let lives = matches!(self.source_guest, Guest::Paused | Guest::Running);
         self.source =
-            record.as_ref().and_then(|record| source::Source::resume(record, &mut actions));
+            record.as_ref().and_then(|record| source::Source::resume(record, lives, &mut actions));
         self.source_todo.extend(actions);
         self.cut();
     }
@@ -284,7 +295,8 @@ impl World {
     }
 
     fn answer_source(&mut self) {
-        if std::mem::take(&mut self.source_asks) {
+        // The driver asks when it has performed what there was to perform.
+        if self.source_todo.is_empty() && std::mem::take(&mut self.source_asks) {
             let lives = matches!(self.destination_guest, Guest::Paused | Guest::Running);
             let standing = Record::standing_as_destination(
                 self.destination_record.as_ref(),
@@ -292,8 +304,17 @@ impl World {
                 Generation(2),
                 lives,
             );
+            // A source that has not ceded yet does so first; its COMMIT comes with the next question.
+            let ceded = self.source.as_ref().is_some_and(|source| {
+                matches!(
+                    source.state(),
+                    source::State::Ceded
+                        | source::State::Uncertain
+                        | source::State::DestinationDied
+                )
+            });
             self.tell_source(source::Event::Heard(standing));
-            if standing == Standing::Loaded {
+            if standing == Standing::Loaded && ceded {
                 // COMMIT goes over the connection that asked.
                 self.tell_destination(destination::Event::Commit(Generation(2)));
                 self.source_asks = true;
@@ -302,7 +323,7 @@ impl World {
     }
 
     fn answer_destination(&mut self) {
-        if std::mem::take(&mut self.destination_asks) {
+        if self.destination_todo.is_empty() && std::mem::take(&mut self.destination_asks) {
             let standing = Record::standing_as_source(
                 self.source_record.as_ref(),
                 &migration(),
@@ -344,6 +365,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Cut),
         1 => any::<bool>().prop_map(Step::Crash),
         1 => Just(Step::KillGuest),
+        1 => Just(Step::PowerCut),
         1 => Just(Step::GiveUp),
         2 => any::<bool>().prop_map(Step::Answer),
     ]
@@ -371,10 +393,20 @@ proptest! {
         let there = world.destination_guest == Guest::Running;
         let owned_and_died = matches!(world.destination_guest, Guest::Dead | Guest::Absent)
             && world.destination_record.as_ref().is_some_and(Record::may_run);
-        if owned_and_died {
+        let loaded_when_cut = world.destination_record.as_ref().is_some_and(Record::may_run)
+            && world.destination_guest == Guest::Running;
+        if world.source_guest == Guest::Dead && !loaded_when_cut {
+            // Lost with its host's power, like any guest there; never twice is all there is.
+            prop_assert!(!(here && there));
+            // But one that stood loaded at the destination must not be thrown away.
+            prop_assert!(
+                !matches!(world.destination_record, Some(Record::Loaded { .. })),
+                "the destination still waits with the whole guest"
+            );
+        } else if owned_and_died {
             prop_assert!(!here, "resumed at the source although the destination owned it");
             prop_assert!(
-                world.source_guest == Guest::Absent || world.source.as_ref().is_some_and(
+                matches!(world.source_guest, Guest::Absent | Guest::Dead) || world.source.as_ref().is_some_and(
                     |source| source.state() == source::State::DestinationDied
                 ),
                 "died at the destination, and the source neither knows nor heard that it ran",

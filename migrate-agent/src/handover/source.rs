@@ -15,6 +15,10 @@
 //!                        Returned    Claimed  <-------------'
 //!                        (guest runs here again, g+2)
 //! ```
+//!
+//! A source that comes back from a power cut with `Sending` on its disk has no guest left, and does
+//! not know whether the destination had loaded it, or an operator claimed it there meanwhile. It is
+//! `Returning`: it asks. A destination that stands loaded gets COMMIT, and the guest lives.
 
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId};
 
@@ -89,6 +93,8 @@ pub enum Outcome {
 pub enum State {
     /// Owns, sends.
     Sending,
+    /// Was sending when its guest vanished with the host's power; asking.
+    Returning,
     /// Past the point of no return, waiting for RUNNING on the link.
     Ceded,
     /// Past it, without word; asking.
@@ -131,8 +137,9 @@ impl Source {
     }
 
     /// Takes up a hand-over after a restart; `None` where the record holds none for a source.
+    /// `guest_lives`: whether the guest's QEMU is still there.
     #[must_use]
-    pub fn resume(record: &Record, actions: &mut Vec<Action>) -> Option<Self> {
+    pub fn resume(record: &Record, guest_lives: bool, actions: &mut Vec<Action>) -> Option<Self> {
         match record {
             Record::Sending { generation, migration, destination, page_address } => {
                 let mut source = Self {
@@ -142,8 +149,13 @@ impl Source {
                     page_address: page_address.clone(),
                     next: generation.next(),
                 };
-                // The stream died with the agent, and nothing was ceded.
-                source.apply(Event::GiveUp, actions);
+                if guest_lives {
+                    // The stream died with the agent, and nothing was ceded.
+                    source.apply(Event::GiveUp, actions);
+                } else {
+                    source.state = State::Returning;
+                    actions.push(Action::Ask);
+                }
                 Some(source)
             }
             Record::Ceded { generation, migration, destination, page_address, confirmed } => {
@@ -209,6 +221,7 @@ impl Source {
     pub fn apply(&mut self, event: Event, actions: &mut Vec<Action>) {
         match self.state {
             State::Sending => self.sending(event, actions),
+            State::Returning => self.returning(event, actions),
             State::Ceded | State::Uncertain | State::DestinationDied => self.ceded(event, actions),
             State::Over(_) => {}
         }
@@ -239,6 +252,38 @@ impl Source {
                 self.state = State::Uncertain;
             }
             Event::Heard(_) | Event::Claim => {}
+        }
+    }
+
+    fn returning(&mut self, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            // It has the whole guest, which we have lost: now it is the destination's.
+            Event::Heard(Standing::Loaded) => {
+                actions.push(Action::Persist(self.ceded_record(false)));
+                actions.push(Action::SendCommit(self.next));
+                self.state = State::Uncertain;
+            }
+            Event::Running(generation) if generation == self.next => self.confirm(actions),
+            Event::Heard(Standing::Owned) => self.confirm(actions),
+            Event::Heard(Standing::Died) => {
+                actions.push(Action::Persist(self.ceded_record(false)));
+                actions.push(Action::Ask);
+                self.state = State::DestinationDied;
+            }
+            // Never loaded there, or durably refused: it is ours, and down like any VM after a
+            // power cut.
+            Event::Heard(Standing::Unknown | Standing::Refused) | Event::Refused => {
+                let generation = Generation(self.next.0.saturating_sub(1));
+                actions.push(Action::Persist(owner(generation, true)));
+                self.state = State::Over(Outcome::Aborted);
+            }
+            Event::Claim => {
+                let generation = self.next.next();
+                actions.push(Action::Persist(owner(generation, true)));
+                self.state = State::Over(Outcome::Claimed(generation));
+            }
+            Event::Heard(_) | Event::NoWord => actions.push(Action::Ask),
+            Event::Loaded(_) | Event::GiveUp | Event::Running(_) => {}
         }
     }
 
@@ -312,8 +357,9 @@ const fn owner(generation: Generation, resumed: bool) -> Record {
 mod tests {
     use super::*;
 
-    const STATES: [State; 5] = [
+    const STATES: [State; 6] = [
         State::Sending,
+        State::Returning,
         State::Ceded,
         State::Uncertain,
         State::DestinationDied,
@@ -386,6 +432,17 @@ mod tests {
                         (State::Uncertain, "ceded, ask")
                     }
                     (State::Sending, _) => (state, ""),
+                    (State::Returning, E::Heard(S::Loaded)) => (State::Uncertain, "ceded, COMMIT"),
+                    (State::Returning, E::Running(Generation(2)) | E::Heard(S::Owned)) => confirmed,
+                    (State::Returning, E::Heard(S::Died)) => (State::DestinationDied, "ceded, ask"),
+                    (State::Returning, E::Heard(S::Unknown | S::Refused) | E::Refused) => {
+                        (State::Over(Outcome::Aborted), "own g1")
+                    }
+                    (State::Returning, E::Claim) => {
+                        (State::Over(Outcome::Claimed(Generation(3))), "own g3")
+                    }
+                    (State::Returning, E::Heard(_) | E::NoWord) => (state, "ask"),
+                    (State::Returning, _) => (state, ""),
                     (_, E::Running(Generation(2)) | E::Heard(S::Owned)) if past => confirmed,
                     (_, E::Refused | E::Heard(S::Refused)) => returned,
                     (State::Ceded, E::Claim) => (state, ""),

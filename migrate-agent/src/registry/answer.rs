@@ -99,6 +99,9 @@ impl Registry {
             vm: vm.clone(),
             why: "its ownership is not uncertain on this host",
         };
+        if self.claim_vanished(vm)? {
+            return Ok(());
+        }
         let (answer, answered) = oneshot::channel();
         {
             let entries = self.entries();
@@ -118,6 +121,23 @@ impl Registry {
             }
         }
         if answered.await.unwrap_or(false) { Ok(()) } else { Err(not_open()) }
+    }
+}
+
+impl Registry {
+    /// A VM that vanished here before it was seen to run: claimed, it is this host's, and down.
+    fn claim_vanished(&self, vm: &VmId) -> Result<bool, RegistryError> {
+        let store = &self.context.store;
+        match store.read(vm)? {
+            Some(Record::Owner { generation, via: Some(_), resumed: false, .. })
+                if self.open_migration_of(vm).is_none() && !self.context.guests.lives(vm) =>
+            {
+                let record = Record::Owner { generation, via: None, from: None, resumed: true };
+                store.write(vm, &record)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
 }
 

@@ -44,14 +44,14 @@ impl Registry {
 
     fn take_up(&self, vm: VmId, record: &Record) {
         let mut actions = Vec::new();
-        if let Some(machine) = Source::resume(record, &mut actions) {
+        let lives = self.context.guests.lives(&vm);
+        if let Some(machine) = Source::resume(record, lives, &mut actions) {
             if !actions.is_empty() {
                 self.take_up_source(vm, machine, actions);
             }
             return;
         }
         let mut actions = Vec::new();
-        let lives = self.context.guests.lives(&vm);
         if let Some(machine) = Destination::resume(record, lives, &mut actions) {
             self.take_up_destination(vm, machine, actions);
         }

@@ -66,7 +66,11 @@ impl SourceTask {
         if standing != Standing::Loaded {
             return Ok(Event::Heard(standing));
         }
-        // COMMIT was lost on the way; this connection delivers it.
+        if self.machine.state() == State::Returning {
+            // Nothing has been ceded yet: that comes first, durably.
+            self.tell(Event::Heard(standing)).await;
+        }
+        // COMMIT was lost on the way, or never sent; this connection delivers it.
         writer.send(&Frame::Commit(self.machine.next_generation())).await?;
         match reader.next_within(ANSWER_LIMIT).await? {
             Frame::Running(generation) => Ok(Event::Running(generation)),

@@ -49,6 +49,18 @@ pub enum OwnershipRefusal {
         /// The migration.
         migration: MigrationId,
     },
+    /// It was handed over to this host, and its QEMU vanished before it was seen to run.
+    #[error(
+        "VM `{vm}` may not be started here: its QEMU vanished just as migration `{migration}` brought it, and {peer} may still hold the guest; resume it there with `lifeboat claim {vm} --fenced --host {peer}`, or give its memory up and claim it here"
+    )]
+    Vanished {
+        /// The VM.
+        vm: VmId,
+        /// The host that it came from.
+        peer: HostId,
+        /// The migration.
+        migration: MigrationId,
+    },
     /// The record cannot be read or written: nothing may be assumed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -74,6 +86,9 @@ impl Ownership for Store {
                 self.write(&vm, &owner)?;
                 Ok(generation)
             }
+            Some(Record::Owner {
+                via: Some(migration), from: Some(peer), resumed: false, ..
+            }) => Err(OwnershipRefusal::Vanished { vm, peer, migration }),
             Some(Record::Owner { generation, .. }) => Ok(generation),
             Some(Record::Ceded { destination: owner, generation, migration, .. }) => {
                 Err(OwnershipRefusal::Ceded { vm, owner, generation, migration })
