@@ -9,6 +9,7 @@ from a gap (gaps.py) and named in the record; it is measured, never assumed.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -22,7 +23,11 @@ from .gaps import Span
 SAMPLE_SECONDS = 0.04
 SEARCH_SECONDS = 1.0
 # Shorter waits are how a scheduler works.
-LEAST_MS = 4.0
+LEAST_MS = 1.0
+# Time that the host of a virtual machine kept its processors from it ("steal" of /proc/stat).
+STOLEN = "this machine"
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+CORES = os.cpu_count() or 1
 PROGRAMS = {"qemu-system-x86": "qemu", "ovs-vswitchd": "switch"}
 
 
@@ -58,7 +63,9 @@ class Waiting(threading.Thread):
             if time.monotonic() - searched > SEARCH_SECONDS:
                 searched = time.monotonic()
                 self._threads = dict(_threads())
-            self._sample(time.time() * 1000)
+            now_ms = time.time() * 1000
+            self._sample(now_ms)
+            self._stolen(now_ms)
 
     def _sample(self, now_ms: float) -> None:
         for file, who in self._threads.items():
@@ -70,6 +77,15 @@ class Waiting(threading.Thread):
             self._counted[file] = total
             if length >= LEAST_MS:
                 self.waits.append(Wait(who, now_ms, length))
+
+    def _stolen(self, now_ms: float) -> None:
+        """What was stolen of one processor, on average over all."""
+        file = Path("/proc/stat")
+        total = int(file.read_text().split("\n", 1)[0].split()[8])
+        length = (total - self._counted.get(file, total)) * 1000 / TICKS_PER_SECOND / CORES
+        self._counted[file] = total
+        if length >= LEAST_MS:
+            self.waits.append(Wait(STOLEN, now_ms, length))
 
     def finish(self) -> list[Wait]:
         """Ends it and returns what it has seen."""
@@ -115,7 +131,8 @@ def _busy(entry: Path, program: str) -> Iterator[Path]:
 
 def on_the_way(guest: str, host: str) -> tuple[str, ...]:
     """Who has to run for a guest on a host to be heard by the client."""
-    return (f"qemu {guest} {host}", f"switch {host}", "switch fabric", "switch client")
+    return (f"qemu {guest} {host}", f"switch {host}", "switch fabric", "switch client",
+            STOLEN)
 
 
 def as_record(waits: Sequence[Wait]) -> Mapping[str, float]:

@@ -135,7 +135,8 @@ class AForeignQos(Refusals):
         self.setUp()
         said = inside("lifeboat", "evacuate", "h1", "--yes")
         self.assertEqual(said.returncode, 3, said.stdout + said.stderr)
-        self.says(said.stdout, "left-behind", "h1-up", "linux-hfsc", "not ours", "remove it")
+        self.says(said.stdout, "left-behind", "h1-up", "linux-hfsc", "not Lifeboat's",
+                  "remove it")
         self.unchanged()
 
 
