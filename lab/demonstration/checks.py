@@ -7,7 +7,7 @@ whether a promise was kept. Every one of them is refused a bad sample in tests/m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, Optional
 
 from .evidence import Evidence, Guest, spans
 from .gaps import Span, left_of
@@ -121,27 +121,41 @@ def same_life(evidence: Evidence) -> list[str]:
 
 
 def gaps_accounted_for(evidence: Evidence) -> list[str]:
-    """Silence has a cause: the guest's own move, a stall of the client, a machine without time."""
-    stalls = spans(evidence.client.get("client_stalls", []))
-    threshold = evidence.client.get("threshold_ms", 0)
+    """Silence has a cause that was measured."""
     faults = []
     for guest in evidence.guests:
-        row, window = evidence.seen_by_client(guest.name), evidence.window(guest.name)
+        row = evidence.seen_by_client(guest.name)
         if row is None or row["answered"] == 0:
             faults.append(f"{guest.name}: answered no heartbeat")
             continue
         if not row["alive"]:
             faults.append(f"{guest.name}: silent at the end")
-        gaps = spans(row["gaps"])
-        if row["gap_count"] != len(gaps):
+        if row["gap_count"] != len(row["gaps"]):
             faults.append(f"{guest.name}: {row['gap_count']} gaps, too many to be listed")
-        causes = stalls + ([window] if window else [])
-        for gap in gaps:
-            starved = starvation(evidence, guest, gap)
-            if left_of(gap, causes) - starved > threshold:
+        for gap in spans(row["gaps"]):
+            if cause_of(evidence, guest, gap) is None:
+                starved = starvation(evidence, guest, gap)
                 faults.append(f"{guest.name}: {_when(evidence, guest, gap.start)} silent for "
                               f"{gap.length:.0f} ms, {starved:.0f} ms of it for want of a processor")
     return faults
+
+
+def cause_of(evidence: Evidence, guest: Guest, gap: Span) -> Optional[str]:
+    """What a gap comes from, in a word; None if from nothing that is known.
+
+    A guest falters when QEMU begins to track which pages it writes, and at each round: while its
+    own memory is copied, silence up to the length of a pause is the move's. At any other time only
+    stalls of the client and waits for a processor explain a gap."""
+    window, copying = evidence.window(guest.name), evidence.copying(guest.name)
+    threshold = evidence.client.get("threshold_ms", 0)
+    stalls = spans(evidence.client.get("client_stalls", []))
+    starved = starvation(evidence, guest, gap)
+    if window and gap.overlaps(window):
+        return "switchover" if left_of(gap, [window, *stalls]) - starved <= threshold else None
+    left = left_of(gap, stalls) - starved
+    if left <= threshold:
+        return "machine"
+    return "copy" if copying and gap.overlaps(copying) and left < DOWNTIME_MOST_MS else None
 
 
 def starvation(evidence: Evidence, guest: Guest, gap: Span) -> float:

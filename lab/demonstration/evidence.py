@@ -15,6 +15,7 @@ from .serial import Account
 from .waiting import Wait
 
 Json = Mapping[str, Any]
+ORDER_MS = 500.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class Evidence:
         if not row or not row["stop_unix_us"] or not row["resume_unix_us"]:
             return None
         return move_window(row["stop_unix_us"], row["resume_unix_us"])
+
+    def copying(self, name: str) -> Optional[Span]:
+        """From the order to the source until the switchover: its memory is being copied."""
+        row, window = self.moved(name), self.window(name)
+        if row is None or window is None:
+            return None
+        # The order's own way, and the clocks' whole milliseconds.
+        return Span(row["resume_unix_us"] / 1000 - row["total_ms"] - ORDER_MS, window.start)
 
     def seen_by_client(self, name: str) -> Optional[Json]:
         """The client's row of a guest."""

@@ -5,7 +5,8 @@ gaps.rs). It is accounted for by the guest's own move (STOP to RESUME by QEMU's 
 moment until its announcement has reached the switches), by stalls of the client itself, and by
 the time in which the guest's QEMU or a switch on its way waited for a processor (waiting.py). What
 is left of the gap after that must be shorter than the threshold: as long as a heartbeat may take
-at any time. Another guest's move explains nothing.
+at any time; while the guest's own memory is copied, shorter than a pause may be. Another guest's
+move explains nothing. The rule itself is checks.cause_of.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class Demo:
     def conclude(self, evidence: Evidence, checks: Sequence[Check], seconds: float) -> None:
         """Tables, check list, record."""
         self.say("what it came to")
-        print(f"\n{telling.moves(evidence)}")
+        print(f"\n{telling.moves(evidence)}\n{telling.silences(evidence)}")
         if evidence.held:
             print(telling.reservations(evidence.held))
         print(telling.check_list(checks, sys.stdout.isatty()))

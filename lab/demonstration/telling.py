@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict
 from typing import Any, Iterable, Optional, Sequence
 
-from .checks import SHOWN, Check
+from .checks import SHOWN, Check, cause_of
 from .evidence import Evidence, Held, spans
 from .gaps import network_downtime
 from .waiting import as_record
@@ -55,6 +55,19 @@ def moves(evidence: Evidence) -> str:
                      f"{row['total_ms'] / 1000:.1f} s", f"{row['downtime_us'] / 1000:.1f} ms",
                      silence, f"{row['bytes_sent'] / 1e6:.0f} MB"])
     return table(("VM", "ROLE", "FROM", "TO", "TOTAL", "DOWNTIME", "NETWORK DOWNTIME", "SENT"), rows)
+
+
+def silences(evidence: Evidence) -> str:
+    """How often each guest was not heard for longer than the threshold, by cause."""
+    causes = ("switchover", "copy", "machine", None)
+    rows = []
+    for guest in evidence.guests:
+        row = evidence.seen_by_client(guest.name)
+        found = [cause_of(evidence, guest, gap) for gap in spans(row["gaps"])] if row else []
+        longest = f"{row['longest_gap_ms']:.0f} ms" if row else "?"
+        rows.append([guest.name, *(str(found.count(cause)) for cause in causes), longest])
+    over = f"SILENT > {evidence.client.get('threshold_ms', 0)} MS BY"
+    return table((over, "SWITCHOVER", "COPY", "MACHINE", "NOTHING KNOWN", "LONGEST"), rows)
 
 
 def reservations(held: Sequence[Held]) -> str:

@@ -169,6 +169,17 @@ class Silence(Spoilt):
         self.add_gap(self.row["stop_unix_us"] / 1000, 3000)
         self.breaks(GAPS)
 
+    def test_a_guest_may_falter_while_its_memory_is_copied_but_not_for_as_long_as_a_pause(
+            self) -> None:
+        self.add_gap(self.row["stop_unix_us"] / 1000 - 1000, 280)
+        self.breaks()
+        self.add_gap(self.row["stop_unix_us"] / 1000 - 2000, 420)
+        self.assertIn("2.0 s before its switchover silent for 420 ms", self.breaks(GAPS))
+
+    def test_a_gap_before_its_memory_is_copied_breaks_it(self) -> None:
+        self.add_gap(self.row["stop_unix_us"] / 1000 - self.row["total_ms"] - 5000, 280)
+        self.breaks(GAPS)
+
     def test_a_gap_during_the_move_is_the_moves(self) -> None:
         length = (self.row["resume_unix_us"] - self.row["stop_unix_us"]) / 1000
         self.add_gap(self.row["stop_unix_us"] / 1000, length)
