@@ -66,8 +66,8 @@ impl Roles {
 enum Order {
     /// By its id.
     Detached(String),
-    /// The newest one.
-    Attended(Attended),
+    /// The newest one, once that is no longer the one that was it before.
+    Attended(Attended, Option<String>),
 }
 
 /// Plays `case` and says how it ended.
@@ -135,7 +135,10 @@ fn begin(world: &World, case: &Case, roles: Roles) -> Result<Order, Failure> {
         line.push_str(&format!(" --to {}", host_name(roles.destination)));
     }
     Ok(match (case.blow, case.moment) {
-        (Blow::CtrlC, _) | (_, Moment::Asked) => Order::Attended(world.control.begin(&line)?),
+        (Blow::CtrlC, _) | (_, Moment::Asked) => {
+            let before = world.control.newest().ok();
+            Order::Attended(world.control.begin(&line)?, before)
+        }
         _ => Order::Detached(world.control.detached(&line)?),
     })
 }
@@ -143,7 +146,12 @@ fn begin(world: &World, case: &Case, roles: Roles) -> Result<Order, Failure> {
 fn id(world: &World, order: &Order) -> Result<String, Failure> {
     match order {
         Order::Detached(id) => Ok(id.clone()),
-        Order::Attended(_) => Ok(world.control.newest()?),
+        Order::Attended(_, before) => {
+            let newest = world.control.newest()?;
+            let none = || RigError::refused("an evacuation")("it has not begun");
+            let new = Some(newest).filter(|newest| Some(newest) != before.as_ref());
+            Ok(new.ok_or_else(none)?)
+        }
     }
 }
 
@@ -211,7 +219,7 @@ fn strike(world: &mut World, blow: Blow, roles: Roles, order: &Order) -> Result<
         Blow::LinkClosed => world.link(source, destination, State::Closed),
         Blow::LinkSilent => world.link(source, destination, State::Silent),
         Blow::CtrlC => {
-            if let Order::Attended(command) = order {
+            if let Order::Attended(command, _) = order {
                 command.interrupt();
             }
             // The cancellation is to be on its way before the agents go on.
@@ -289,7 +297,7 @@ fn finish(world: &mut World, case: &Case, roles: Roles, order: Order) -> Result<
         return Err(Failure::Untrue { what, said });
     }
     match order {
-        Order::Attended(command) if case.blow == Blow::CtrlC => check_exit(command, found)?,
+        Order::Attended(command, _) if case.blow == Blow::CtrlC => check_exit(command, found)?,
         _ => {}
     }
     Ok(format!("{found:?}"))
