@@ -58,8 +58,9 @@ pub trait Guests: Send + Sync {
         arrival: Arrival,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>>;
 
-    /// Every VM that has a QEMU process here.
-    fn living(&self) -> Vec<VmId>;
+    /// Every VM of which something is here that a migration can leave: a QEMU process, what one
+    /// left behind when it went, or the definition that came with an arrival.
+    fn present(&self) -> Vec<VmId>;
 
     /// Starts a VM that had been powered down for a cold migration which then failed.
     fn start_again<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>>;

@@ -143,7 +143,7 @@ impl Guests for Bare {
         .boxed()
     }
 
-    fn living(&self) -> Vec<VmId> {
+    fn present(&self) -> Vec<VmId> {
         self.running.lock().unwrap().keys().cloned().collect()
     }
 

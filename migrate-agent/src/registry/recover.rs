@@ -22,7 +22,9 @@ impl Registry {
     /// When the records cannot be read: then nothing may be served.
     pub async fn recover(&self) -> Result<(), RegistryError> {
         let records = self.context.store.read_all()?;
-        for vm in self.context.guests.living() {
+        // Also one that only left its definition: an arrival that was never promised to the source
+        // is not this host's, and without a record nothing would keep it from being started.
+        for vm in self.context.guests.present() {
             let keep = records.get(&vm).is_some_and(|record| match record {
                 Record::Owner { .. } | Record::Sending { .. } | Record::Loaded { .. } => true,
                 // Until the destination has confirmed, this is the other copy.
@@ -30,9 +32,9 @@ impl Registry {
                 Record::Refused { .. } => false,
             });
             if !keep {
-                tracing::warn!(%vm, "ending a QEMU that no record of this host covers");
+                tracing::warn!(%vm, "taking away a guest that no record of this host covers");
                 if let Err(error) = self.context.guests.end(&vm, true).await {
-                    tracing::error!(%vm, %error, "it could not be ended");
+                    tracing::error!(%vm, %error, "it could not be taken away");
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! The VMs of this host as migrations see them: [`Guests`] on top of [`Vms`].
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use futures_util::future::BoxFuture;
@@ -85,10 +86,12 @@ impl Guests for Vms {
         })
     }
 
-    fn living(&self) -> Vec<VmId> {
+    fn present(&self) -> Vec<VmId> {
         let inventory = self.inventory();
-        let alive = inventory.running.iter().filter(|(_, running)| running.process.is_alive());
-        alive.map(|(vm, _)| vm.clone()).collect()
+        let arrived = inventory.known.iter().filter(|(_, known)| known.arrived).map(|(vm, _)| vm);
+        let all = inventory.running.keys().chain(&inventory.crashed).chain(arrived);
+        let all: BTreeSet<&VmId> = all.collect();
+        all.into_iter().cloned().collect()
     }
 
     fn start_again<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {

@@ -268,7 +268,8 @@ impl Vms {
                 tracing::warn!(%vm, "its QEMU has gone while no agent ran");
                 let mut inventory = self.inventory();
                 inventory.crashed.insert(vm.clone());
-                inventory.known.entry(vm).or_insert(Known { definition, arrived: false });
+                // No file defines it any more, or none did yet: then it came with an arrival.
+                inventory.known.entry(vm).or_insert(Known { definition, arrived: true });
                 return;
             }
             Err(error) => return tracing::error!(%vm, %error, "its QEMU could not be adopted"),
