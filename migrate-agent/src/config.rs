@@ -100,7 +100,7 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigProblem {
     /// Not of the form that the key needs.
-    #[error("`{given}` is not {wanted}")]
+    #[error("`{given}` is not {wanted} (`lifeboat-agent --check` tries a changed file)")]
     Form {
         /// What was given.
         given: String,

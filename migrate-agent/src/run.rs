@@ -66,7 +66,7 @@ pub enum RunError {
         path: PathBuf,
     },
     /// A directory or file of ours.
-    #[error("cannot use {}", path.display())]
+    #[error("the agent cannot use its {}", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,

@@ -105,6 +105,11 @@ pub(super) fn judge(source: &Said, destination: &Said, committed: bool) -> Optio
         }
     }
     match (source, source.phase()) {
+        // After COMMIT, a destination fails only by refusing, durably; and a source that were still
+        // waiting for its word would know the migration. It has taken its guest back.
+        (Said::NotKnown, _) if committed && destination.phase() == Some(Phase::Failed) => {
+            Some(Settlement::Stayed { reason: destination.reason() })
+        }
         (Said::NotKnown, _) if committed => None,
         (Said::NotKnown, _) | (_, Some(Phase::Failed | Phase::Cancelled)) => {
             Some(Settlement::Stayed { reason: source.reason() })
@@ -167,6 +172,9 @@ mod tests {
     #[test]
     fn a_source_that_lost_its_records_after_commit_proves_nothing() {
         assert_eq!(judge(&Said::NotKnown, &silent(), true), None);
+        assert_eq!(judge(&Said::NotKnown, &said(Phase::Cancelled), true), None);
+        let refused = judge(&Said::NotKnown, &said(Phase::Failed), true);
+        assert!(matches!(refused, Some(Settlement::Stayed { .. })));
     }
 
     /// A destination that cancelled proves nothing: the source may have committed before.

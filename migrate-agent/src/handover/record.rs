@@ -118,8 +118,10 @@ impl Record {
             {
                 Standing::Aborted
             }
-            // Being sent again by another migration: the one asked about was given up.
-            Some(Self::Sending { generation, .. }) if *generation < asked => Standing::Aborted,
+            // Sent again, or ceded, by another migration: that one could begin only when this host
+            // owned again, so the one asked about is over, whatever generation was given since.
+            Some(Self::Sending { .. }) => Standing::Aborted,
+            Some(Self::Ceded { generation, .. }) if *generation >= asked => Standing::Aborted,
             _ => Standing::Unknown,
         }
     }
@@ -224,6 +226,21 @@ mod tests {
         assert_eq!(standing(owner(3, None)), Standing::Aborted);
         // The very generation asked about cannot be owned by the source: no proof in that.
         assert_eq!(standing(owner(2, None)), Standing::Unknown);
+    }
+
+    #[test]
+    fn a_source_that_ceded_by_another_migration_says_aborted() {
+        let ceded = Record::Ceded {
+            generation: Generation(2),
+            migration: migration("m2"),
+            destination: host(),
+            page_address: String::new(),
+            confirmed: true,
+        };
+        let standing =
+            |m: &str| Record::standing_as_source(Some(&ceded), &migration(m), Generation(2));
+        assert_eq!(standing("m1"), Standing::Aborted);
+        assert_eq!(standing("m2"), Standing::Ceded);
     }
 
     #[test]
