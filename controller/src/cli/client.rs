@@ -1,5 +1,6 @@
 //! The connection to the controller.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,6 +46,9 @@ impl Context {
         }
         let (host, _) = self.server.rsplit_once(':').ok_or_else(wrong)?;
         let Some(dir) = &self.tls_dir else {
+            if !is_loopback(host) {
+                return Err(CliError::NeedsCertificates { server: self.server.clone() });
+            }
             return Endpoint::from_shared(format!("http://{}", self.server)).map_err(|_| wrong());
         };
         let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
@@ -56,6 +60,13 @@ impl Context {
             detail: error.to_string(),
         })
     }
+}
+
+/// Without certificates a controller serves nothing else, so asking there would only end in a
+/// connection that closes without a word.
+fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// An id for a command: the same one sent again would be the same command.

@@ -19,6 +19,14 @@ pub enum CliError {
         /// What the transport says.
         detail: String,
     },
+    /// An address that is served with certificates only.
+    #[error(
+        "the controller at {server} is reached with certificates only, since others can reach that address too; name the directory with yours: --tls-dir DIR (`lifeboat certs init` makes them, with the role of an operator)"
+    )]
+    NeedsCertificates {
+        /// The address.
+        server: String,
+    },
     /// An address that is none.
     #[error("--server {server} is no address: write unix:/path/to/socket or HOST:PORT")]
     Server {

@@ -31,8 +31,11 @@ use crate::clock;
 const CHUNK_BYTES: usize = 128 << 10;
 /// A sign of life is sent this often where QEMU has nothing to send.
 const PING_EVERY: Duration = Duration::from_millis(500);
-/// The rate that the queue's bound assumes where no limit is set.
-const UNLIMITED: BytesPerSec = BytesPerSec(125_000_000);
+/// Where no limit is set, the queue's bound follows the rate that was measured; this is what it
+/// assumes before.
+const UNMEASURED: BytesPerSec = BytesPerSec(25_000_000);
+/// Over so long is measured.
+const MEASURE_OVER: Duration = Duration::from_millis(100);
 
 /// The queue between the two halves of the relay, and its counters.
 #[derive(Clone)]
@@ -55,6 +58,25 @@ struct State {
     limit: Option<BytesPerSec>,
     pacer: Pacer,
     sent: u64,
+    /// When the measuring of the drain's rate last began, and `sent` then.
+    measured_at: Duration,
+    measured_sent: u64,
+}
+
+impl State {
+    /// Without a limit the link itself is one: what lies in the queue is bounded by what it took.
+    fn measure(&mut self, now: Duration) {
+        let span = now.saturating_sub(self.measured_at);
+        if span < MEASURE_OVER {
+            return;
+        }
+        let bytes = self.sent.saturating_sub(self.measured_sent);
+        let rate = BytesPerSec((bytes as f64 / span.as_secs_f64()) as u64);
+        (self.measured_at, self.measured_sent) = (now, self.sent);
+        if self.limit.is_none() && self.bound.is_some() {
+            self.bound = Some(bound_at(Some(rate)));
+        }
+    }
 }
 
 impl Relay {
@@ -67,8 +89,10 @@ impl Relay {
             bound: Some(bound_at(limit)),
             ended: false,
             limit,
-            pacer: Pacer::new(limit.unwrap_or(UNLIMITED)),
+            pacer: Pacer::new(limit.unwrap_or(UNMEASURED)),
             sent: 0,
+            measured_at: Duration::ZERO,
+            measured_sent: 0,
         };
         let shared =
             Shared { state: Mutex::new(state), changed: Notify::new(), began: clock::now() };
@@ -178,9 +202,11 @@ impl Relay {
             digest.update(&chunk);
             total += chunk.len() as u64;
             to.send_stream(&chunk).await?;
+            let now = self.shared.began.elapsed();
             self.with(|state| {
                 state.queued -= chunk.len();
                 state.sent = total;
+                state.measure(now);
             });
         }
         Ok(Ended { total, digest: digest.digest() })
@@ -215,7 +241,7 @@ impl Relay {
 }
 
 fn bound_at(limit: Option<BytesPerSec>) -> usize {
-    let bytes = pace::relay_buffer(limit.unwrap_or(UNLIMITED));
+    let bytes = pace::relay_buffer(limit.unwrap_or(UNMEASURED));
     usize::try_from(bytes.0).unwrap_or(usize::MAX)
 }
 

@@ -34,8 +34,8 @@ pub enum Obstacle {
     /// The VM is there already.
     #[error("the VM is there already")]
     Source,
-    /// `--to` names other hosts.
-    #[error("it is not among the hosts that --to names")]
+    /// `--to` names other hosts, or this one has been tried.
+    #[error("it is no candidate: --to names others, or it has failed this VM already")]
     NotAllowed,
     /// An operator said that it takes no VMs.
     #[error("it is cordoned; `lifeboat uncordon` it if it may take VMs")]
