@@ -314,7 +314,7 @@ impl Service {
         if !request.fenced {
             return Err(CommandError::NotFenced { vm });
         }
-        let (host, migration) = self.claimant(&vm, &request.host)?;
+        let (host, migration) = self.claimant_now(&vm, &request.host).await?;
         let operation = format!("claim-{vm}-{}", clock::now().0);
         let status = self.agents.claim(&host, &vm, &operation).await?.unwrap_or_default();
         if let Ok(migration) = MigrationId::new(migration) {
@@ -322,6 +322,24 @@ impl Service {
         }
         let shown = view::vm(&host, &status, &self.inventory);
         Ok(wire::ClaimReply { vm: Some(shown) })
+    }
+
+    /// The inventory may be a poll old, and "nothing is uncertain" must not be said from memory: a
+    /// no stands only when two more polls have not changed it.
+    async fn claimant_now(
+        &self,
+        vm: &VmId,
+        wanted: &str,
+    ) -> Result<(HostId, String), CommandError> {
+        for _ in 0..5 {
+            match self.claimant(vm, wanted) {
+                Err(CommandError::NothingToClaim { .. }) => {
+                    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+                }
+                known => return known,
+            }
+        }
+        self.claimant(vm, wanted)
     }
 
     /// The evacuation that lost sight of the VM learns where it is now.
