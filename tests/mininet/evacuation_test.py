@@ -61,8 +61,11 @@ class OneSmallGuest(unittest.TestCase):
 class CtrlC(unittest.TestCase):
     def test_an_interrupted_demo_leaves_no_cloud(self) -> None:
         before = {entry.name for entry in Path("/sys/class/net").iterdir()}
+        # A background job of a script ignores Ctrl-C, and so would all that it starts; whoever sits
+        # at a terminal does not.
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         with subprocess.Popen(demo(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) as running:
+                              text=True, preexec_fn=listen) as running:
             assert running.stdout is not None
             for line in running.stdout:
                 if "waiting for the agents" in line:
