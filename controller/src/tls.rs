@@ -8,38 +8,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+pub use lifeboat_protocol::roles::Role;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
-
-/// What the holder of a certificate is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Role {
-    /// May give commands.
-    Operator,
-    /// A host's agent.
-    Agent,
-    /// A controller.
-    Controller,
-}
-
-impl Role {
-    /// The role's word in the URI.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Operator => "operator",
-            Self::Agent => "agent",
-            Self::Controller => "controller",
-        }
-    }
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
 
 /// What is wrong with a certificate or its directory.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +92,7 @@ pub fn role_of(der: &[u8]) -> Result<(Role, String), TlsError> {
     let mut found = Vec::new();
     for name in names.iter().flat_map(|names| names.value.general_names.iter()) {
         if let GeneralName::URI(uri) = name {
-            found.extend(role_in(uri));
+            found.extend(Role::in_uri(uri));
         }
     }
     match (found.pop(), found.is_empty()) {
@@ -129,28 +101,12 @@ pub fn role_of(der: &[u8]) -> Result<(Role, String), TlsError> {
     }
 }
 
-fn role_in(uri: &str) -> Option<(Role, String)> {
-    let (role, name) = uri.strip_prefix("lifeboat://")?.split_once('/')?;
-    let roles = [Role::Operator, Role::Agent, Role::Controller];
-    let role = roles.into_iter().find(|known| known.as_str() == role)?;
-    (!name.is_empty() && !name.contains('/')).then(|| (role, name.to_owned()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_role_is_read_from_its_uri_and_nothing_else() {
-        assert_eq!(role_in("lifeboat://operator/ann"), Some((Role::Operator, "ann".to_owned())));
-        for bad in [
-            "https://operator/ann",
-            "lifeboat://root/ann",
-            "lifeboat://agent/",
-            "lifeboat://agent/a/b",
-        ] {
-            assert_eq!(role_in(bad), None, "{bad}");
-        }
+    fn bytes_that_are_no_certificate_have_no_role() {
         assert!(matches!(role_of(b"no certificate"), Err(TlsError::Malformed)));
     }
 }

@@ -118,7 +118,7 @@ impl DestinationTask {
     async fn bring_up(&self, arrival: Arrival) -> Result<Qmp, Failure> {
         let qmp = self.context.guests.arrive(&self.definition, arrival).await?;
         if arrival == Arrival::Stream {
-            receiving::prepare_capabilities(&qmp).await?;
+            qmp.migrate_set_only(&receiving::CAPABILITIES).await?;
             let path = self.stream_socket()?;
             let _ = std::fs::remove_file(&path);
             qmp.migrate_incoming(&format!("unix:{}", path.display())).await?;

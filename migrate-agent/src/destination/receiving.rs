@@ -26,23 +26,7 @@ const LOAD_LIMIT: Duration = Duration::from_secs(15);
 
 /// What a destination needs: events; and disks opened only when the guest is resumed, so that a
 /// source that takes its guest back finds them unlocked.
-const CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
-
-/// Sets the destination's capabilities, and switches off all others.
-pub(super) async fn prepare_capabilities(qmp: &Qmp) -> Result<(), Failure> {
-    let offered = qmp.query_migrate_capabilities().await?;
-    let wanted: Vec<(&str, bool)> = offered
-        .iter()
-        .filter_map(|(name, on)| {
-            let want = CAPABILITIES.contains(&name.as_str());
-            (want != *on).then_some((name.as_str(), want))
-        })
-        .collect();
-    if !wanted.is_empty() {
-        qmp.migrate_set_capabilities(&wanted).await?;
-    }
-    Ok(())
-}
+pub(super) const CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
 
 /// The stream's arrival, counted and digested.
 #[derive(Default)]

@@ -78,7 +78,7 @@ impl SourceTask {
     }
 
     async fn start_copying(&mut self, qmp: &Qmp) -> Result<Pump, Failure> {
-        prepare_capabilities(qmp).await?;
+        qmp.migrate_set_only(&CAPABILITIES).await?;
         qmp.migrate_set_parameters(MigrateParameters {
             downtime_limit_ms: Some(HOLD_MS),
             max_bandwidth_bytes: Some(self.limit.map_or(0, |limit| limit.0)),
@@ -412,21 +412,6 @@ impl SourceTask {
             None => Ok(()),
         }
     }
-}
-
-async fn prepare_capabilities(qmp: &Qmp) -> Result<(), Failure> {
-    let offered = qmp.query_migrate_capabilities().await?;
-    let wanted: Vec<(&str, bool)> = offered
-        .iter()
-        .filter_map(|(name, on)| {
-            let want = CAPABILITIES.contains(&name.as_str());
-            (want != *on).then_some((name.as_str(), want))
-        })
-        .collect();
-    if !wanted.is_empty() {
-        qmp.migrate_set_capabilities(&wanted).await?;
-    }
-    Ok(())
 }
 
 /// The next word of the destination; for ever where there is no link.

@@ -108,6 +108,23 @@ impl Qmp {
         self.order("migrate-set-capabilities", json!({"capabilities": list})).await
     }
 
+    /// Switches on those of the `wanted` capabilities that this QEMU offers, and all others off,
+    /// whatever an earlier user of it left on.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn migrate_set_only(&self, wanted: &[&str]) -> Result<(), QmpError> {
+        let offered = self.query_migrate_capabilities().await?;
+        let changes: Vec<(&str, bool)> = offered
+            .iter()
+            .filter_map(|(name, on)| {
+                let want = wanted.contains(&name.as_str());
+                (want != *on).then_some((name.as_str(), want))
+            })
+            .collect();
+        if changes.is_empty() { Ok(()) } else { self.migrate_set_capabilities(&changes).await }
+    }
+
     /// Sets migration parameters; also while a migration runs.
     pub async fn migrate_set_parameters(
         &self,
