@@ -38,8 +38,9 @@ _numbers = count(1)
 class Cable(Link):
     """A Link with a capacity in bit/s each way: `net.addLink(a, b, cls=Cable, capacity=...)`."""
 
-    def __init__(self, *args: Any, capacity: int, **params: Any) -> None:
+    def __init__(self, *args: Any, capacity: int, mtu: int = 1500, **params: Any) -> None:
         self.capacity = capacity
+        self.mtu = mtu
         super().__init__(*args, **params)
 
     # Mininet calls this for every new link; its name and order are Mininet's.
@@ -58,8 +59,8 @@ class Cable(Link):
         steps = [
             # A cable learns nothing and keeps nothing back, LLDP included.
             f"link add {bridge} type bridge ageing_time 0 group_fwd_mask 0xfff8 mcast_snooping 0",
-            *_half(name1, addr1, node1, bridge),
-            *_half(name2, addr2, node2, bridge),
+            *_half(name1, addr1, node1, bridge, self.mtu),
+            *_half(name2, addr2, node2, bridge, self.mtu),
             f"link set {bridge} up",
         ]
         run("ip", "-batch", "-", stdin="\n".join(steps) + "\n")
@@ -73,10 +74,10 @@ def _pid(node: Any) -> int | None:
     return node.pid if node.inNamespace else None
 
 
-def _half(name: str, mac: str, node: Any, bridge: str) -> list[str]:
+def _half(name: str, mac: str, node: Any, bridge: str, mtu: int) -> list[str]:
     where = f"netns {node.pid}" if node.inNamespace else ""
     return [
-        f"link add {name}-c type veth peer name {name} address {mac} {where}",
+        f"link add {name}-c mtu {mtu} type veth peer name {name} address {mac} mtu {mtu} {where}",
         f"link set {name}-c master {bridge} up",
     ]
 

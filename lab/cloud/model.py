@@ -86,6 +86,7 @@ class Vm:
 class Scenario:
     name: str
     transport: str
+    mtu: int
     switches: tuple[Switch, ...]
     links: tuple[Link, ...]
     hosts: tuple[Host, ...]
@@ -98,6 +99,7 @@ class Scenario:
         return Scenario(
             name=given["name"],
             transport=given["transport"],
+            mtu=given["mtu"],
             switches=tuple(Switch(**switch) for switch in given["switches"]),
             links=tuple(_link(link) for link in given["links"]),
             hosts=tuple(Host(**{**host, "plug": _plug(host["plug"])}) for host in given["hosts"]),

@@ -85,7 +85,7 @@ class Cloud:
 
     def _cable(self, one: str, other: str, port1: str, port2: str, capacity: int) -> None:
         self.net.addLink(one, other, cls=Cable, intfName1=port1, intfName2=port2,
-                         capacity=capacity)
+                         capacity=capacity, mtu=self.scenario.mtu)
 
     def _host(self, name: str, plug: Plug) -> None:
         """The management veth and the host's own Open vSwitch with its uplink."""
@@ -112,7 +112,8 @@ class Cloud:
 
     def _addresses(self) -> None:
         for host in self.scenario.hosts:
-            self.bridges[host.name].internal(BRIDGE, HOST_PORT, host.address)
+            self.bridges[host.name].internal(BRIDGE, HOST_PORT, host.address,
+                                             mtu=self.scenario.mtu)
         client, made = self.bridges["client"], {}
         for network in self.scenario.client.networks:
             name = f"vlan{network.vlan}" if network.vlan else "data0"

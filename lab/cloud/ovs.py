@@ -98,10 +98,13 @@ class Ovs:
             " other-config:disable-in-band=true",
         )
 
-    def internal(self, bridge: str, name: str, address: str, vlan: int = 0) -> None:
+    def internal(
+        self, bridge: str, name: str, address: str, vlan: int = 0, mtu: int = 1500
+    ) -> None:
         """Gives the namespace itself a port on the bridge."""
         tag = f" tag={vlan}" if vlan else ""
-        self.vsctl(f"add-port {bridge} {name}{tag}", f"set Interface {name} type=internal")
+        self.vsctl(f"add-port {bridge} {name}{tag}",
+                   f"set Interface {name} type=internal mtu_request={mtu}")
         run("ethtool", "-K", name, "tx", "off", pid=self.pid)
         self.address(name, address)
 

@@ -24,6 +24,8 @@ pub struct Scenario {
     pub name: String,
     /// What carries the guests' traffic: `udp` or `tcp`.
     pub transport: file::Transport,
+    /// The largest packet that hosts exchange, in bytes. Guests keep their own MTU.
+    pub mtu: u32,
     /// The fabric's switches.
     pub switches: Vec<Switch>,
     /// The links between switches.

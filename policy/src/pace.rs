@@ -9,20 +9,20 @@ use std::time::Duration;
 use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 
 /// A pacer that was idle may send this much of a second at once, so that a late wake-up costs no
-/// throughput. A tenth of the relay buffer's 50 ms: a queue of the path never sees more than that
+/// throughput. A sixth of what the relay holds: a queue of the path never sees more than that
 /// in a row.
 pub const BURST: Duration = Duration::from_millis(5);
 
-/// What the relay between two agents holds at most, as time at the current rate: a longer queue
-/// would be sent during the pause, and 50 ms are a sixth of the 300 ms that a guest may stand
-/// still.
-pub const RELAY_TIME: Duration = Duration::from_millis(50);
+/// What the relay between two agents holds at most, as time at the current rate: it is sent during
+/// the pause. With what waits in the source's socket besides, it stays below 50 ms, a sixth of the
+/// 300 ms that a guest may stand still.
+pub const RELAY_TIME: Duration = Duration::from_millis(30);
 
 /// The relay never holds less than this: one read of a socket.
 pub const RELAY_MIN: Bytes = Bytes(64 << 10);
 
-/// The relay never holds more than this: at 10 Gbit/s, 50 ms are 62 MB.
-pub const RELAY_MAX: Bytes = Bytes(64 << 20);
+/// The relay never holds more than this: at 10 Gbit/s, 30 ms are 38 MB.
+pub const RELAY_MAX: Bytes = Bytes(40 << 20);
 
 /// What a migration may send: the smaller of the path's reservation and the broker's allowance;
 /// `None` sets no limit on its side.

@@ -25,6 +25,8 @@ const NAME_LENGTH: usize = 6;
 /// A guest checks its whole region in this time.
 const CHECK_SECONDS: u64 = 20;
 const HOSTS: usize = 90;
+/// Packet sizes in bytes: Ethernet's, to what jumbo frames usually carry.
+const MTU: std::ops::RangeInclusive<u32> = 1500..=9000;
 const VM_MEMORY_LEAST: u64 = 96 << 20;
 /// The management network's own number for the client.
 const CLIENT_NUMBER: usize = 100;
@@ -50,6 +52,9 @@ pub enum Problem {
     /// A link that carries nothing, or more than can be emulated.
     #[error("a link carries between 1 Mbit/s and 10 Gbit/s, not {0}")]
     Capacity(BitsPerSec),
+    /// Less than the guests' own, or more than Ethernet's jumbo frames.
+    #[error("an MTU of {0} is not within 1500 to 9000 bytes")]
+    Mtu(u32),
     /// A load factor that makes no sense.
     #[error("load is a factor between 0 and 10, not {0}")]
     Load(f64),
@@ -129,8 +134,17 @@ impl<'a> Checker<'a> {
         let hosts = self.hosts(&file, &switches)?;
         let client = self.client(&file, &switches)?;
         let vms = self.vms(&file, &hosts, &client)?;
+        let mtu = self.mtu(&file)?;
         let (name, transport) = (file.name.into_inner(), file.workload.transport);
-        Ok(Scenario { name, transport, switches, links, hosts, client, vms })
+        Ok(Scenario { name, transport, mtu, switches, links, hosts, client, vms })
+    }
+
+    fn mtu(&self, file: &file::File) -> Checked<u32> {
+        let Some(mtu) = &file.links.mtu else { return Ok(*MTU.start()) };
+        if MTU.contains(mtu.get_ref()) {
+            return Ok(*mtu.get_ref());
+        }
+        Err(self.wrong("links.mtu", mtu, Problem::Mtu(*mtu.get_ref())))
     }
 
     fn switches(&mut self, file: &file::File) -> Checked<(Vec<Switch>, Vec<Link>)> {

@@ -27,6 +27,7 @@ pub(super) struct File {
 pub(super) struct Links {
     pub(super) host: Spanned<String>,
     pub(super) core: Spanned<String>,
+    pub(super) mtu: Option<Spanned<u32>>,
 }
 
 #[derive(Debug, Deserialize)]

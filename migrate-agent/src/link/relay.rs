@@ -4,8 +4,8 @@
 //!   QEMU --unix socket--> [fill] --> queue --> [drain: pacer, digest] --> page link
 //! ```
 //!
-//! Until the guest is paused the queue is bounded to 50 ms of the rate: what lies in it is sent
-//! while the guest stands still. A full queue blocks QEMU's migration thread, which hurts nobody
+//! Until the guest is paused the queue is bounded to 30 ms of the rate (the measured one, where
+//! that is below the limit): what lies in it is sent while the guest stands still. A full queue blocks QEMU's migration thread, which hurts nobody
 //! while the guest runs. Once the guest is paused the same blocking would freeze QEMU's whole
 //! main loop and its QMP with it, so then the queue takes everything at memory speed
 //! ([`Relay::unbound`]); the rest of a converged guest is small.
@@ -31,8 +31,8 @@ use crate::clock;
 const CHUNK_BYTES: usize = 128 << 10;
 /// A sign of life is sent this often where QEMU has nothing to send.
 const PING_EVERY: Duration = Duration::from_millis(500);
-/// Where no limit is set, the queue's bound follows the rate that was measured; this is what it
-/// assumes before.
+/// The queue's bound follows the rate at which the link took what was there; this is what it
+/// assumes before that is known, unless a limit says less.
 const UNMEASURED: BytesPerSec = BytesPerSec(25_000_000);
 /// Over so long is measured.
 const MEASURE_OVER: Duration = Duration::from_millis(100);
@@ -61,10 +61,13 @@ struct State {
     /// When the measuring of the drain's rate last began, and `sent` then.
     measured_at: Duration,
     measured_sent: u64,
+    /// Whether the queue ran empty since: then what was sent says nothing about the link.
+    starved: bool,
 }
 
 impl State {
-    /// Without a limit the link itself is one: what lies in the queue is bounded by what it took.
+    /// A link may take less than the limit allows: what lies in the queue is bounded by what it
+    /// really took, or the pause would have to send a queue that was meant for a faster link.
     fn measure(&mut self, now: Duration) {
         let span = now.saturating_sub(self.measured_at);
         if span < MEASURE_OVER {
@@ -72,9 +75,10 @@ impl State {
         }
         let bytes = self.sent.saturating_sub(self.measured_sent);
         let rate = BytesPerSec((bytes as f64 / span.as_secs_f64()) as u64);
+        let starved = std::mem::take(&mut self.starved);
         (self.measured_at, self.measured_sent) = (now, self.sent);
-        if self.limit.is_none() && self.bound.is_some() {
-            self.bound = Some(bound_at(Some(rate)));
+        if !starved && self.bound.is_some() {
+            self.bound = Some(bound_at(Some(self.limit.map_or(rate, |limit| limit.min(rate)))));
         }
     }
 }
@@ -93,6 +97,7 @@ impl Relay {
             sent: 0,
             measured_at: Duration::ZERO,
             measured_sent: 0,
+            starved: false,
         };
         let shared =
             Shared { state: Mutex::new(state), changed: Notify::new(), began: clock::now() };
@@ -230,7 +235,10 @@ impl Relay {
                     Ok(Some((chunk, at.saturating_sub(now))))
                 }
                 None if state.ended => Ok(None),
-                None => Err(()),
+                None => {
+                    state.starved = true;
+                    Err(())
+                }
             });
             match next {
                 Ok(chunk) => return chunk,
@@ -286,7 +294,7 @@ mod tests {
         let stream = vec![7u8; 4_000_000];
         let filling = relay.fill(&stream[..]);
         tokio::pin!(filling);
-        // Nobody drains: filling stops at 50 ms of the rate, give or take one chunk.
+        // Nobody drains: filling stops at the bound, give or take one chunk.
         let blocked = tokio::time::timeout(Duration::from_millis(20), &mut filling).await;
         assert!(blocked.is_err());
         let bound = pace::relay_buffer(limit).0;
