@@ -55,7 +55,7 @@ fn the_guests_are_told_where_the_client_is_in_their_own_network() {
 fn the_json_has_rates_and_sizes_as_plain_numbers() {
     let json = serde_json::to_value(default()).unwrap();
     assert_eq!(json["hosts"][0]["plug"]["capacity"], 200_000_000);
-    assert_eq!(json["mtu"], 1500);
+    assert_eq!(json["mtu"], 9000);
     assert_eq!(json["vms"][1]["memory"], 256 << 20);
 }
 
