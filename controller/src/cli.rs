@@ -26,6 +26,7 @@ mod cordon;
 mod error;
 mod evacuate;
 mod hosts;
+mod interrupts;
 mod migrate;
 mod output;
 mod plan;

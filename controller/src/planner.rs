@@ -6,6 +6,7 @@
 //! operator's `plan`. Deliberately not here: the decisions themselves (`policy/`), and acting on
 //! them.
 
+mod experience;
 mod facts;
 mod measure;
 mod probe;
@@ -21,6 +22,7 @@ use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 
 use crate::agents::Agents;
+use crate::clock::UnixMs;
 use crate::config::Site;
 use crate::evacuation::{Choice, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord};
 use crate::inventory::Inventory;
@@ -47,13 +49,17 @@ pub enum PlannerError {
     Policy(#[from] PlanError),
 }
 
-/// What other evacuations have promised already.
+/// What other evacuations have promised already, and what they taught.
 #[derive(Debug, Clone, Default)]
 pub struct Promised {
     /// Hosts that are being emptied.
     pub leaving: BTreeSet<HostId>,
     /// VMs on their way, and where to.
     pub arrivals: Vec<(VmId, HostId)>,
+    /// What migrations made of the bandwidth of their paths, from which host, newest first.
+    pub shares: Vec<(HostId, f64)>,
+    /// When the newest migration began.
+    pub last_began: Option<UnixMs>,
 }
 
 impl Promised {
@@ -62,7 +68,26 @@ impl Promised {
     pub fn by(fleet: &Fleet) -> Self {
         let emptying = fleet.unfinished().filter(|e| e.order.empties_hosts());
         let leaving = emptying.flat_map(|e| e.order.hosts.iter().cloned()).collect();
-        Self { leaving, arrivals: fleet.arrivals() }
+        let legs = fleet.all().into_iter().flat_map(|evacuation| &evacuation.vms);
+        let last_began = legs.filter_map(|record| Some(record.leg.as_ref()?.started)).max();
+        let shares = experience::shares(fleet);
+        Self { leaving, arrivals: fleet.arrivals(), shares, last_began }
+    }
+
+    /// What the forecast's bandwidths rest on.
+    fn forecast_note(&self, sources: &[HostId]) -> Option<String> {
+        let experience = experience::of(sources.first()?, &self.shares);
+        Some(match experience.migrations {
+            0 => {
+                "no migration has been measured here yet: the times assume that hosts and switches \
+                  keep up with their links; they are corrected after each VM"
+                    .to_owned()
+            }
+            count => format!(
+                "the times count with {:.0} % of what the paths have, as the last {count} migration(s) got",
+                experience.share * 100.0
+            ),
+        })
     }
 }
 
@@ -105,6 +130,8 @@ pub struct Goes {
     pub why_here: String,
     /// Why at this place in the order.
     pub why_now: String,
+    /// From the end of the one before it to its first page.
+    pub between: Duration,
 }
 
 impl Goes {
@@ -116,6 +143,8 @@ impl Goes {
             total_ms: millis(likely.total_time),
             downtime_ms: millis(likely.downtime),
             bytes: likely.bytes.0,
+            path: self.step.predicted.path.0,
+            between_ms: millis(self.between),
         }
     }
 }
@@ -201,6 +230,7 @@ impl Planner {
             full.add(self, source, made);
         }
         full.notes = notes(order, &full);
+        full.notes.extend(promised.forecast_note(&order.hosts).filter(|_| !full.goes.is_empty()));
         Ok(full)
     }
 
@@ -297,6 +327,7 @@ impl Planner {
             mode: order.mode,
             parallel: order.parallel as usize,
         };
+        inventory.experience = experience::of(source, &promised.shares);
         let plan = plan(&request, &inventory, &topology)?;
         Ok(HostPlan { plan, stuck, facts })
     }
@@ -310,8 +341,8 @@ impl FullPlan {
             let measured = facts.figures(&step.vm);
             let why_here = facts.why_here(&step.destination);
             let why_now = facts.why_now(&step.vm, step.way.capacity());
-            let source = source.clone();
-            self.goes.push(Goes { source, step, hops, measured, why_here, why_now });
+            let (source, between) = (source.clone(), facts.inventory.between);
+            self.goes.push(Goes { source, step, hops, measured, why_here, why_now, between });
         }
         self.stays.extend(stuck);
         self.stays.extend(plan.left_behind.into_iter().map(|left| facts::stays(source, &left)));

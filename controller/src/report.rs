@@ -101,7 +101,8 @@ mod tests {
     fn a_report_sets_what_was_measured_beside_what_was_predicted() {
         let id = EvacuationId::new("e1").unwrap();
         let mut evacuation = Evacuation::new(id, order("h1"), Limits::default(), UnixMs(1000));
-        let prediction = Prediction { total_ms: 900, downtime_ms: 90, bytes: 7 };
+        let prediction =
+            Prediction { total_ms: 900, downtime_ms: 90, bytes: 7, ..Prediction::default() };
         let source = evacuation.order.hosts[0].clone();
         let record = VmRecord::waiting(VmId::new("a").unwrap(), source.clone(), prediction);
         let stays = VmRecord::left_behind(VmId::new("b").unwrap(), source, "no room".to_owned());

@@ -325,13 +325,15 @@ impl Service {
     }
 
     /// The inventory may be a poll old, and "nothing is uncertain" must not be said from memory: a
-    /// no stands only when two more polls have not changed it.
+    /// no stands only when two more polls have not changed it. Where this controller itself has lost
+    /// sight of the VM, an agent may need its own silence limit (5 s) to come to the same view.
     async fn claimant_now(
         &self,
         vm: &VmId,
         wanted: &str,
     ) -> Result<(HostId, String), CommandError> {
-        for _ in 0..5 {
+        let lost_sight = self.driver.fleet().has_lost_sight_of(vm);
+        for _ in 0..if lost_sight { 20 } else { 5 } {
             match self.claimant(vm, wanted) {
                 Err(CommandError::NothingToClaim { .. }) => {
                     tokio::time::sleep(std::time::Duration::from_millis(500)).await;

@@ -41,10 +41,18 @@ class Wait:
 
 
 def waited(waits: Sequence[Wait], who: Sequence[str], gap: Span) -> float:
-    """How many milliseconds of a gap `who` waited for a processor, one after the other."""
+    """How many milliseconds of a gap some thread of `who` waited for a processor. When two wait at
+    the same time, that time counts once."""
     slack = SAMPLE_SECONDS * 1000
-    return sum(min(wait.length_ms, wait.until_ms - gap.start) for wait in waits
-               if wait.who in who and gap.start < wait.until_ms <= gap.end + slack)
+    stretches = sorted(
+        (max(wait.until_ms - wait.length_ms, gap.start), wait.until_ms) for wait in waits
+        if wait.who in who and gap.start < wait.until_ms <= gap.end + slack
+    )
+    total, reached = 0.0, gap.start
+    for start, end in stretches:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return min(total, gap.length)
 
 
 class Waiting(threading.Thread):

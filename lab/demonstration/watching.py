@@ -19,9 +19,8 @@ from .serial import Account
 from .standing import OUT, Standing
 
 INTERVAL_MS = 20
-# Five heartbeats in a row. Emulated guests on two cores are now and then late by two or three,
-# also when nothing moves; TCP's shortest retransmission time-out is twice this.
-THRESHOLD_MS = 100
+# Two heartbeats missed in a row. TCP's shortest retransmission time-out is four times this.
+THRESHOLD_MS = 50
 SAMPLE_SECONDS = 0.5
 
 

@@ -121,8 +121,8 @@ mod tests {
     }
 
     #[test]
-    fn the_relay_holds_fifty_milliseconds_within_bounds() {
-        assert_eq!(relay_buffer(BytesPerSec(25_000_000)), Bytes(1_250_000));
+    fn the_relay_holds_thirty_milliseconds_within_bounds() {
+        assert_eq!(relay_buffer(BytesPerSec(25_000_000)), Bytes(750_000));
         assert_eq!(relay_buffer(BytesPerSec(0)), RELAY_MIN);
         assert_eq!(relay_buffer(BytesPerSec(u64::MAX)), RELAY_MAX);
     }

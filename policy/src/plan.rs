@@ -10,6 +10,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::{Mode, Urgency};
@@ -21,7 +22,8 @@ use crate::measured::MeasuredVm;
 use crate::order::{OrderParameters, Rule, order};
 use crate::placement::{HostFacts, Overhead, Placement, Question, Unplaced, VmNeeds, place};
 use crate::predict::{
-    ColdTimes, Departure, HostPrediction, HostTerms, LinkUse, VmPrediction, available, predict_host,
+    ColdTimes, Departure, Experience, HostPrediction, HostTerms, LinkUse, VmPrediction, available,
+    predict_host,
 };
 use crate::reserve::Floor;
 use crate::stop::StopCriteria;
@@ -69,6 +71,10 @@ pub struct Inventory {
     pub criteria: StopCriteria,
     /// What stopping and starting a guest takes.
     pub cold: ColdTimes,
+    /// What earlier migrations made of their paths.
+    pub experience: Experience,
+    /// Between one VM's end and the next one's first page.
+    pub between: Duration,
 }
 
 /// One VM that moves.
@@ -182,6 +188,8 @@ pub fn plan(
         criteria: inventory.criteria,
         cold: inventory.cold,
         parallel: request.parallel.max(1),
+        experience: inventory.experience,
+        between: inventory.between,
     };
     let predicted = predict_host(&departures, source, &destination_links(&ways), &terms);
     let step = |(departure, predicted): (&Departure<'_>, &VmPrediction)| Move {

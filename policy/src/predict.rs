@@ -15,8 +15,10 @@
 //! measured; and the other way round. The model's own error is not in it; the report shows that
 //! one.
 
+mod experience;
 mod host;
 
+pub use experience::Experience;
 pub use host::{
     Departure, HostPrediction, HostTerms, LinkUse, VmPrediction, available, predict_host,
 };

@@ -52,6 +52,9 @@ pub enum CliError {
         "evacuate asks before it begins, and there is no terminal to ask on; add --yes, or look first with `lifeboat plan`"
     )]
     NoTerminal,
+    /// Ctrl-C would not be heard.
+    #[error("Ctrl-C cannot be listened for; nothing was changed")]
+    Signals(#[source] std::io::Error),
     /// The operator's no.
     #[error("nothing was changed")]
     Declined,

@@ -7,6 +7,7 @@ use clap::builder::PossibleValuesParser;
 use lifeboat_protocol::controller::{EvacuateReply, EvacuateRequest, Plan};
 
 use super::client::{Context, operation_id};
+use super::interrupts::Interrupts;
 use super::output::print_json;
 use super::{CliError, plan, progress, report};
 
@@ -134,8 +135,17 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
         }
         args.options.agreed(context, &plan).await?;
     }
-    let begun = client.evacuate(request).await?.into_inner();
-    follow(context, begun, &args.options).await
+    let mut interrupts = Interrupts::listen()?;
+    match interrupts.through(client.evacuate(request)).await {
+        Some(begun) => follow(context, begun?.into_inner(), &args.options, interrupts).await,
+        None => Ok(left_alone()),
+    }
+}
+
+/// Ctrl-C twice before anything was heard of the beginning.
+pub(super) fn left_alone() -> u8 {
+    eprintln!("detached; it may have begun: `lifeboat status` shows it");
+    super::DETACHED
 }
 
 /// Shows a begun evacuation to its end, unless the operator wants to be elsewhere.
@@ -143,6 +153,7 @@ pub(super) async fn follow(
     context: &Context,
     begun: EvacuateReply,
     options: &Options,
+    mut interrupts: Interrupts,
 ) -> Result<u8, CliError> {
     if options.yes
         && !context.json
@@ -150,10 +161,10 @@ pub(super) async fn follow(
     {
         plan::show(context, plan)?;
     }
-    if options.detach {
+    if options.detach && interrupts.heard() == 0 {
         return detached(context, &begun);
     }
-    if !progress::follow(context, &begun.evacuation).await? {
+    if !progress::follow(context, &begun.evacuation, &mut interrupts).await? {
         eprintln!(
             "detached; {0} goes on: `lifeboat status {0} --watch`, `lifeboat cancel {0}`",
             begun.evacuation

@@ -13,17 +13,24 @@ use tonic::Streaming;
 
 use super::CliError;
 use super::client::{Context, operation_id};
+use super::interrupts::Interrupts;
 use super::output::{clean, rate, size, time, to_go};
 
 /// Steps of a bar.
 const STEPS: u64 = 1000;
 
 /// Shows an evacuation until it ends. False when the operator has detached.
-pub(super) async fn follow(context: &Context, id: &str) -> Result<bool, CliError> {
+pub(super) async fn follow(
+    context: &Context,
+    id: &str,
+    interrupts: &mut Interrupts,
+) -> Result<bool, CliError> {
     let request = StatusRequest { evacuation: id.to_owned() };
     let mut stream = context.client().await?.watch(request).await?.into_inner();
     let mut display = Display::new(context);
-    let mut interrupts = 0;
+    if interrupts.heard() > 0 {
+        cancel(context, id, &display).await?;
+    }
     loop {
         tokio::select! {
             next = stream.next() => match next {
@@ -32,9 +39,8 @@ pub(super) async fn follow(context: &Context, id: &str) -> Result<bool, CliError
                 None if display.is_over() => break,
                 None => return Err(CliError::Broken { doing: "watching the evacuation" }),
             },
-            _ = tokio::signal::ctrl_c() => {
-                interrupts += 1;
-                if interrupts > 1 {
+            heard = interrupts.next() => {
+                if heard > 1 {
                     return Ok(false);
                 }
                 cancel(context, id, &display).await?;

@@ -8,6 +8,7 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 
 use super::machine::Evacuation;
 use super::order::EvacuationOrder;
+use super::vm::VmPhase;
 
 /// Why an order is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -136,6 +137,14 @@ impl Fleet {
     /// Those that are not over.
     pub fn unfinished(&self) -> impl Iterator<Item = &Evacuation> {
         self.evacuations.values().filter(|e| !e.state.is_final())
+    }
+
+    /// Whether it is not known, or about to be found out, where a VM runs.
+    #[must_use]
+    pub fn has_lost_sight_of(&self, vm: &VmId) -> bool {
+        let doubtful = [VmPhase::Committing, VmPhase::Settling, VmPhase::Uncertain];
+        let all = self.evacuations.values().flat_map(|e| &e.vms);
+        all.filter(|record| record.vm == *vm).any(|record| doubtful.contains(&record.phase))
     }
 
     /// All of them, oldest first.

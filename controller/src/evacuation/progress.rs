@@ -60,7 +60,8 @@ pub fn time_to_go(evacuation: &Evacuation) -> Option<u64> {
     for record in evacuation.vms.iter().filter(|record| !record.phase.is_final()) {
         match record.phase {
             VmPhase::Waiting | VmPhase::Measuring => {
-                waiting = waiting.saturating_add(predicted(record)?);
+                let between = record.prediction.between_ms;
+                waiting = waiting.saturating_add(predicted(record)?).saturating_add(between);
             }
             _ => live = live.max(vm_time_to_go(record)?),
         }

@@ -38,7 +38,12 @@ pub(crate) fn choice(name: &str, to: &str) -> Box<Choice> {
         destination: host(to),
         mode: Mode::PreCopy,
         hops: Vec::new(),
-        prediction: Prediction { total_ms: 1000, downtime_ms: 100, bytes: 1 << 20 },
+        prediction: Prediction {
+            total_ms: 1000,
+            downtime_ms: 100,
+            bytes: 1 << 20,
+            ..Prediction::default()
+        },
     };
     Box::new(Choice { vm: vm(name), source: host("h1"), leg })
 }

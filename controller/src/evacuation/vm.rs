@@ -106,6 +106,12 @@ pub struct Prediction {
     pub downtime_ms: u64,
     /// On the wire.
     pub bytes: u64,
+    /// What the path had for it, bit/s; 0 where that was not written down.
+    #[serde(default)]
+    pub path: u64,
+    /// From the end of the one before it to its first page, milliseconds.
+    #[serde(default)]
+    pub between_ms: u64,
 }
 
 /// One attempt to move one VM.

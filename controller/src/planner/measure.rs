@@ -7,10 +7,10 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use lifeboat_policy::placement::VmObstacle;
 use lifeboat_policy::plan::{Inventory as PolicyInventory, PlannedVm};
-use lifeboat_policy::predict::ColdTimes;
+use lifeboat_policy::predict::{ColdTimes, Experience};
 use lifeboat_policy::reserve::Floor;
 use lifeboat_policy::stop::StopCriteria;
-use lifeboat_protocol::agent::{HostDescription, VmState, VmStatus};
+use lifeboat_protocol::agent::{HostDescription, VmMeasurement, VmState, VmStatus};
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
@@ -19,6 +19,14 @@ use super::{MODES, Planner, PlannerError, Promised, Stays, facts};
 use crate::clock;
 use crate::evacuation::EvacuationOrder;
 use crate::inventory::{HostEntry, name_of, owns};
+
+/// Besides the measuring, between two migrations: choosing, reserving, preparing, releasing.
+const SETTING_UP: Duration = Duration::from_millis(800);
+/// What an agent takes when no window is asked for.
+const AGENTS_WINDOW: Duration = Duration::from_secs(2);
+/// A measurement that is no older is used again: an operator who reads a plan and says yes should
+/// not wait for the same figures once more.
+const FRESH: Duration = Duration::from_secs(10);
 
 /// What a plan was made from, kept to explain it.
 pub(super) struct Gathered {
@@ -41,7 +49,8 @@ impl Planner {
             return Err(PlannerError::SourceSilent { host: source.clone(), detail: entry.detail });
         };
         let (movable, mut stuck) = sort(order, source, &entry, &description, wanted);
-        let asked = movable.iter().map(|(vm, status)| self.measured(source, vm, status));
+        let begun = clock::now();
+        let asked = movable.iter().map(|(vm, status)| self.measured(source, vm, status, promised));
         let mut vms = Vec::new();
         for ((vm, status), measured) in movable.iter().zip(join_all(asked).await) {
             let definition = status.definition.clone().unwrap_or_default();
@@ -55,6 +64,8 @@ impl Planner {
                 Err(reason) => stuck.push(stays(source, vm, reason)),
             }
         }
+        // The others will be measured again after each of them, as long as now.
+        let measuring = Duration::from_millis(clock::now().since(begun));
         let proven = self.prove_storage(source, &vms, &hosts).await;
         let host_facts = hosts.iter().map(|(host, entry)| {
             let arriving = facts::arriving(host, &hosts, promised);
@@ -69,6 +80,8 @@ impl Planner {
             floor: self.floor(),
             criteria: criteria(order),
             cold: ColdTimes::default(),
+            experience: Experience::default(),
+            between: SETTING_UP.saturating_add(measuring.max(self.window())),
         };
         Ok((Gathered { inventory }, stuck))
     }
@@ -104,10 +117,14 @@ impl Planner {
         source: &HostId,
         vm: &VmId,
         status: &VmStatus,
-    ) -> Result<lifeboat_protocol::agent::VmMeasurement, String> {
+        promised: &Promised,
+    ) -> Result<VmMeasurement, String> {
         if status.state() == VmState::Stopped {
             // Nothing runs: nothing is dirtied, nothing is sent.
-            return Ok(lifeboat_protocol::agent::VmMeasurement::default());
+            return Ok(VmMeasurement::default());
+        }
+        if let Some(fresh) = self.fresh(vm, promised) {
+            return Ok(fresh);
         }
         let window = self.site.config.policy.measure_window_ms;
         match self.agents.measure(source, vm, window).await {
@@ -116,6 +133,21 @@ impl Planner {
                 Ok(said)
             }
             Err(error) => Err(format!("it could not be measured: {error}")),
+        }
+    }
+
+    /// What was measured a moment ago, if no migration has begun since: each one changes what the
+    /// others can get.
+    fn fresh(&self, vm: &VmId, promised: &Promised) -> Option<VmMeasurement> {
+        let (at, said) = self.inventory.measurement(vm)?;
+        let age = Duration::from_millis(clock::now().since(at));
+        (age <= FRESH && promised.last_began.is_none_or(|began| began < at)).then_some(said)
+    }
+
+    fn window(&self) -> Duration {
+        match self.site.config.policy.measure_window_ms {
+            0 => AGENTS_WINDOW,
+            ms => Duration::from_millis(ms.into()),
         }
     }
 }

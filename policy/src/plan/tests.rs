@@ -109,6 +109,8 @@ fn inventory() -> Inventory {
         floor: Floor::default(),
         criteria: StopCriteria::default(),
         cold: ColdTimes::default(),
+        experience: Experience::default(),
+        between: std::time::Duration::ZERO,
     }
 }
 

@@ -14,13 +14,10 @@ use lifeboat_protocol::terms::{Mode, Urgency};
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use serde::Serialize;
 
-use super::{ColdTimes, Prediction, Range, cold, pre_copy_range};
+use super::{ColdTimes, Experience, Prediction, Range, cold, pre_copy_range};
 use crate::measured::MeasuredVm;
 use crate::reserve::{Floor, ReserveParameters, initial};
 use crate::stop::StopCriteria;
-
-/// Relative error of a bandwidth that is computed from counters of the last second.
-const BANDWIDTH_ERROR: f64 = 0.1;
 
 /// One direction of a host's link: what it carries and what passes now, bit/s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +46,9 @@ pub struct Departure<'a> {
 pub struct VmPrediction {
     /// The VM.
     pub vm: VmId,
-    /// What the migration is expected to get, bit/s on the wire.
+    /// What its path has for the migration, bit/s on the wire.
+    pub path: BitsPerSec,
+    /// What the migration is expected to get of that, bit/s on the wire.
     pub bandwidth: BitsPerSec,
     /// When it starts, counted from the evacuation's start.
     pub starts: Range<Duration>,
@@ -88,6 +87,10 @@ pub struct HostTerms {
     pub cold: ColdTimes,
     /// How many migrations at a time; 0 counts as 1.
     pub parallel: usize,
+    /// What earlier migrations made of their paths.
+    pub experience: Experience,
+    /// Between one wave's end and the next one's first page: measuring, reserving, preparing.
+    pub between: Duration,
 }
 
 /// Predicts `departures` in their order. A wave of `parallel` migrations begins when the one before
@@ -105,16 +108,18 @@ pub fn predict_host(
     let zero = Range { low: Duration::ZERO, likely: Duration::ZERO, high: Duration::ZERO };
     let none = Range { low: Bytes::ZERO, likely: Bytes::ZERO, high: Bytes::ZERO };
     let mut all = HostPrediction { vms: Vec::new(), total_time: zero, bytes: none };
-    for wave in departures.chunks(terms.parallel.max(1)) {
-        let starts = all.total_time;
+    for (number, wave) in departures.chunks(terms.parallel.max(1)).enumerate() {
+        let handling = if number == 0 { Duration::ZERO } else { terms.between };
+        let starts = all.total_time.map(|time| time.saturating_add(handling));
         for departure in wave {
-            let bandwidth = links.bandwidth(departure, terms).scale(1.0 / wave.len() as f64);
+            let path = links.bandwidth(departure, terms).scale(1.0 / wave.len() as f64);
+            let bandwidth = path.scale(terms.experience.share);
             let prediction = predict(departure, bandwidth, terms);
             let ended = starts.join(&prediction, |start, one| start.saturating_add(one.total_time));
             all.total_time = all.total_time.join(&ended, |a, b| *a.max(b));
             all.bytes = all.bytes.join(&prediction, |sum, one| *sum + one.bytes);
             let vm = departure.vm.id.clone();
-            all.vms.push(VmPrediction { vm, bandwidth, starts, prediction });
+            all.vms.push(VmPrediction { vm, path, bandwidth, starts, prediction });
         }
         for departure in wave {
             links.arrived(departure);
@@ -157,7 +162,7 @@ fn predict(
         // is the upper bound for the other two.
         Mode::Auto | Mode::PreCopy | Mode::PostCopy | Mode::ScatterGather => {
             let rate = bandwidth.bytes_per_sec();
-            pre_copy_range(departure.vm, rate, BANDWIDTH_ERROR, &terms.criteria)
+            pre_copy_range(departure.vm, rate, terms.experience.error, &terms.criteria)
         }
     }
 }

@@ -22,6 +22,7 @@ fn vm(id: &str, pages: u64, dirty: u64, working_set: u64) -> MeasuredVm {
 }
 
 /// 25 MB/s: 200 Mbit/s.
+const BETWEEN: Duration = Duration::from_secs(3);
 const RATE: BytesPerSec = BytesPerSec(25_000_000);
 
 #[test]
@@ -99,6 +100,8 @@ fn evacuate(sender_first: bool, parallel: usize) -> HostPrediction {
         criteria: StopCriteria::default(),
         cold: ColdTimes::default(),
         parallel,
+        experience: Experience::default(),
+        between: BETWEEN,
     };
     predict_host(&departures, source, &destinations, &terms)
 }
@@ -108,7 +111,7 @@ fn whoever_sends_leaves_the_link_to_those_that_follow() {
     let good = evacuate(true, 1);
     assert_eq!(good.vms[0].bandwidth, mbit(100));
     assert_eq!(good.vms[1].bandwidth, mbit(190));
-    assert_eq!(good.vms[1].starts.likely, good.vms[0].prediction.likely.total_time);
+    assert_eq!(good.vms[1].starts.likely, good.vms[0].prediction.likely.total_time + BETWEEN);
     assert!(good.total_time.likely < evacuate(false, 1).total_time.likely);
 }
 

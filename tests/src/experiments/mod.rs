@@ -23,6 +23,21 @@ pub struct Setting<'a> {
     pub folder: &'a Path,
     /// Where the guest image is (`lab/build`).
     pub images: &'a Path,
+    /// Where the samples go while it runs, so that a broken run has not been for nothing.
+    pub partial: &'a Path,
+}
+
+impl Setting<'_> {
+    /// Says how far it is (`done` of `of` rounds), and keeps what was sampled.
+    fn keep(&self, record: &Record, done: usize, of: usize) {
+        eprintln!("{}: {done} of {of} rounds", record.name);
+        let kept = serde_json::to_vec_pretty(record)
+            .map_err(std::io::Error::other)
+            .and_then(|text| std::fs::write(self.partial, text));
+        if let Err(error) = kept {
+            eprintln!("{}: cannot keep the samples so far: {error}", record.name);
+        }
+    }
 }
 
 /// An experiment's name and what it asks, in one line.

@@ -88,6 +88,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
                 record.samples.push(Sample { case: format!("{which}, {link}"), run, figures });
             }
             rig.turn();
+            setting.keep(&record, record.samples.len() / 2, pairs * LINKS.len());
         }
     }
     record.checks = checks(&record);

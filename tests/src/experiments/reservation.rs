@@ -108,6 +108,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
             rig.set_reserved(case.reserved).await?;
             rig.measure_undisturbed(case, run, &times, &mut record.samples)?;
         }
+        setting.keep(&record, run + 1, times.runs);
     }
     record.checks = checks(&record);
     Ok(record)

@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::relay::{PAGE_PORT, page_address};
 use super::witness::Watched;
-use super::{Host, VM, host_name};
+use super::{Disk, Host, VM, host_name};
 use crate::clock;
 use crate::rig::RigError;
 use crate::rig::network::Namespace;
@@ -28,6 +28,10 @@ use crate::rig::network::Namespace;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The profile that gives a QEMU its second monitor.
 const PROFILE: &str = "watched";
+/// What every host calls its storage.
+const STORAGE: &str = "san";
+/// Nothing is written to it.
+const DISK_BYTES: u64 = 16 << 20;
 
 /// A host with its agent, which may be dead.
 pub struct Agent {
@@ -61,9 +65,10 @@ impl Agent {
     fn write_files(&self, images: &Path) -> std::io::Result<()> {
         use std::os::unix::fs::PermissionsExt;
         let monitors = self.folder.join("watched");
-        for folder in ["vms", "profiles", "watched"] {
+        for folder in ["vms", "profiles", "watched", "not-shared"] {
             fs::create_dir_all(self.folder.join(folder))?;
         }
+        fs::create_dir_all(self.shared())?;
         // QEMU's user makes its socket here.
         fs::set_permissions(&monitors, fs::Permissions::from_mode(0o777))?;
         let monitor = self.watched().monitor;
@@ -90,20 +95,48 @@ impl Agent {
              user = \"nobody\"\n\
              accelerator = \"tcg\"\n\
              [ovs]\n\
-             database = \"unix:{own}/no-switch-here.sock\"\n",
+             database = \"unix:{own}/no-switch-here.sock\"\n\
+             [[storage]]\n\
+             name = \"{STORAGE}\"\n\
+             path = \"{}\"\n",
             host_name(self.host),
             page_address(self.host),
+            self.storage().display(),
         )
     }
 
+    /// What the first two hosts share.
+    fn shared(&self) -> PathBuf {
+        self.folder.with_file_name("shared")
+    }
+
+    /// What this host calls by the shared storage's name.
+    fn storage(&self) -> PathBuf {
+        if self.host < 2 { self.shared() } else { self.folder.join("not-shared") }
+    }
+
+    fn make_disk(&self, disk: Disk) -> std::io::Result<String> {
+        use std::os::unix::fs::PermissionsExt;
+        let (folder, key) = match disk {
+            Disk::None => return Ok(String::new()),
+            Disk::Local => (self.folder.join("not-shared"), String::new()),
+            Disk::Shared => (self.shared(), format!("shared_storage = \"{STORAGE}\"\n")),
+        };
+        let file = folder.join("disk.raw");
+        File::create(&file)?.set_len(DISK_BYTES)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
+        Ok(format!("[[disk]]\npath = \"{}\"\nformat = \"raw\"\n{key}", file.display()))
+    }
+
     /// Defines the VM here, started with the host.
-    pub(super) fn define_vm(&self) -> Result<(), RigError> {
+    pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
+        let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;
         let definition = format!(
             "name = \"{VM}\"\nmemory = \"128 MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
              cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
              kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable \
              mitigations=off lb.name={VM} lb.role=idle lb.region={} lb.dirty=100 lb.check=500\"\n\
-             profile = \"{PROFILE}\"\nautostart = true\n",
+             profile = \"{PROFILE}\"\nautostart = true\n{disk}",
             24 << 20
         );
         fs::write(self.folder.join(format!("vms/{VM}.toml")), definition)

@@ -56,6 +56,17 @@ pub fn host_of(name: &str) -> Option<Host> {
     (0..HOSTS).find(|&host| host_name(host) == name)
 }
 
+/// What the VM keeps its data on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// It has none.
+    None,
+    /// A file of its host's.
+    Local,
+    /// A file on a storage that the first two hosts reach; the third one says that it does, too.
+    Shared,
+}
+
 /// The world. Everything in it ends when it is dropped; QEMUs end with the process's namespace.
 pub struct World {
     folder: tempfile::TempDir,
@@ -74,6 +85,14 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make(number: usize, images: &Path) -> Result<Self, RigError> {
+        Self::make_with(number, images, Disk::None)
+    }
+
+    /// The same, with a disk.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_with(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
         let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
         // QEMU's user must be able to pass through.
         let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
@@ -94,7 +113,7 @@ impl World {
             }
         }
         let witness = Witness::start(agents.iter().map(Agent::watched).collect());
-        agents[0].define_vm()?;
+        agents[0].define_vm(disk)?;
         for agent in &mut agents {
             agent.start(None)?;
         }

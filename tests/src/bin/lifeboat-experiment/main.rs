@@ -62,6 +62,8 @@ fn work(args: &Args) -> anyhow::Result<ExitCode> {
     private::settle()?;
     let record = runtime.block_on(run(args))?;
     write(&record, &args.out)?;
+    // Everything is in the record.
+    let _ = fs::remove_file(args.out.join(format!("{}.partial.json", args.name)));
     print!("{}", record.table());
     Ok(if record.holds() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -81,7 +83,10 @@ async fn run(args: &Args) -> anyhow::Result<Record> {
         format!("{} is not there: build the guest image with lab/image", args.images.display())
     })?;
     let folder = tempfile::Builder::new().prefix("lifeboat-").tempdir()?;
-    let setting = Setting { quick: args.quick, folder: folder.path(), images: &images };
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    let partial = args.out.join(format!("{}.partial.json", args.name));
+    let (folder, images) = (folder.path(), images.as_path());
+    let setting = Setting { quick: args.quick, folder, images, partial: &partial };
     let outcome = experiments::run(&args.name, setting).await;
     let record = outcome.context("the experiment has no code")?;
     record.with_context(|| format!("{} could not be measured", args.name))

@@ -1,0 +1,77 @@
+//! A VM with a disk: moved where its storage is reached from both hosts, which is proven and not
+//! believed; left where it is otherwise, with the reason, before anything has been touched.
+//!
+//! Real QEMU, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s guest.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::private;
+use lifeboat_tests::world::{Disk, VM, World, inside};
+use serde_json::Value;
+
+fn images() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let made = Command::new(root.join("lab/image")).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    root.join("lab/build")
+}
+
+fn host_of_vm(world: &World) -> Option<(String, String)> {
+    let vms = world.control.ask("vms").ok()?;
+    let of = |vm: &Value, key: &str| vm[key].as_str().unwrap_or_default().to_owned();
+    let running: Vec<_> = vms["vms"]
+        .as_array()?
+        .iter()
+        .filter(|vm| vm["name"] == VM && vm["state"] == "running")
+        .map(|vm| (of(vm, "host"), of(vm, "state")))
+        .collect();
+    (running.len() == 1).then(|| running[0].clone())
+}
+
+#[test]
+fn a_disk_moves_only_by_a_storage_that_both_hosts_are_proven_to_reach() {
+    let name = "a_disk_moves_only_by_a_storage_that_both_hosts_are_proven_to_reach";
+    if !inside::is_inside() {
+        images();
+        assert!(inside::run_inside(name).unwrap().success(), "see above");
+        return;
+    }
+    private::settle().unwrap();
+    let world = World::make_with(1, &images(), Disk::Shared).unwrap();
+    world.control.await_sight(0).unwrap();
+    // h3 calls a folder of its own by the same name.
+    let plan = world.control.ask("plan h1 --to h3").unwrap().to_string();
+    assert!(plan.contains("h3") && plan.contains("san"), "{plan}");
+    assert!(world.control.order("evacuate h1 --to h3 --urgency 0 --yes").is_err());
+    assert_eq!(host_of_vm(&world).unwrap().0, "h1");
+
+    let before = world.witness.look().last_tick().unwrap();
+    world.control.order("evacuate h1 --urgency 0 --yes --by 2m").unwrap();
+    let arrived = || host_of_vm(&world).filter(|(host, _)| host == "h2");
+    assert!(clock::wait_for(std::time::Duration::from_secs(10), arrived).is_some());
+    world.await_guest(before).unwrap();
+    // No file of the proof is left behind.
+    let left: Vec<_> = std::fs::read_dir(world.folder().join("shared")).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+}
+
+#[test]
+fn a_disk_of_the_host_itself_keeps_its_vm_there() {
+    let name = "a_disk_of_the_host_itself_keeps_its_vm_there";
+    if !inside::is_inside() {
+        images();
+        assert!(inside::run_inside(name).unwrap().success(), "see above");
+        return;
+    }
+    private::settle().unwrap();
+    let world = World::make_with(2, &images(), Disk::Local).unwrap();
+    world.control.await_sight(0).unwrap();
+    let plan = world.control.ask("plan h1").unwrap();
+    let why = plan.to_string();
+    assert!(plan["vms"].as_array().is_none_or(Vec::is_empty), "{why}");
+    assert!(why.contains("disk"), "{why}");
+    assert!(world.control.order("evacuate h1 --urgency 0 --yes").is_err());
+    assert_eq!(host_of_vm(&world).unwrap().0, "h1");
+}
