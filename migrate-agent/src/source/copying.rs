@@ -21,7 +21,7 @@ use crate::link::io::frame_name;
 use crate::link::relay::Relay;
 use crate::link::{FrameWriter, LinkError};
 use crate::progress::RateMeter;
-use crate::qemu::qmp::{MigrateInfo, MigrateParameters, MigrationStatus, Qmp, QmpEvent};
+use crate::qemu::qmp::{MigrateInfo, MigrateParameters, MigrationStatus, Qmp, QmpError, QmpEvent};
 
 /// "Hold": QEMU never finds so little left by itself unless nearly nothing is dirty.
 const HOLD_MS: u64 = 1;
@@ -29,6 +29,9 @@ const HOLD_MS: u64 = 1;
 const GO_MS: u64 = 2_000_000;
 /// QEMU is asked this often while it copies.
 const POLL: Duration = Duration::from_millis(100);
+/// A QEMU that emulates may hold its main loop for seconds while it looks for dirty pages; that its
+/// stream moves is seen elsewhere. So often in a row it may leave the question unanswered (5 s each).
+const UNANSWERED_MOST: u32 = 5;
 /// From "go" to the pause, and from there to the end of QEMU's stream.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 const STREAM_END_LIMIT: Duration = Duration::from_secs(30);
@@ -64,6 +67,8 @@ struct Watch {
     criteria: StopCriteria,
     /// Asked to go whatever is left.
     going: bool,
+    /// Questions in a row that QEMU has not answered.
+    unanswered: u32,
 }
 
 impl SourceTask {
@@ -146,7 +151,18 @@ impl SourceTask {
                     return Err(drain_failure(drained));
                 }
             }
-            let info = qmp.query_migrate().await?;
+            let info = match qmp.query_migrate().await {
+                Err(QmpError::Deadline { .. }) if watch.unanswered < UNANSWERED_MOST => {
+                    watch.unanswered += 1;
+                    tracing::warn!(
+                        times = watch.unanswered,
+                        "QEMU is too busy to say how far it is"
+                    );
+                    continue;
+                }
+                answer => answer?,
+            };
+            watch.unanswered = 0;
             self.show(&info, &pump.relay, &mut watch);
             match info.status {
                 MigrationStatus::PreSwitchover => return Ok(()),
@@ -171,6 +187,7 @@ impl SourceTask {
             began: clock::now(),
             criteria,
             going: false,
+            unanswered: 0,
         }
     }
 

@@ -23,6 +23,10 @@ pub struct Setting<'a> {
     pub folder: &'a Path,
     /// Where the guest image is (`lab/build`).
     pub images: &'a Path,
+    /// How often each case is measured, where that is said.
+    pub runs: Option<usize>,
+    /// What the contested link carries, in Mbit/s, where that is said: less for a slow machine.
+    pub link_mbit: Option<u64>,
     /// Where the samples go while it runs, so that a broken run has not been for nothing.
     pub partial: &'a Path,
 }

@@ -34,21 +34,20 @@ use super::machine::{CpuTime, machine};
 use crate::clock;
 use crate::rig::network::{self, Namespace};
 use crate::rig::program::run as run_program;
-use crate::rig::switch::{PATIENCE, Switch};
+use crate::rig::switch::{Datapath, PATIENCE, Switch};
 use crate::rig::traffic::{Carrier, Flood, Flow};
 use crate::rig::{RigError, private};
 
 /// Its name.
 pub const NAME: &str = "reservation";
 
-const LINK: u64 = 100_000_000;
-const RESERVED: u64 = 75_000_000;
+/// What the link carries unless it is said, in Mbit/s.
+const LINK_MBIT: u64 = 100;
 /// Number of the queue, and the mark of its packets: a code point of RFC 2474's pool 2 (xxxx11),
 /// which is for local use.
 const QUEUE: u8 = 7;
 const PAGE_PORT: u16 = 7445;
 const APPLICATION_PORT: u16 = 9000;
-const UDP_FLOOD: u64 = LINK + LINK / 2;
 const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const APPLICATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const DESTINATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
@@ -59,28 +58,48 @@ const ATTEMPTS: usize = 5;
 const IDLE: &str = "machine_idle_percent";
 const SHARE: &str = "migration_percent_of_what_passes";
 
-/// One case: what the application does, and what is wanted.
+/// How the application fills the link.
+#[derive(Clone, Copy)]
+enum By {
+    Tcp,
+    Udp,
+}
+
+/// One case: what the application does (and by which mark), and what is wanted.
 struct Case {
     name: &'static str,
     reserved: bool,
     migration: bool,
-    application: Option<(Carrier, u8)>,
+    application: Option<(By, u8)>,
 }
 
-const fn case(name: &'static str, migration: bool, application: Option<(Carrier, u8)>) -> Case {
+const fn case(name: &'static str, migration: bool, application: Option<(By, u8)>) -> Case {
     Case { name, reserved: true, migration, application }
 }
 
+/// The rates of a run, bit/s.
+#[derive(Clone, Copy)]
+struct Rated {
+    link: u64,
+}
+
+impl Rated {
+    const fn reserved(self) -> u64 {
+        self.link / 4 * 3
+    }
+
+    const fn udp_flood(self) -> u64 {
+        self.link + self.link / 2
+    }
+}
+
 const CASES: [Case; 7] = [
-    Case {
-        reserved: false,
-        ..case("nothing reserved, UDP flood", true, Some((Carrier::Udp(UDP_FLOOD), 0)))
-    },
-    case("TCP flood", true, Some((Carrier::Tcp, 0))),
-    case("UDP flood", true, Some((Carrier::Udp(UDP_FLOOD), 0))),
-    case("TCP flood with our mark", true, Some((Carrier::Tcp, QUEUE))),
-    case("UDP flood with our mark", true, Some((Carrier::Udp(UDP_FLOOD), QUEUE))),
-    case("migration idle", false, Some((Carrier::Tcp, 0))),
+    Case { reserved: false, ..case("nothing reserved, UDP flood", true, Some((By::Udp, 0))) },
+    case("TCP flood", true, Some((By::Tcp, 0))),
+    case("UDP flood", true, Some((By::Udp, 0))),
+    case("TCP flood with our mark", true, Some((By::Tcp, QUEUE))),
+    case("UDP flood with our mark", true, Some((By::Udp, QUEUE))),
+    case("migration idle", false, Some((By::Tcp, 0))),
     case("application idle", true, None),
 ];
 
@@ -97,12 +116,13 @@ struct Times {
 /// When the rig cannot be raised.
 pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let times = Times {
-        runs: if setting.quick { 3 } else { 7 },
+        runs: setting.runs.unwrap_or(if setting.quick { 3 } else { 7 }),
         settle: Duration::from_millis(2000),
         window: Duration::from_secs(if setting.quick { 3 } else { 5 }),
     };
-    let mut record = blank(&setting, &times);
-    let rig = Rig::raise(setting.folder).await?;
+    let rated = Rated { link: setting.link_mbit.unwrap_or(LINK_MBIT) * 1_000_000 };
+    let mut record = blank(&setting, &times, rated);
+    let rig = Rig::raise(setting.folder, rated).await?;
     for run in 0..times.runs {
         for case in &CASES {
             rig.set_reserved(case.reserved).await?;
@@ -114,7 +134,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     Ok(record)
 }
 
-fn blank(setting: &Setting<'_>, times: &Times) -> Record {
+fn blank(setting: &Setting<'_>, times: &Times, rated: Rated) -> Record {
     Record {
         name: NAME.to_owned(),
         question: "of what passes a full link, how much is the migration's that reserved 75 %?"
@@ -126,9 +146,10 @@ fn blank(setting: &Setting<'_>, times: &Times) -> Record {
         began_unix: clock::unix_now().as_secs(),
         machine: machine(),
         parameters: json!({
-            "link_bits_per_sec": LINK,
-            "reserved_bits_per_sec": RESERVED,
-            "udp_flood_bits_per_sec": UDP_FLOOD,
+            "datapath": Datapath::here().words(),
+            "link_bits_per_sec": rated.link,
+            "reserved_bits_per_sec": rated.reserved(),
+            "udp_flood_bits_per_sec": rated.udp_flood(),
             "queue_and_mark": QUEUE,
             "switches": 2,
             "runs": times.runs,
@@ -165,6 +186,7 @@ struct Rig {
     destination: Namespace,
     bridges: [SwitchHandle; 2],
     database: Client,
+    rated: Rated,
     _switch: Switch,
 }
 
@@ -172,7 +194,7 @@ struct Rig {
 const PORTS: [&str; 2] = ["rack-core", "core-dest"];
 
 impl Rig {
-    async fn raise(folder: &Path) -> Result<Self, RigError> {
+    async fn raise(folder: &Path, rated: Rated) -> Result<Self, RigError> {
         let at = Namespace::own();
         let source = Namespace::make("source")?;
         let application = Namespace::make("application")?;
@@ -195,6 +217,7 @@ impl Rig {
             destination,
             bridges: [rack, core],
             database,
+            rated,
             _switch: switch,
         };
         rig.prepare_ports().await?;
@@ -204,21 +227,26 @@ impl Rig {
     /// What stays for the whole experiment: the queue rows and the classifier. Without flows both
     /// compete in queue 0 for the same link.
     async fn prepare_ports(&self) -> Result<(), RigError> {
+        let (link, reserved) = (self.rated.link, self.rated.reserved());
         for port in PORTS {
             let wanted = Reservation {
                 port: port.to_owned(),
                 queue: QUEUE.into(),
-                rates: Rates { min: RESERVED, max: Some(LINK) },
+                rates: Rates { min: reserved, max: Some(link) },
                 mark: Mark {
                     owner: NAME.to_owned(),
                     reservation: NAME.to_owned(),
                     expires: u64::MAX >> 1,
                 },
-                others: Rates { min: LINK - RESERVED, max: Some(LINK) },
-                capacity: LINK,
+                others: Rates { min: link - reserved, max: Some(link) },
+                capacity: link,
             };
             let made = qos::reserve(&self.database, &wanted, PATIENCE).await;
             made.map_err(RigError::refused("a queue"))?;
+        }
+        if Datapath::here() == Datapath::Kernel {
+            // There `set_queue` is enough.
+            return Ok(());
         }
         let ports = PORTS.map(str::to_owned);
         let answers = switch::ensure(&ports).await;
@@ -269,7 +297,11 @@ impl Rig {
             let flow = Flow { carrier, to: SocketAddrV4::new(DESTINATION, port), dscp };
             wanted.then(|| Flood::start(at, &self.destination, flow)).transpose()
         };
-        let (carrier, dscp) = case.application.unwrap_or((Carrier::Tcp, 0));
+        let (by, dscp) = case.application.unwrap_or((By::Tcp, 0));
+        let carrier = match by {
+            By::Tcp => Carrier::Tcp,
+            By::Udp => Carrier::Udp(self.rated.udp_flood()),
+        };
         // The application is there first: the migration has to make its way.
         let wanted = case.application.is_some();
         let application = start(wanted, &self.application, carrier, APPLICATION_PORT, dscp)?;
@@ -283,7 +315,7 @@ impl Rig {
         let seconds = clock::now().duration_since(begin).as_secs_f64();
         let rate = |before, after| (after - before) / seconds;
         let (migration, application) = (rate(before.0, after.0), rate(before.1, after.1));
-        let mut sample = sample(case.name, run, migration, application);
+        let mut sample = sample(case.name, run, migration, application, self.rated);
         sample.figures.insert(IDLE, CpuTime::now().idle_percent_since(idle));
         Ok(sample)
     }
@@ -310,14 +342,14 @@ fn flows() -> [FlowMod; 2] {
     ]
 }
 
-fn sample(case: &str, run: usize, migration: f64, application: f64) -> Sample {
+fn sample(case: &str, run: usize, migration: f64, application: f64, rated: Rated) -> Sample {
     let percent = |part: f64, whole: f64| if whole > 0.0 { part / whole * 100.0 } else { 0.0 };
     let figures = BTreeMap::from([
         ("migration_mbit_per_sec", migration / 1e6),
         ("application_mbit_per_sec", application / 1e6),
         (SHARE, percent(migration, migration + application)),
-        ("migration_percent_of_link", percent(migration, LINK as f64)),
-        ("application_percent_of_link", percent(application, LINK as f64)),
+        ("migration_percent_of_link", percent(migration, rated.link as f64)),
+        ("application_percent_of_link", percent(application, rated.link as f64)),
     ]);
     Sample { case: case.to_owned(), run, figures }
 }

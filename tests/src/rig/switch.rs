@@ -1,4 +1,5 @@
-//! An Open vSwitch of its own in a namespace: ovsdb-server and ovs-vswitchd, userspace datapath.
+//! An Open vSwitch of its own in a namespace: ovsdb-server and ovs-vswitchd, with the kernel's
+//! datapath where its module is loaded, else with the userspace one.
 //!
 //! Used by the experiments. What is under test is done through `lifeboat-ovs`; this raises what it
 //! speaks to. Not here: flows, queues, and the machine's own Open vSwitch, which is never asked.
@@ -25,6 +26,43 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const SERVER_SOCKET: &str = "db.sock";
 const SWITCH_SOCKET: &str = "vswitchd.ctl";
+
+/// Where packets are forwarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Datapath {
+    /// In the kernel, by its module.
+    Kernel,
+    /// In ovs-vswitchd.
+    User,
+}
+
+impl Datapath {
+    /// Which of the two there is on this machine.
+    #[must_use]
+    pub fn here() -> Self {
+        match Path::new("/sys/module/openvswitch").exists() {
+            true => Self::Kernel,
+            false => Self::User,
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::User => "userspace",
+        }
+    }
+
+    /// As OVSDB calls it.
+    const fn kind(self) -> &'static str {
+        match self {
+            Self::Kernel => "system",
+            Self::User => "netdev",
+        }
+    }
+}
 
 /// Both daemons; they end with it.
 #[derive(Debug)]
@@ -64,7 +102,8 @@ impl Switch {
     pub async fn bridge(&self, name: &str, ports: &[&str]) -> Result<SwitchHandle, RigError> {
         let mut command = vsctl(&self.folder);
         command.args(["--timeout=10", "add-br", name, "--", "set", "bridge", name]);
-        command.args(["datapath_type=netdev", "protocols=OpenFlow13", "fail-mode=secure"]);
+        let kind = format!("datapath_type={}", Datapath::here().kind());
+        command.args([&kind, "protocols=OpenFlow13", "fail-mode=secure"]);
         for port in ports {
             command.args(["--", "add-port", name, port]);
         }

@@ -22,6 +22,12 @@ struct Args {
     /// A first look with few runs.
     #[arg(long)]
     quick: bool,
+    /// How often each case is measured (`reservation`).
+    #[arg(long)]
+    runs: Option<usize>,
+    /// What the contested link carries, in Mbit/s (`reservation`): less for a slow machine.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(4..=10_000))]
+    link_mbit: Option<u64>,
     /// With `list`: names only.
     #[arg(long)]
     names: bool,
@@ -86,7 +92,8 @@ async fn run(args: &Args) -> anyhow::Result<Record> {
     fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
     let partial = args.out.join(format!("{}.partial.json", args.name));
     let (folder, images) = (folder.path(), images.as_path());
-    let setting = Setting { quick: args.quick, folder, images, partial: &partial };
+    let (runs, link_mbit) = (args.runs, args.link_mbit);
+    let setting = Setting { quick: args.quick, folder, images, runs, link_mbit, partial: &partial };
     let outcome = experiments::run(&args.name, setting).await;
     let record = outcome.context("the experiment has no code")?;
     record.with_context(|| format!("{} could not be measured", args.name))
