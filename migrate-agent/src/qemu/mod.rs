@@ -10,4 +10,5 @@ pub mod procfs;
 pub mod qmp;
 pub mod ram;
 pub mod run_dir;
+pub mod stream;
 pub mod tap;
