@@ -21,6 +21,7 @@ pub mod host;
 pub mod link;
 pub mod marks;
 pub mod measure;
+pub mod postcopy;
 pub mod programs;
 pub mod progress;
 pub mod qemu;
