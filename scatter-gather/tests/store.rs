@@ -186,6 +186,8 @@ async fn a_store_outlives_the_agent_that_started_it() {
     let store = host.connect().await;
     let key = store.keys().pack(PackId(0));
     store.put(&key, b"pages").await.unwrap();
+    let second = StoreServer::start(Path::new(PROGRAM), &host.settings, PATIENCE).await;
+    assert!(matches!(second, Err(ServerError::Occupied(_))), "{second:?}");
     let process = host.server.take().map(|server| server.process());
     let adopted = StoreServer::adopt(&host.settings, Some(store.run().clone()), PATIENCE).await;
     let adopted = adopted.unwrap();

@@ -89,6 +89,9 @@ pub enum ServerError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// A store runs there already.
+    #[error("a store runs in {0:?} already; adopt it, or end it first")]
+    Occupied(PathBuf),
     /// It ended at once.
     #[error("redis-server ended with {status}; the last it wrote: {log}")]
     Ended {

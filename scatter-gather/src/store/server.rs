@@ -40,6 +40,10 @@ impl StoreServer {
         settings: &Settings,
         patience: Duration,
     ) -> Result<Self, ServerError> {
+        if UnixStream::connect(settings.socket()).await.is_ok() {
+            // Another would take the socket's name away and leave it out of reach, with its pages.
+            return Err(ServerError::Occupied(settings.folder.clone()));
+        }
         let mut child = spawn(program, settings).await?;
         let ready = tokio::select! {
             ready = tokio::time::timeout(patience, ready(settings, patience)) => ready,
@@ -98,7 +102,8 @@ impl StoreServer {
         if let Some(child) = &mut self.child {
             return child.wait().await.ok();
         }
-        while self.owner.usage().await.is_ok() {
+        // A slow answer is no end; only a broken connection is.
+        while !matches!(self.owner.usage().await, Err(StoreError::Broken(_))) {
             tokio::time::sleep(GLANCE * 10).await;
         }
         None
