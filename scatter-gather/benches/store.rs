@@ -64,7 +64,7 @@ fn benchmark(settings: &Settings, bytes: usize) -> Option<f64> {
         .arg("-s")
         .arg(settings.socket())
         .args(["--user", &settings.owner.name, "-a", settings.owner.secret.reveal()])
-        .args(["-t", "set", "-c", "1", "-r", "1000", "--csv"])
+        .args(["-t", "set", "-c", "1", "-r", "1000000", "--csv"])
         .args(["-d", &bytes.to_string(), "-n", &PACKS.to_string()])
         .output()
         .ok()?;
@@ -92,41 +92,54 @@ fn show(name: &str, waits: &[Duration]) {
     println!("{name}: p50 {:.0} us, p99 {:.0} us, most {:.0} us", at(50), at(99), at(100));
 }
 
-async fn run(settings: &Settings) {
+async fn start(settings: &Settings) -> StoreServer {
+    let server = StoreServer::start(Path::new("redis-server"), settings, PATIENCE).await;
+    server.expect("redis-server is installed")
+}
+
+async fn stop(server: StoreServer) {
+    server.stop(PATIENCE).await.expect("the store ends");
+}
+
+/// Both into a server whose memory nobody has touched yet, as in a migration.
+async fn compare(settings: &Settings, bytes: &Arc<Vec<u8>>) {
+    let server = start(settings).await;
+    let bare = benchmark(settings, bytes.len());
+    stop(server).await;
+    let server = start(settings).await;
     let store = connect(settings).await;
-    let bytes = Arc::new(vec![7; pack_bytes_most(Batch::default(), true)]);
-    for round in 1..=3 {
-        let bare = benchmark(settings, bytes.len());
-        let put = packs(&store, &bytes, true).await;
-        let get = packs(&store, &bytes, false).await;
-        let mib = bytes.len() as f64 / f64::from(1 << 20);
-        println!("round {round}: put {:.0} MiB/s, get {:.0} MiB/s", put * mib, get * mib);
-        match bare {
-            Some(bare) => println!(
-                "round {round}: redis-benchmark {:.0} MiB/s; put is {:.2} of it",
-                bare * mib,
-                put / bare
-            ),
-            None => println!("round {round}: redis-benchmark gave no figure"),
-        }
+    let empty = store.usage().await.expect("the owner may ask").used;
+    let put = packs(&store, bytes, true).await;
+    let used = store.usage().await.expect("the owner may ask").used - empty;
+    let get = packs(&store, bytes, false).await;
+    let mib = bytes.len() as f64 / f64::from(1 << 20);
+    let beside = used.0 as f64 / (PACKS as f64 * bytes.len() as f64) - 1.0;
+    println!("put {:.0} MiB/s, get {:.0} MiB/s", put * mib, get * mib);
+    println!("memory beside the packs {:.2} %", beside * 100.0);
+    match bare {
+        Some(bare) => println!("redis-benchmark {:.0} MiB/s: {:.2}", bare * mib, put / bare),
+        None => println!("redis-benchmark gave no figure"),
     }
-    let usage = store.usage().await.expect("the owner may ask");
-    let beside = usage.used.0 as f64 / (PACKS as f64 * bytes.len() as f64) - 1.0;
-    println!("memory beside the packs: {:.2} %", beside * 100.0);
-    let own = connect(settings).await;
+    stop(server).await;
+}
+
+async fn wait_for_pages(settings: &Settings, bytes: &Arc<Vec<u8>>) {
+    let server = start(settings).await;
+    let (store, own) = (connect(settings).await, connect(settings).await);
+    packs(&store, bytes, true).await;
     show("one page, nothing else", &demands(&own).await);
-    let background = store.clone();
-    let (mut beside, bytes) = (JoinSet::new(), Arc::clone(&bytes));
+    let mut beside = JoinSet::new();
     beside.spawn(async move {
         loop {
             for number in 0..PACKS {
-                let key = background.keys().pack(PackId(number));
-                drop(background.get(&key).await.expect("it was put"));
+                let key = store.keys().pack(PackId(number));
+                drop(store.get(&key).await.expect("it was put"));
             }
         }
     });
     show("one page beside the background, own connection", &demands(&own).await);
-    drop((beside, bytes));
+    beside.shutdown().await;
+    stop(server).await;
 }
 
 fn main() {
@@ -134,17 +147,18 @@ fn main() {
     let user = |name: &str, byte| User { name: name.to_owned(), secret: Secret::new(&[byte; 32]) };
     let settings = Settings {
         folder: folder.path().to_owned(),
-        room: Bytes::from_mib(1536),
+        room: Bytes::from_mib(1024),
         keys: KeySpace::new(&MigrationId::new("bench").expect("a short name")),
         owner: user("owner", 1),
         migration: user("bench", 2),
         tls: None,
     };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let bytes = Arc::new(vec![7; pack_bytes_most(Batch::default(), true)]);
     runtime.block_on(async {
-        let server = StoreServer::start(Path::new("redis-server"), &settings, PATIENCE).await;
-        let server = server.expect("redis-server is installed");
-        run(&settings).await;
-        server.stop(PATIENCE).await.expect("the store ends");
+        for _ in 0..3 {
+            compare(&settings, &bytes).await;
+        }
+        wait_for_pages(&settings, &bytes).await;
     });
 }
