@@ -15,6 +15,7 @@
 pub mod clock;
 pub mod config;
 pub mod destination;
+pub mod disk;
 pub mod guests;
 pub mod handover;
 pub mod host;

@@ -1,6 +1,7 @@
 //! A QEMU without a guest, for the tests: it answers QMP and holds memory, no more.
 //!
 //! Killed by its own pid when the test ends, however it ends.
+#![allow(dead_code, reason = "each test uses its part of it")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -1,0 +1,88 @@
+//! `lifeboat-disk`: the processes behind a mount of disk images, apart from the agent so that a guest
+//! outlives it.
+//!
+//! The agent starts `hold` once per host and `serve` once per migration; both can be run by hand.
+//! Deliberately not here: the transfer to another host, which is the agent's.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use lifeboat_agent::disk::fuse::{PassThrough, Server, holder, holder::HolderError};
+
+/// Serves disk images through FUSE, and keeps their mounts alive.
+#[derive(Debug, Parser)]
+#[command(version, about, long_about = None)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Keeps the descriptors of servers, so that one that dies can be replaced without an error.
+    Hold {
+        /// The socket to listen on.
+        #[arg(long)]
+        socket: PathBuf,
+    },
+    /// Serves the images of a directory at a mount point, until it is unmounted.
+    Serve(Serve),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// The directory with the images.
+    #[arg(long)]
+    images: PathBuf,
+    /// An empty directory. When the holder knows it already, its mount is taken over.
+    #[arg(long)]
+    at: PathBuf,
+    /// The holder's socket.
+    #[arg(long)]
+    holder: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let logs = tracing_subscriber::fmt().with_writer(std::io::stderr);
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");
+    logs.with_env_filter(filter.unwrap_or_else(|_| "info".into())).init();
+    let outcome = match Arguments::parse().command {
+        Command::Hold { socket } => match holder::hold(&socket) {
+            Err(error) => Err(error).context(format!("cannot hold at {}", socket.display())),
+        },
+        Command::Serve(arguments) => serve(&arguments),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lifeboat-disk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: &Serve) -> anyhow::Result<()> {
+    let name = arguments.at.to_str().context("the mount point's path is not UTF-8")?;
+    let hook = Arc::new(PassThrough);
+    let (mut server, serving) = match holder::Serving::take(&arguments.holder, name) {
+        Ok((serving, device, memory)) => {
+            (Server::take_over(&arguments.images, device, memory, hook)?, serving)
+        }
+        Err(HolderError::Unknown(_)) => {
+            let server = Server::mount(&arguments.images, &arguments.at, hook)?;
+            let serving = holder::Serving::park(&arguments.holder, name, server.parts())?;
+            (server, serving)
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // Whoever started us waits for this line.
+    println!("serving");
+    std::io::stdout().flush()?;
+    server.join();
+    serving.forget()?;
+    Ok(())
+}

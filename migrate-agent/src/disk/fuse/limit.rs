@@ -1,0 +1,124 @@
+//! The disk limit: how fast a VM may change its disks (MigrateFS section 3.2, "Set Disk Limit").
+//!
+//! `serve` sends every change through it on its way to the hook. First come, first served, so
+//! nobody starves; reads and flushes pass by. Settable at any time; taking the limit away lets go at
+//! once whatever waits, which is what comes before a guest is paused: QMP `stop` waits for every
+//! request.
+//!
+//! Deliberately not here: which rate is right (policy), and the network's limit (the sync driver's).
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lifeboat_policy::pace::Pacer;
+use lifeboat_protocol::units::{Bytes, BytesPerSec};
+
+use super::later::Later;
+use super::request::{Op, Request};
+use crate::clock;
+
+/// Below this a guest would stand still: one 4 KiB write in a quarter of a second.
+pub const SLOWEST: BytesPerSec = BytesPerSec(16 << 10);
+
+/// A discard or a resize changes much and moves little.
+const COST_WITHOUT_DATA: Bytes = Bytes(4096);
+
+struct Waiting {
+    pacer: Option<Pacer>,
+    queue: VecDeque<Request>,
+    /// When the first in the queue may go; it has been granted.
+    first_due: Option<Duration>,
+}
+
+/// The limit of one server.
+pub(crate) struct Limit {
+    origin: Instant,
+    later: Later,
+    waiting: Mutex<Waiting>,
+}
+
+impl Limit {
+    /// No limit yet.
+    #[must_use]
+    pub(crate) fn new(later: Later) -> Self {
+        let waiting = Waiting { pacer: None, queue: VecDeque::new(), first_due: None };
+        Self { origin: clock::now(), later, waiting: Mutex::new(waiting) }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn elapsed(&self) -> Duration {
+        clock::now().saturating_duration_since(self.origin)
+    }
+
+    /// Sets the rate at which changes pass, at least [`SLOWEST`]; `None` for no limit. Returns what
+    /// may go at once, to be handed on.
+    pub(crate) fn set(&self, rate: Option<BytesPerSec>) -> Vec<Request> {
+        let now = self.elapsed();
+        let mut waiting = self.waiting();
+        match (rate.map(|rate| rate.max(SLOWEST)), &mut waiting.pacer) {
+            (Some(rate), Some(pacer)) => pacer.set_rate(now, rate),
+            (Some(rate), none) => *none = Some(Pacer::new(rate)),
+            (None, pacer) => *pacer = None,
+        }
+        if waiting.pacer.is_none() {
+            waiting.first_due = None;
+            return std::mem::take(&mut waiting.queue).into();
+        }
+        // Granted at the old rate: it goes now, and what it owes is paid at the new one.
+        let first = waiting.first_due.take().and_then(|_| waiting.queue.pop_front());
+        first.into_iter().collect()
+    }
+
+    /// The rate in force.
+    #[must_use]
+    pub(crate) fn rate(&self) -> Option<BytesPerSec> {
+        self.waiting().pacer.as_ref().map(Pacer::rate)
+    }
+
+    /// `Some` when `request` may go now; else it waits its turn and `pump` must follow.
+    pub(crate) fn admit(&self, request: Request) -> Option<Request> {
+        if request.op().changes().is_none() {
+            return Some(request);
+        }
+        let mut waiting = self.waiting();
+        if waiting.pacer.is_none() && waiting.queue.is_empty() {
+            return Some(request);
+        }
+        waiting.queue.push_back(request);
+        None
+    }
+
+    /// Takes out the next that may go. While one has to wait, `again` is called when its time comes.
+    pub(crate) fn next(&self, again: impl FnOnce() + Send + 'static) -> Option<Request> {
+        let now = self.elapsed();
+        let mut waiting = self.waiting();
+        let cost = cost(&waiting.queue.front()?.op());
+        let fresh = waiting.first_due.is_none();
+        let due = match (waiting.first_due, &mut waiting.pacer) {
+            (Some(due), _) => due,
+            (None, Some(pacer)) => pacer.ready_at(now, cost)?,
+            (None, None) => now,
+        };
+        if due <= now {
+            waiting.first_due = None;
+            return waiting.queue.pop_front();
+        }
+        waiting.first_due = Some(due);
+        drop(waiting);
+        if fresh {
+            self.later.at(self.origin + due, again);
+        }
+        None
+    }
+}
+
+fn cost(op: &Op) -> Bytes {
+    match *op {
+        Op::Write { length, .. } => Bytes(length),
+        _ => COST_WITHOUT_DATA,
+    }
+}
