@@ -11,4 +11,5 @@ pub mod qmp;
 pub mod ram;
 pub mod run_dir;
 pub mod stream;
+pub mod swap;
 pub mod tap;
