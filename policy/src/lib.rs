@@ -7,6 +7,7 @@
 //! time) is passed in, and the same input gives the same answer. Deliberately not here: sockets,
 //! clocks, tasks, randomness, and any state that would have to survive a crash.
 
+pub mod disk;
 pub mod measured;
 pub mod order;
 pub mod pace;
