@@ -80,7 +80,14 @@ fn qemu_img_creates_resizes_converts_and_sees_holes() {
 fn fio_verifies_random_writes_at_depth_and_beside_each_other() {
     let mount = pass_through();
     let file = format!("--filename={}", mount.through("fio.raw"));
-    let common = ["--name=x", "--size=48M", "--verify=crc32c", "--do_verify=1", &file];
+    let common = [
+        "--name=x",
+        "--size=48M",
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        "--do_verify=1",
+        &file,
+    ];
     for engine in [
         &["--ioengine=libaio", "--iodepth=16", "--direct=1", "--bs=4k", "--rw=randwrite"][..],
         &["--ioengine=io_uring", "--iodepth=8", "--direct=1", "--bs=64k", "--rw=randwrite"][..],
@@ -89,7 +96,14 @@ fn fio_verifies_random_writes_at_depth_and_beside_each_other() {
         run("fio", &[&common[..], engine].concat());
     }
     let numjobs = ["--name=y", "--size=8M", "--numjobs=4", "--offset_increment=8M", "--direct=1"];
-    let four = ["--ioengine=psync", "--bs=4k", "--rw=randwrite", "--verify=crc32c", &file];
+    let four = [
+        "--ioengine=psync",
+        "--bs=4k",
+        "--rw=randwrite",
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        &file,
+    ];
     run("fio", &[&numjobs[..], &four[..]].concat());
 }
 

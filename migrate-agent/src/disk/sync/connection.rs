@@ -1,0 +1,418 @@
+//! One connection of the source's driver: the world becomes events, and actions are performed.
+//!
+//! `send` runs [`serve`] for each. It listens to both streams, to the agent's commands, to the mirror's
+//! broken promise and to the peer's silence; beside it one task goes on at a time (`passes`).
+//! Deliberately not here: what follows from an event (`phases`), and what outlives a connection
+//! ([`Outgoing`]).
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use lifeboat_protocol::units::BytesPerSec;
+use rustix::io::Errno;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::blocks::Pace;
+use super::frame::{Frame, HEADER, Kind};
+use super::mirror::Mirror;
+use super::passes::{PassError, Work};
+use super::phases::{Action, Event, Phase, Veto};
+use super::receive::block_hash;
+use super::send::{Command, Outgoing, Progress, SendError};
+use super::stream::{FrameReader, FrameWriter, StreamError};
+use crate::disk::fuse::Image;
+use crate::{clock, tasks};
+
+/// The peer is asked for a sign of life so often, and is gone after three without.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
+
+enum Signal {
+    Frame(Frame),
+    Lost(SendError),
+    /// The task with this number has ended.
+    Ended(u64, Ended),
+}
+
+enum Ended {
+    Pass(Result<u64, PassError>),
+    Seal,
+    Rest(Result<(), PassError>),
+}
+
+/// What goes on beside listening; one at a time.
+struct Task {
+    number: u64,
+    /// Ended by itself only: broken off, it could leave half a frame on the stream.
+    writes_blocks: bool,
+    handle: JoinHandle<()>,
+}
+
+/// Serves `own` over one connection, until all is there or it ends.
+pub(super) async fn serve<R, W>(
+    own: &mut Outgoing,
+    control: (R, W),
+    bulk: (R, W),
+    rate: watch::Receiver<Option<BytesPerSec>>,
+    commands: &mut mpsc::Receiver<Command>,
+    progress: &watch::Sender<Progress>,
+) -> Result<(), SendError>
+where
+    R: AsyncRead + Unpin + Send + 'static,
+    W: AsyncWrite + Unpin + Send + 'static,
+{
+    let (signals, heard) = mpsc::unbounded_channel();
+    let (to_control, frames) = mpsc::unbounded_channel();
+    let pace = Arc::new(Pace::new(rate));
+    let writer = write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace));
+    let readers = [control.0, bulk.0].map(|reader| {
+        let (mirror, to) = (Arc::clone(&own.mirror), signals.clone());
+        tasks::spawn("disk frames", read(FrameReader::new(reader), mirror, to))
+    });
+    let work = Arc::new(Work {
+        mirror: Arc::clone(&own.mirror),
+        images: own.images.clone(),
+        orders: Mutex::new(own.orders.clone()),
+        segment: own.choice.segment,
+        pace,
+        bulk: tokio::sync::Mutex::new(FrameWriter::new(bulk.1)),
+        control: to_control,
+        stopped: AtomicBool::new(false),
+        wanted: Mutex::new(VecDeque::new()),
+    });
+    let (task, sealing, last_heard) = (None, None, clock::now());
+    let mut connection =
+        Connection { own, work, signals, heard, task, tasks: 0, sealing, last_heard };
+    let outcome = connection.serve(commands, progress).await;
+    connection.task.iter().for_each(|task| task.handle.abort());
+    readers.iter().for_each(JoinHandle::abort);
+    writer.abort();
+    outcome
+}
+
+/// One connection, from its begin to its end.
+struct Connection<'a, W> {
+    own: &'a mut Outgoing,
+    work: Arc<Work<W>>,
+    signals: mpsc::UnboundedSender<Signal>,
+    heard: mpsc::UnboundedReceiver<Signal>,
+    /// The pass, seal or rest that is going on.
+    task: Option<Task>,
+    /// How many were started.
+    tasks: u64,
+    sealing: Option<oneshot::Sender<Result<(), Veto>>>,
+    last_heard: std::time::Instant,
+}
+
+impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
+    async fn serve(
+        &mut self,
+        commands: &mut mpsc::Receiver<Command>,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<(), SendError> {
+        self.greet();
+        let mut broken = self.own.mirror.broken();
+        broken.mark_unchanged();
+        let mut ticks = tokio::time::interval(SIGN_OF_LIFE / 8);
+        loop {
+            progress.send_replace(self.progress());
+            if self.own.phases.phase() == Phase::Complete {
+                return Ok(());
+            }
+            tokio::select! {
+                signal = self.heard.recv() => {
+                    // We hold a sender ourselves, so there is always a next one.
+                    if let Some(signal) = signal { self.hear(signal).await?; }
+                }
+                command = commands.recv() => self.obey(command.ok_or(SendError::Abandoned)?),
+                Ok(()) = broken.changed() => {
+                    if *broken.borrow_and_update() { self.apply(Event::Unanswered); }
+                }
+                _ = ticks.tick() => self.look_for_life()?,
+            }
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        let dirty = self.own.mirror.disks().iter().map(|disk| disk.dirty.count()).sum();
+        let on_the_way = self.own.mirror.ledger().bytes();
+        Progress { phase: self.own.phases.phase(), dirty, on_the_way }
+    }
+
+    fn greet(&mut self) {
+        for (number, image) in self.own.images.iter().enumerate() {
+            let block = self.own.mirror.disks()[number].dirty.block().bytes();
+            let length = image.length().unwrap_or(0);
+            let hello = Frame::new(Kind::Hello, number as u16);
+            let _ = self.work.control.send(Frame { offset: block, length, ..hello });
+            if self.own.compares {
+                let _ = self.work.control.send(Frame::new(Kind::AskMap, number as u16));
+            }
+        }
+        if !self.own.compares {
+            self.apply(Event::Connected);
+        }
+    }
+
+    fn look_for_life(&mut self) -> Result<(), SendError> {
+        let silent = self.last_heard.elapsed();
+        if silent > SIGN_OF_LIFE * 3 {
+            return Err(SendError::Silent(silent));
+        }
+        let _ = self.work.control.send(Frame::new(Kind::Alive, 0));
+        Ok(())
+    }
+
+    async fn hear(&mut self, signal: Signal) -> Result<(), SendError> {
+        match signal {
+            Signal::Frame(frame) => return self.hear_frame(&frame).await,
+            Signal::Lost(error) => return Err(error),
+            Signal::Ended(number, ended) => {
+                // One that was broken off may have said so just before.
+                if self.task.as_ref().is_none_or(|task| task.number != number) {
+                    return Ok(());
+                }
+                self.task = None;
+                match ended {
+                    Ended::Pass(outcome) => {
+                        let left = outcome.map_err(of_pass)?;
+                        self.apply(Event::PassOver { left });
+                        self.try_seal();
+                    }
+                    Ended::Seal => {
+                        self.apply(Event::SealAcknowledged);
+                        self.answer_seal(Ok(()));
+                    }
+                    Ended::Rest(outcome) => {
+                        outcome.map_err(of_pass)?;
+                        self.apply(Event::AllThere);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn hear_frame(&mut self, frame: &Frame) -> Result<(), SendError> {
+        self.last_heard = clock::now();
+        match frame.kind {
+            Kind::Want => {
+                let Some(disk) = self.own.mirror.disks().get(usize::from(frame.disk)) else {
+                    return Ok(());
+                };
+                let block = frame.offset / disk.dirty.block().bytes();
+                let mut wanted = self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+                wanted.push_back((frame.disk, block));
+            }
+            Kind::Map => self.compare(frame).await,
+            Kind::Failed => {
+                let errno = i32::try_from(frame.version.0).unwrap_or(libc::EIO);
+                let source = Errno::from_raw_os_error(errno.clamp(1, 4095));
+                return Err(SendError::Peer { disk: frame.disk, source });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Marks the blocks whose hash differs. Reads as much as the destination did; once per disk,
+    /// after a restart of this agent.
+    async fn compare(&mut self, frame: &Frame) {
+        let number = usize::from(frame.disk);
+        let Some(image) = self.own.images.get(number).map(Arc::clone) else { return };
+        if frame.payload.is_empty() {
+            // What is longer here than there, and how far the versions were.
+            self.own.mirror.disks()[number].dirty.mark(&(frame.offset..u64::MAX));
+            self.own.mirror.ledger().continue_after(frame.version);
+            if number + 1 == self.own.images.len() {
+                self.own.compares = false;
+                self.apply(Event::Connected);
+            }
+            return;
+        }
+        let (mirror, frame) = (Arc::clone(&self.own.mirror), frame.clone());
+        tasks::blocking(move || mark_different(&mirror, &image, &frame)).await;
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::EndMonitoring => self.apply(Event::MonitoringOver),
+            Command::Seal(answer) => {
+                self.sealing = Some(answer);
+                // A VM that may move early does not wait for the pass; another lets it finish.
+                self.work.stopped.store(self.own.choice.goal.early, Ordering::Release);
+                self.try_seal();
+            }
+            Command::Unseal => {
+                self.answer_seal(Err(Veto::NotInStep));
+                self.apply(Event::Unseal);
+            }
+            Command::Cede => {
+                let missing = self.progress().dirty;
+                self.apply(Event::Ceded { missing });
+            }
+        }
+    }
+
+    /// Seals, if that was asked for and no pass is going on.
+    fn try_seal(&mut self) {
+        if self.sealing.is_none() || self.task.is_some() {
+            return;
+        }
+        self.work.stopped.store(false, Ordering::Release);
+        if self.own.phases.phase() == Phase::Synchronous && !self.own.choice.goal.early {
+            // What a failed write may have left since the last pass.
+            self.apply(Event::PassOver { left: self.work.left() });
+            if self.task.is_some() {
+                return;
+            }
+        }
+        self.apply(Event::Seal);
+    }
+
+    fn answer_seal(&mut self, outcome: Result<(), Veto>) {
+        if let Some(answer) = self.sealing.take() {
+            // Whoever asked may have given up waiting.
+            let _ = answer.send(outcome);
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        for action in self.own.phases.apply(event) {
+            self.perform(action);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Rank => {
+                self.own.rank();
+                let mut orders = self.work.orders.lock().unwrap_or_else(PoisonError::into_inner);
+                orders.clone_from(&self.own.orders);
+            }
+            Action::BeginPass => {
+                self.start(true, |work| async move { Ended::Pass(work.pass().await) });
+            }
+            Action::SendSeal => self.start(false, |work| async move {
+                work.seal().await;
+                Ended::Seal
+            }),
+            Action::SendRest => {
+                self.start(true, |work| async move { Ended::Rest(work.rest().await) });
+            }
+            Action::Mirror(true) => self.own.mirror.arm(self.work.control.clone()),
+            Action::Mirror(false) => {
+                self.own.mirror.disarm();
+                self.own.mirror.give_up();
+            }
+            Action::SendUnseal => {
+                if let Some(seal) = self.task.take_if(|task| !task.writes_blocks) {
+                    seal.handle.abort();
+                }
+                self.own.mirror.arm(self.work.control.clone());
+                for number in 0..self.own.images.len() {
+                    self.work.say(Frame::new(Kind::Unseal, number as u16));
+                }
+            }
+            Action::Veto(veto) => self.answer_seal(Err(veto)),
+            Action::Finish => {}
+        }
+    }
+
+    /// Starts a task. A pass that is going on is left to its end, which leads to the next; a seal
+    /// is broken off.
+    fn start<F>(
+        &mut self,
+        writes_blocks: bool,
+        task: impl FnOnce(Arc<Work<W>>) -> F + Send + 'static,
+    ) where
+        F: Future<Output = Ended> + Send + 'static,
+    {
+        match &self.task {
+            Some(before) if before.writes_blocks => return,
+            Some(before) => before.handle.abort(),
+            None => {}
+        }
+        self.tasks += 1;
+        let (number, work, signals) = (self.tasks, Arc::clone(&self.work), self.signals.clone());
+        let handle = tasks::spawn("disk pass", async move {
+            let ended = task(work).await;
+            let _ = signals.send(Signal::Ended(number, ended));
+        });
+        self.task = Some(Task { number, writes_blocks, handle });
+    }
+}
+
+/// Marks the blocks whose content here has another hash than the destination's.
+fn mark_different(mirror: &Mirror, image: &Image, frame: &Frame) {
+    let disk = &mirror.disks()[usize::from(frame.disk)];
+    let size = disk.dirty.block();
+    let length = image.length().unwrap_or(0);
+    disk.dirty.grow(length);
+    disk.activity.grow(length);
+    let first = frame.offset / size.bytes();
+    for (index, theirs) in frame.payload.chunks_exact(8).enumerate() {
+        let range = size.range(first.saturating_add(index as u64), length);
+        let mut content = vec![0; (range.end - range.start) as usize];
+        let read = image.read(false, range.start, &mut content);
+        if read.is_err() || block_hash(&content).to_be_bytes() != *theirs {
+            disk.dirty.mark(&range);
+        }
+    }
+}
+
+fn of_pass(error: PassError) -> SendError {
+    match error {
+        PassError::Stream(error) => SendError::Stream(error),
+        PassError::Read { disk, block, source } => SendError::Read { disk, block, source },
+    }
+}
+
+/// Acknowledgements go straight into the ledger, all else to the loop.
+async fn read<R: AsyncRead + Unpin>(
+    mut frames: FrameReader<R>,
+    mirror: Arc<Mirror>,
+    signals: mpsc::UnboundedSender<Signal>,
+) {
+    loop {
+        let signal = match frames.next().await {
+            Ok(Some(frame)) => {
+                if frame.kind == Kind::Ack {
+                    mirror.ledger().acknowledge(frame.version);
+                    continue;
+                }
+                Signal::Frame(frame)
+            }
+            Ok(None) => Signal::Lost(StreamError::from(closed()).into()),
+            Err(error) => Signal::Lost(error.into()),
+        };
+        let ends = matches!(signal, Signal::Lost(_));
+        if signals.send(signal).is_err() || ends {
+            return;
+        }
+    }
+}
+
+fn closed() -> std::io::Error {
+    std::io::ErrorKind::ConnectionReset.into()
+}
+
+fn write_control<W: AsyncWrite + Unpin + Send + 'static>(
+    mut writer: FrameWriter<W>,
+    mut frames: mpsc::UnboundedReceiver<Frame>,
+    pace: Arc<Pace>,
+) -> JoinHandle<()> {
+    tasks::spawn("disk writes to the destination", async move {
+        while let Some(frame) = frames.recv().await {
+            // It goes at once, a guest waits for it; the blocks after it pay.
+            pace.charge((frame.payload.len() + HEADER) as u64);
+            if writer.write(&frame).await.is_err() {
+                // The reader of the same stream notices and says so.
+                return;
+            }
+        }
+    })
+}

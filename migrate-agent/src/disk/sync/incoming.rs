@@ -1,0 +1,350 @@
+//! What the destination has of a disk: which blocks are there, which content is newer, what its guest
+//! has written on top.
+//!
+//! `receive` is its driver before the hand-over, the destination's FUSE hook after it. Pure: ranges
+//! in, ranges out; the file is the driver's.
+//!
+//! # A guest that writes where nothing has arrived yet
+//!
+//! After an early hand-over (LiveFS, phase 5) a guest writes to blocks that are still at the source.
+//! The paper keeps such writes in memory and replays them. Here they go straight into the image, noted
+//! as newer than anything that can arrive: the block's arrival then fills only what lies around them.
+//! No queue grows, and a flush needs no more than this map beside the image ([`Incoming::save`]).
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use bytes::{Buf, BufMut};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::versions::{Version, Versions};
+use crate::disk::track::{BlockSet, BlockSize};
+
+/// Newer than every update of the source.
+const OWN: Version = Version(u64::MAX);
+
+/// What is wrong with a saved map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// Cut off or damaged.
+    #[error("the saved map of a disk's blocks is damaged")]
+    Damaged,
+    /// It belongs to another image.
+    #[error("the saved map is of an image of {found} bytes, not of {expected}")]
+    Length {
+        /// What it says.
+        found: u64,
+        /// What it should be.
+        expected: u64,
+    },
+}
+
+/// What a read has to wait for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// Nothing.
+    Ready,
+    /// These blocks; those that nobody has asked for yet are in `ask`.
+    Missing {
+        /// All that are missing.
+        blocks: Vec<u64>,
+        /// To be asked for now.
+        ask: Vec<u64>,
+    },
+}
+
+/// One disk at its destination.
+#[derive(Debug, Clone)]
+pub struct Incoming {
+    block: BlockSize,
+    length: u64,
+    missing: BlockSet,
+    asked: BTreeSet<u64>,
+    /// The source changes nothing any more: what arrives is a missing block, or a repetition.
+    sealed: bool,
+    own: BTreeSet<(u64, u64)>,
+    versions: Versions,
+    newest: Version,
+}
+
+impl Incoming {
+    /// Nothing of an image of `length` bytes is there. A hole reads as zeroes: whatever is not sent
+    /// is all zeroes at the source, so before the hand-over no block counts as missing.
+    #[must_use]
+    pub fn new(block: BlockSize, length: u64) -> Self {
+        let (missing, asked, own) = Default::default();
+        let versions = Versions::default();
+        Self { block, length, missing, asked, sealed: false, own, versions, newest: Version(0) }
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The size of its blocks.
+    #[must_use]
+    pub fn block(&self) -> BlockSize {
+        self.block
+    }
+
+    /// The source has given it another length.
+    pub fn resize(&mut self, length: u64) {
+        self.length = length;
+        let end = self.block.count(length);
+        self.missing.truncate(end);
+    }
+
+    /// The source has sealed, and these runs of blocks are still there. Runs beyond the end are cut.
+    pub fn seal(&mut self, runs: &[Range<u64>]) {
+        let end = self.block.count(self.length);
+        self.sealed = true;
+        for block in runs.iter().flat_map(|run| run.start.min(end)..run.end.min(end)) {
+            self.missing.insert(block);
+        }
+    }
+
+    /// The source goes on: nothing is missing that will not come.
+    pub fn unseal(&mut self) {
+        self.sealed = false;
+        self.missing.clear();
+        self.asked.clear();
+    }
+
+    /// An update of `range` has arrived; returns the parts that are to be written, in order.
+    pub fn arrived(&mut self, range: &Range<u64>, version: Version) -> Vec<Range<u64>> {
+        self.newest = self.newest.max(version);
+        let mut parts = self.versions.admit(range.clone(), version);
+        if self.sealed {
+            // A block that was there may have been changed by this side's guest since.
+            parts = parts.iter().flat_map(|part| self.within_missing(part)).collect();
+        }
+        for block in self.block.touched(range) {
+            let whole = self.block.range(block, self.length);
+            if range.start <= whole.start && range.end >= whole.end {
+                self.missing.remove(block);
+                self.asked.remove(&block);
+            }
+        }
+        parts
+    }
+
+    /// The newest version that has arrived: a source that starts anew goes on after it.
+    #[must_use]
+    pub fn newest(&self) -> Version {
+        self.newest
+    }
+
+    fn within_missing(&self, part: &Range<u64>) -> Vec<Range<u64>> {
+        let clipped = |block| {
+            let whole = self.block.range(block, self.length);
+            whole.start.max(part.start)..whole.end.min(part.end)
+        };
+        self.missing.within(self.block.touched(part)).map(clipped).collect()
+    }
+
+    /// Every update up to `version` is applied.
+    pub fn settle(&mut self, version: Version) {
+        self.newest = self.newest.max(version);
+        // The guest's own writes stay: what they are newer than may come until nothing is missing.
+        self.versions.settle(version.min(Version(u64::MAX - 1)));
+    }
+
+    /// This side's guest has written `range`, or is about to. Beyond the image nothing is missing.
+    pub fn wrote(&mut self, range: &Range<u64>) {
+        let range = &(range.start..range.end.min(self.length));
+        if range.is_empty() {
+            return;
+        }
+        let touched = self.block.touched(range);
+        if self.missing.within(touched).next().is_some() {
+            self.versions.admit(range.clone(), OWN);
+            self.own.insert((range.start, range.end));
+        }
+    }
+
+    /// What a read of `range` has to wait for.
+    pub fn readiness(&mut self, range: &Range<u64>) -> Readiness {
+        let blocks: Vec<u64> = self.missing.within(self.block.touched(range)).collect();
+        if blocks.is_empty() {
+            return Readiness::Ready;
+        }
+        let ask = blocks.iter().copied().filter(|block| self.asked.insert(*block)).collect();
+        Readiness::Missing { blocks, ask }
+    }
+
+    /// The connection is gone: whoever waits has to ask again.
+    pub fn forget_questions(&mut self) {
+        self.asked.clear();
+    }
+
+    /// How many blocks are missing.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.missing.count()
+    }
+
+    /// What has to be durable beside the image before a flush is answered while blocks are missing.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.put_u64(self.length);
+        out.put_u64(self.block.bytes());
+        out.put_u64(self.missing.words().len() as u64);
+        self.missing.words().iter().for_each(|word| out.put_u64(*word));
+        for (start, end) in &self.own {
+            out.put_u64(*start);
+            out.put_u64(*end);
+        }
+        let check = xxh3_64(&out);
+        out.put_u64(check);
+        out
+    }
+
+    /// Goes on from what was saved, for an image of `length` bytes.
+    ///
+    /// # Errors
+    /// When it is damaged or another image's.
+    pub fn load(saved: &[u8], length: u64) -> Result<Self, MapError> {
+        let (mut body, check) = saved.split_last_chunk::<8>().ok_or(MapError::Damaged)?;
+        if xxh3_64(body).to_be_bytes() != *check || body.len() < 24 || !body.len().is_multiple_of(8)
+        {
+            return Err(MapError::Damaged);
+        }
+        let (found, block, missing) = (body.get_u64(), body.get_u64(), body.get_u64());
+        if found != length {
+            return Err(MapError::Length { found, expected: length });
+        }
+        let block = BlockSize::new(block).map_err(|_| MapError::Damaged)?;
+        let mut incoming = Self::new(block, length);
+        if missing > body.len() as u64 / 8 {
+            return Err(MapError::Damaged);
+        }
+        let words = (0..missing).map(|_| body.get_u64()).collect();
+        incoming.missing = BlockSet::from_words(words);
+        incoming.missing.truncate(block.count(length));
+        incoming.sealed = true;
+        while body.len() >= 16 {
+            let (start, end) = (body.get_u64(), body.get_u64());
+            incoming.wrote(&(start..end));
+        }
+        Ok(incoming)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const K: u64 = 4096;
+
+    fn with_missing() -> Incoming {
+        let mut incoming = Incoming::new(BlockSize::new(K).unwrap(), 10 * K);
+        incoming.seal(&[2..4, 8..99]);
+        incoming
+    }
+
+    #[test]
+    fn a_read_of_what_is_missing_asks_once_and_waits_until_it_is_there() {
+        let mut incoming = with_missing();
+        assert_eq!(incoming.missing(), 4);
+        assert_eq!(incoming.readiness(&(0..K)), Readiness::Ready);
+        let wait = Readiness::Missing { blocks: vec![2], ask: vec![2] };
+        assert_eq!(incoming.readiness(&(K..3 * K)), wait);
+        let both = Readiness::Missing { blocks: vec![2, 3], ask: vec![3] };
+        assert_eq!(incoming.readiness(&(2 * K..4 * K)), both);
+        assert_eq!(incoming.arrived(&(2 * K..3 * K), Version(5)), [2 * K..3 * K]);
+        assert_eq!(incoming.readiness(&(K..3 * K)), Readiness::Ready);
+        incoming.forget_questions();
+        let again = Readiness::Missing { blocks: vec![3], ask: vec![3] };
+        assert_eq!(incoming.readiness(&(2 * K..4 * K)), again);
+    }
+
+    #[test]
+    fn a_block_that_arrives_leaves_alone_what_the_guest_has_written() {
+        let mut incoming = with_missing();
+        incoming.wrote(&(2 * K + 10..2 * K + 20));
+        assert_eq!(incoming.missing(), 4);
+        let parts = incoming.arrived(&(2 * K..3 * K), Version(77));
+        assert_eq!(parts, [2 * K..2 * K + 10, 2 * K + 20..3 * K]);
+    }
+
+    #[test]
+    fn the_last_and_shorter_block_is_complete_when_its_bytes_are_there() {
+        let mut incoming = Incoming::new(BlockSize::new(K).unwrap(), K + 5);
+        incoming.seal(&[1..2]);
+        incoming.arrived(&(K..K + 5), Version(1));
+        assert_eq!(incoming.missing(), 0);
+    }
+
+    #[test]
+    fn an_unseal_and_a_shorter_image_leave_nothing_missing_that_never_comes() {
+        let mut incoming = with_missing();
+        incoming.resize(3 * K);
+        assert_eq!(incoming.missing(), 1);
+        incoming.unseal();
+        assert_eq!(incoming.missing(), 0);
+    }
+
+    #[test]
+    fn what_was_saved_protects_the_guests_writes_after_a_crash() {
+        let mut incoming = with_missing();
+        incoming.wrote(&(2 * K + 10..2 * K + 20));
+        let saved = incoming.save();
+        let mut again = Incoming::load(&saved, 10 * K).unwrap();
+        assert_eq!(again.missing(), 4);
+        assert_eq!(again.arrived(&(2 * K..3 * K), Version(9)).len(), 2);
+        let length = MapError::Length { found: 10 * K, expected: 5 };
+        assert_eq!(Incoming::load(&saved, 5).unwrap_err(), length);
+        for at in 0..saved.len() {
+            let mut bad = saved.clone();
+            bad[at] ^= 1;
+            assert_eq!(Incoming::load(&bad, 10 * K).unwrap_err(), MapError::Damaged);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_no_saved_map(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            prop_assert!(Incoming::load(&bytes, 10).is_err());
+        }
+
+        /// A guest that reads and writes while blocks arrive in any order finds each byte as it
+        /// left it, or as it was at the source.
+        #[test]
+        fn a_guest_finds_what_it_wrote_whenever_blocks_arrive(
+            steps in prop::collection::vec((any::<bool>(), 0_u64..8, 0_u64..4096, 1_u64..5000), 0..60),
+        ) {
+            let mut incoming = Incoming::new(BlockSize::new(K).unwrap(), 8 * K);
+            incoming.seal(&[0..8]);
+            let mut expected = vec![1_u8; 8 * K as usize];
+            let mut found = vec![0_u8; 8 * K as usize];
+            let arrive = |incoming: &mut Incoming, found: &mut Vec<u8>, block: u64| {
+                for part in incoming.arrived(&(block * K..(block + 1) * K), Version(block + 1)) {
+                    found[part.start as usize..part.end as usize].fill(1);
+                }
+            };
+            for (number, (arrives, block, offset, length)) in steps.into_iter().enumerate() {
+                if arrives {
+                    arrive(&mut incoming, &mut found, block);
+                    continue;
+                }
+                let start = block * K + offset;
+                let range = start..(start + length).min(8 * K);
+                let bytes = range.start as usize..range.end as usize;
+                incoming.wrote(&range);
+                expected[bytes.clone()].fill(number as u8 | 0x80);
+                found[bytes.clone()].fill(number as u8 | 0x80);
+                if incoming.readiness(&range) == Readiness::Ready {
+                    prop_assert_eq!(&found[bytes.clone()], &expected[bytes]);
+                }
+            }
+            (0..8).for_each(|block| arrive(&mut incoming, &mut found, block));
+            prop_assert_eq!(incoming.missing(), 0);
+            prop_assert!(found == expected);
+        }
+    }
+}

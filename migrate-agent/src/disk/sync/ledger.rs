@@ -1,0 +1,177 @@
+//! What is on its way: updates that have a version and no acknowledgement yet.
+//!
+//! `mirror` and `send` enter updates, `send`'s readers take them out. A version is given and entered
+//! in one step, so that [`Ledger::settled`] never passes an update that is about to be sent.
+//!
+//! Deliberately not here: sending.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::versions::Version;
+
+/// An update on its way.
+#[derive(Debug)]
+pub struct Pending<T> {
+    /// Of which disk.
+    pub disk: u16,
+    /// What it changes.
+    pub range: Range<u64>,
+    /// Bytes of content that it carries.
+    pub bytes: u64,
+    /// Who waits for it; dropped when it is acknowledged or given up.
+    pub waiting: Option<T>,
+}
+
+#[derive(Debug)]
+struct Entries<T> {
+    last: u64,
+    pending: BTreeMap<Version, Pending<T>>,
+    bytes: u64,
+}
+
+/// The updates of one migration's disks.
+#[derive(Debug)]
+pub struct Ledger<T> {
+    entries: Mutex<Entries<T>>,
+    changed: Notify,
+}
+
+impl<T> Default for Ledger<T> {
+    fn default() -> Self {
+        let entries = Mutex::new(Entries { last: 0, pending: BTreeMap::new(), bytes: 0 });
+        Self { entries, changed: Notify::new() }
+    }
+}
+
+impl<T> Ledger<T> {
+    fn entries(&self) -> MutexGuard<'_, Entries<T>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters an update and gives it the next version. What it carries must be read after this (a
+    /// block) or have been written before it (a guest's write).
+    pub fn enter(&self, pending: Pending<T>) -> Version {
+        let mut entries = self.entries();
+        entries.last += 1;
+        entries.bytes += pending.bytes;
+        let version = Version(entries.last);
+        entries.pending.insert(version, pending);
+        version
+    }
+
+    /// The next version comes after `version`, at least: one that an earlier process gave.
+    pub fn continue_after(&self, version: Version) {
+        let mut entries = self.entries();
+        entries.last = entries.last.max(version.0);
+    }
+
+    /// The update is acknowledged: who waited for it waits no longer. `false`: it was not on its way.
+    pub fn acknowledge(&self, version: Version) -> bool {
+        let pending = {
+            let mut entries = self.entries();
+            let pending = entries.pending.remove(&version);
+            entries.bytes -= pending.as_ref().map_or(0, |pending| pending.bytes);
+            pending
+        };
+        self.changed.notify_waiters();
+        pending.is_some()
+    }
+
+    /// Everything up to this version is acknowledged.
+    #[must_use]
+    pub fn settled(&self) -> Version {
+        let entries = self.entries();
+        let first = entries.pending.first_key_value().map_or(entries.last + 1, |(v, _)| v.0);
+        Version(first - 1)
+    }
+
+    /// Gives everything up: what was on its way has to be sent again.
+    pub fn give_up(&self) -> Vec<Pending<T>> {
+        let mut entries = self.entries();
+        entries.bytes = 0;
+        let pending = std::mem::take(&mut entries.pending);
+        drop(entries);
+        self.changed.notify_waiters();
+        pending.into_values().collect()
+    }
+
+    /// Bytes on their way.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.entries().bytes
+    }
+
+    /// Updates on their way.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.entries().pending.len()
+    }
+
+    /// Waits until at most `bytes` are on their way.
+    pub async fn until_at_most(&self, bytes: u64) {
+        self.until(|entries| entries.bytes <= bytes).await;
+    }
+
+    /// Waits until nothing is on its way.
+    pub async fn until_empty(&self) {
+        self.until(|entries| entries.pending.is_empty()).await;
+    }
+
+    /// Waits until nothing up to `version` is on its way.
+    pub async fn until_settled(&self, version: Version) {
+        self.until(|entries| entries.pending.keys().next().is_none_or(|v| *v > version)).await;
+    }
+
+    async fn until(&self, holds: impl Fn(&Entries<T>) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // Registered before looking, so that no change is missed in between.
+            changed.as_mut().enable();
+            if holds(&self.entries()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pending(bytes: u64) -> Pending<()> {
+        Pending { disk: 0, range: 0..bytes, bytes, waiting: None }
+    }
+
+    #[test]
+    fn what_is_settled_is_everything_below_the_oldest_on_its_way() {
+        let ledger = Ledger::default();
+        assert_eq!(ledger.settled(), Version(0));
+        let versions: Vec<Version> = (0..3).map(|_| ledger.enter(pending(10))).collect();
+        assert_eq!(ledger.settled(), Version(0));
+        assert!(ledger.acknowledge(versions[1]));
+        assert_eq!((ledger.settled(), ledger.bytes()), (Version(0), 20));
+        assert!(ledger.acknowledge(versions[0]) && !ledger.acknowledge(versions[0]));
+        assert_eq!(ledger.settled(), Version(2));
+        assert_eq!(ledger.give_up().len(), 1);
+        assert_eq!((ledger.settled(), ledger.bytes()), (Version(3), 0));
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_room_gets_it() {
+        let ledger = std::sync::Arc::new(Ledger::default());
+        let version = ledger.enter(pending(10));
+        let own = std::sync::Arc::clone(&ledger);
+        let waiting = crate::tasks::spawn("waits", async move { own.until_empty().await });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        ledger.acknowledge(version);
+        waiting.await.unwrap();
+        ledger.until_at_most(0).await;
+    }
+}

@@ -1,0 +1,202 @@
+//! What the source's driver does beside listening: passes over dirty blocks, the seal, the rest.
+//!
+//! `send` starts one at a time and hears of its end. Each is a plain sentence over [`Work`].
+//!
+//! # Stopping and breaking off
+//!
+//! A pass that is *stopped* ends between two blocks. One that is *broken off* (the connection is
+//! gone) may be anywhere; nothing is lost by it, because a block whose bit was taken is in the ledger
+//! before anything is awaited, and what is in the ledger gets marked again.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
+use tokio::io::AsyncWrite;
+use tokio::sync::mpsc;
+
+use super::blocks::{self, Pace};
+use super::frame::{Frame, HEADER, Kind, encode_runs};
+use super::ledger::Pending;
+use super::mirror::Mirror;
+use super::rank::SegmentOrder;
+use super::stream::{FrameWriter, StreamError};
+use super::versions::Version;
+use crate::disk::fuse::Image;
+use crate::disk::track::SegmentSize;
+
+/// Bytes that may be on their way: a window for 1 Gbit/s at 60 ms.
+const WINDOW: u64 = 8 << 20;
+
+/// Why a pass ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PassError {
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error("block {block} of disk {disk} cannot be read")]
+    Read { disk: u16, block: u64, source: Errno },
+}
+
+/// What passes work on.
+pub(super) struct Work<W> {
+    pub(super) mirror: Arc<Mirror>,
+    pub(super) images: Vec<Arc<Image>>,
+    pub(super) orders: Mutex<Vec<SegmentOrder>>,
+    pub(super) segment: SegmentSize,
+    pub(super) pace: Arc<Pace>,
+    pub(super) bulk: tokio::sync::Mutex<FrameWriter<W>>,
+    pub(super) control: mpsc::UnboundedSender<Frame>,
+    pub(super) stopped: AtomicBool,
+    /// Blocks that the destination's guest waits for.
+    pub(super) wanted: Mutex<VecDeque<(u16, u64)>>,
+}
+
+impl<W: AsyncWrite + Unpin> Work<W> {
+    /// Sends every block that is dirty and goes before the hand-over, and waits until they are
+    /// acknowledged. Returns how many are left.
+    pub(super) async fn pass(&self) -> Result<u64, PassError> {
+        self.announce_lengths();
+        let mut last = Version(0);
+        for (disk, range) in self.ranges(false) {
+            for block in range {
+                if self.stopped.load(Ordering::Acquire) {
+                    break;
+                }
+                last = self.send_if_dirty(disk, block).await?.unwrap_or(last);
+            }
+        }
+        self.mirror.ledger().until_settled(last).await;
+        Ok(self.left())
+    }
+
+    /// Sends everything that is dirty, what the destination asks for first, until it has all.
+    pub(super) async fn rest(&self) -> Result<(), PassError> {
+        for (disk, range) in self.ranges(true) {
+            for block in range {
+                while let Some((disk, block)) = self.next_wanted() {
+                    self.send_if_dirty(disk, block).await?;
+                }
+                self.send_if_dirty(disk, block).await?;
+            }
+        }
+        self.mirror.ledger().until_empty().await;
+        Ok(())
+    }
+
+    fn next_wanted(&self) -> Option<(u16, u64)> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    /// Tells the destination that nothing changes any more, with what is missing there, and waits
+    /// until it has all else durably. The VM is paused.
+    pub(super) async fn seal(&self) {
+        let ledger = self.mirror.ledger();
+        ledger.until_empty().await;
+        self.mirror.seal();
+        self.announce_lengths();
+        for (number, disk) in self.mirror.disks().iter().enumerate() {
+            let runs = runs(&disk.dirty, self.images[number].length().unwrap_or(0));
+            let mut rest = &runs[..];
+            loop {
+                let (payload, later) = encode_runs(rest);
+                self.say(Frame { payload, ..Frame::new(Kind::Seal, number as u16) });
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+        }
+        ledger.until_empty().await;
+    }
+
+    /// Says something that is acknowledged.
+    pub(super) fn say(&self, frame: Frame) {
+        let pending = Pending { disk: frame.disk, range: 0..0, bytes: 0, waiting: None };
+        let version = self.mirror.ledger().enter(pending);
+        let settled = self.mirror.ledger().settled();
+        // When nobody writes any more the connection is gone, and that is noticed elsewhere.
+        let _ = self.control.send(Frame { version, settled, ..frame });
+    }
+
+    fn announce_lengths(&self) {
+        for (number, image) in self.images.iter().enumerate() {
+            if let Ok(offset) = image.length() {
+                self.say(Frame { offset, ..Frame::new(Kind::Resize, number as u16) });
+            }
+        }
+    }
+
+    /// The blocks that go before the hand-over, or all of them, segment by segment in their order.
+    /// Segments by which an image has grown since they were ordered go with the last.
+    fn ranges(&self, all: bool) -> Vec<(u16, Range<u64>)> {
+        let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = Vec::new();
+        for (number, (order, disk)) in orders.iter().zip(self.mirror.disks()).enumerate() {
+            let blocks = (self.segment.bytes() / disk.dirty.block().bytes()).max(1);
+            let known = order.segments.len();
+            let chosen = if all { known } else { order.before };
+            let grown = if chosen == known { disk.activity.segments() } else { 0 };
+            let segments = order.segments[..chosen].iter().copied();
+            for segment in segments.chain(known as u64..grown) {
+                ranges.push((number as u16, segment * blocks..(segment + 1) * blocks));
+            }
+        }
+        ranges
+    }
+
+    /// Blocks that must go before the hand-over and are dirty.
+    pub(super) fn left(&self) -> u64 {
+        let dirty = |(disk, range): (u16, Range<u64>)| {
+            self.mirror.disks()[usize::from(disk)].dirty.count_within(range)
+        };
+        self.ranges(false).into_iter().map(dirty).sum()
+    }
+
+    async fn send_if_dirty(&self, disk: u16, block: u64) -> Result<Option<Version>, PassError> {
+        let Some(own) = self.mirror.disks().get(usize::from(disk)) else { return Ok(None) };
+        if !own.dirty.holds(block) {
+            return Ok(None);
+        }
+        self.mirror.ledger().until_at_most(WINDOW).await;
+        if !own.dirty.take_one(block) {
+            return Ok(None);
+        }
+        let image = &self.images[usize::from(disk)];
+        let failed = |source| PassError::Read { disk, block, source };
+        let frame = blocks::read(&self.mirror, image, disk, block).await.map_err(failed)?;
+        let Some(frame) = frame else { return Ok(None) };
+        self.pace.wait((frame.payload.len() + HEADER) as u64).await;
+        self.bulk.lock().await.write(&frame).await?;
+        Ok(Some(frame.version))
+    }
+}
+
+/// Dirty blocks within `length` bytes as runs.
+fn runs(dirty: &crate::disk::track::DirtyMap, length: u64) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for block in (0..dirty.block().count(length)).filter(|block| dirty.holds(*block)) {
+        match runs.last_mut() {
+            Some(run) if run.end == block => run.end += 1,
+            _ => runs.push(block..block + 1),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
+mod tests {
+    use super::*;
+    use crate::disk::track::{BlockSize, DirtyMap};
+
+    #[test]
+    fn dirty_blocks_are_listed_as_runs_up_to_the_end() {
+        let map = DirtyMap::new(BlockSize::new(4096).unwrap(), 1 << 20);
+        for block in [0, 1, 5, 7, 8, 9, 100] {
+            map.mark(&(block * 4096..block * 4096 + 1));
+        }
+        assert_eq!(runs(&map, 9 * 4096), [0..2, 5..6, 7..9]);
+    }
+}

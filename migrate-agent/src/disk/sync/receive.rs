@@ -1,0 +1,456 @@
+//! The destination's driver: applies what arrives to images that it made, and says what is applied.
+//!
+//! `destination.rs` runs one [`receive`] for each stream of a migration, all with the same
+//! [`Received`]. Versions make their order irrelevant. After an early hand-over the destination's own
+//! FUSE hook shares the images, too ([`Received::readiness`], [`Received::wrote`]).
+//!
+//! Nothing that is there already is overwritten: images are made anew under a name of their own, and
+//! what a peer sends beyond the length that it announced is an error. Deliberately not here: giving
+//! the image its final name, which comes after COMMIT.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::frame::{Frame, FrameError, Kind, MAX_PAYLOAD, decode_runs};
+use super::incoming::{Incoming, Readiness};
+use super::stream::{FrameReader, FrameWriter, StreamError};
+use super::versions::Version;
+use crate::disk::track::{BlockSize, GeometryError};
+use crate::tasks;
+
+/// The longest image that is taken in, bytes: what ext4 can hold.
+const LONGEST: u64 = 16 << 40;
+
+/// Why an image cannot be received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The stream, or what came on it.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// Something is in the way at the destination.
+    #[error("cannot make the image {path}; if it is left from an earlier attempt, remove it")]
+    Create {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The image cannot be written: the disk is full, or fails.
+    #[error("cannot write what arrives for disk {disk}")]
+    Write {
+        /// The disk's number.
+        disk: u16,
+        /// Why.
+        source: io::Error,
+    },
+    /// The peer names a disk that was not announced.
+    #[error("the source sends something about a disk {0} that it did not announce")]
+    NoSuchDisk(u16),
+    /// The peer's idea of the image is impossible.
+    #[error("the source announces disk {disk} with {length} bytes, which cannot be")]
+    Length {
+        /// The disk's number.
+        disk: u16,
+        /// What it said.
+        length: u64,
+    },
+    /// It sends beyond the end.
+    #[error("the source sends content beyond the end of disk {0}")]
+    BeyondEnd(u16),
+    /// Its blocks have an impossible size.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+}
+
+/// An image that takes nothing in while this exists: for whoever has to look at it undisturbed.
+pub struct Held {
+    disk: Arc<Disk>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        *self.disk.held.0.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.disk.held.1.notify_all();
+    }
+}
+
+struct Disk {
+    /// How many hold it, and the sign that one has let go.
+    held: (Mutex<usize>, Condvar),
+    file: File,
+    incoming: Mutex<Incoming>,
+}
+
+impl Disk {
+    fn wait_until_free(&self) {
+        let mut held = self.held.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while *held > 0 {
+            held = self.held.1.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn incoming(&self) -> MutexGuard<'_, Incoming> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The images of one VM at its destination.
+pub struct Received {
+    paths: Vec<PathBuf>,
+    disks: Mutex<Vec<Option<Arc<Disk>>>>,
+    wants: Mutex<Option<mpsc::UnboundedSender<Frame>>>,
+    /// Counts what has arrived, for whoever waits for a block.
+    arrivals: watch::Sender<u64>,
+}
+
+impl Received {
+    /// Disk N will be made at `paths[N]`, where nothing may be yet.
+    #[must_use]
+    pub fn new(paths: Vec<PathBuf>) -> Arc<Self> {
+        let disks = Mutex::new(paths.iter().map(|_| None).collect());
+        let arrivals = watch::Sender::new(0);
+        Arc::new(Self { paths, disks, wants: Mutex::default(), arrivals })
+    }
+
+    fn disks(&self) -> MutexGuard<'_, Vec<Option<Arc<Disk>>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn disk(&self, number: u16) -> Result<Arc<Disk>, ReceiveError> {
+        let disks = self.disks();
+        let disk = disks.get(usize::from(number)).and_then(Option::as_ref);
+        disk.map(Arc::clone).ok_or(ReceiveError::NoSuchDisk(number))
+    }
+
+    /// Changes whenever something has arrived.
+    #[must_use]
+    pub fn arrivals(&self) -> watch::Receiver<u64> {
+        self.arrivals.subscribe()
+    }
+
+    /// The number of the disk that was made as `name`.
+    #[must_use]
+    pub fn number_of(&self, name: &OsStr) -> Option<u16> {
+        let number = self.paths.iter().position(|path| path.file_name() == Some(name))?;
+        u16::try_from(number).ok()
+    }
+
+    /// Makes disk `number` durable: while blocks are missing, with its map beside it
+    /// ([`Incoming::save`], under the image's name with `.missing` added).
+    ///
+    /// # Errors
+    /// When there is no such disk, or it cannot be written.
+    pub fn make_durable(&self, number: u16) -> Result<(), ReceiveError> {
+        let disk = self.disk(number)?;
+        let failed = |source| ReceiveError::Write { disk: number, source };
+        let map = {
+            let incoming = disk.incoming();
+            (incoming.missing() > 0).then(|| incoming.save())
+        };
+        if let Some(map) = map {
+            // The map before the content: a write that the map does not know would be lost to a
+            // block that arrives after a crash; one that it knows and that did not land was not
+            // promised to anybody.
+            save(&map_path(&self.paths[usize::from(number)]), &map).map_err(failed)?;
+        }
+        disk.file.sync_data().map_err(failed)
+    }
+
+    /// What a read of this side's guest has to wait for; the blocks that nobody has asked for are
+    /// asked for.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn readiness(&self, disk: u16, range: &Range<u64>) -> Result<Readiness, ReceiveError> {
+        let own = self.disk(disk)?;
+        let mut incoming = own.incoming();
+        let readiness = incoming.readiness(range);
+        if let Readiness::Missing { ask, .. } = &readiness {
+            let wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+            for block in ask {
+                let range = incoming.block().range(*block, incoming.length());
+                let length = range.end - range.start;
+                let want = Frame { offset: range.start, length, ..Frame::new(Kind::Want, disk) };
+                // Without a connection it is asked for again once there is one.
+                let _ = wants.as_ref().map(|wants| wants.send(want));
+            }
+        }
+        Ok(readiness)
+    }
+
+    /// What was asked for may be lost: whoever reads it next asks again.
+    pub fn ask_again(&self) {
+        self.disks().iter().flatten().for_each(|disk| disk.incoming().forget_questions());
+    }
+
+    /// This side's guest writes `range`: call before the write lands.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn wrote(&self, disk: u16, range: &Range<u64>) -> Result<(), ReceiveError> {
+        self.disk(disk)?.incoming().wrote(range);
+        Ok(())
+    }
+
+    /// Blocks that are missing, of all disks.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.disks().iter().flatten().map(|disk| disk.incoming().missing()).sum()
+    }
+
+    /// Lets nothing be applied to disk `number` until the answer is dropped: `verify` compares both
+    /// sides meanwhile. The source waits; longer than its deadline, and it falls out of step.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn hold(&self, number: u16) -> Result<Held, ReceiveError> {
+        let disk = self.disk(number)?;
+        *disk.held.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Ok(Held { disk })
+    }
+
+    /// The connection of `answers` is gone. A newer one may have taken its place already.
+    fn stop_wanting(&self, answers: &Answers) {
+        let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        wants.take_if(|wants| wants.same_channel(answers));
+    }
+
+    fn announce(&self, frame: &Frame) -> Result<(), ReceiveError> {
+        let (number, length) = (frame.disk, frame.length);
+        let mut disks = self.disks();
+        let slot = disks.get_mut(usize::from(number)).ok_or(ReceiveError::NoSuchDisk(number))?;
+        if let Some(disk) = slot {
+            // The source has come back. Whoever waits for a block asks again.
+            disk.incoming().forget_questions();
+            return Ok(());
+        }
+        if length > LONGEST {
+            return Err(ReceiveError::Length { disk: number, length });
+        }
+        let block = BlockSize::new(frame.offset)?;
+        let path = self.paths[usize::from(number)].clone();
+        let file = create(&path, length).map_err(|source| ReceiveError::Create { path, source })?;
+        let incoming = Mutex::new(Incoming::new(block, length));
+        let held = Default::default();
+        *slot = Some(Arc::new(Disk { held, file, incoming }));
+        Ok(())
+    }
+}
+
+/// Where the map of an image is kept.
+fn map_path(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(".missing");
+    name.into()
+}
+
+/// Replaces the file at `path` as a whole, durably.
+fn save(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let file = File::create(&new)?;
+    file.write_all_at(content, 0)?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    let directory = path.parent().map_or(Path::new("."), |parent| parent);
+    File::open(directory)?.sync_all()
+}
+
+fn create(path: &Path, length: u64) -> io::Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    file.set_len(length)?;
+    Ok(file)
+}
+
+/// Receives on one stream until its end.
+///
+/// # Errors
+/// When the stream breaks or an image cannot be written; the peer is told of the latter.
+pub async fn receive<R, W>(
+    received: Arc<Received>,
+    (reader, writer): (R, W),
+) -> Result<(), ReceiveError>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin + Send + 'static,
+{
+    let (answers, mut to_write) = mpsc::unbounded_channel::<Frame>();
+    let mut writer = FrameWriter::new(writer);
+    let writing = tasks::spawn("answers about disks", async move {
+        while let Some(frame) = to_write.recv().await {
+            if writer.write(&frame).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut reader = FrameReader::new(reader);
+    let outcome = loop {
+        let frame = match reader.next().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error.into()),
+        };
+        let (own, to) = (Arc::clone(&received), answers.clone());
+        if let Err(error) = tasks::blocking(move || own.apply(&frame, &to)).await {
+            if let ReceiveError::Write { disk, source } = &error {
+                let errno = source.raw_os_error().unwrap_or(libc::EIO).unsigned_abs();
+                let version = Version(errno.into());
+                let _ = answers.send(Frame { version, ..Frame::new(Kind::Failed, *disk) });
+            }
+            break Err(error);
+        }
+    };
+    received.stop_wanting(&answers);
+    drop(answers);
+    let _ = writing.await;
+    outcome
+}
+
+type Answers = mpsc::UnboundedSender<Frame>;
+
+impl Received {
+    /// Applies one frame and answers it. Blocks.
+    fn apply(&self, frame: &Frame, answers: &Answers) -> Result<(), ReceiveError> {
+        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
+        match frame.kind {
+            Kind::Hello => {
+                self.announce(frame)?;
+                let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+                *wants = Some(answers.clone());
+                return Ok(());
+            }
+            Kind::Alive => {
+                let _ = answers.send(frame.clone());
+                return Ok(());
+            }
+            _ => {}
+        }
+        let disk = self.disk(frame.disk)?;
+        disk.wait_until_free();
+        match frame.kind {
+            Kind::Data | Kind::Zeroes => self.content(&disk, frame)?,
+            Kind::Resize => {
+                resize(&disk, frame)?;
+            }
+            Kind::Flush => disk.file.sync_data().map_err(failed)?,
+            Kind::Seal => {
+                let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
+                disk.incoming().seal(&runs);
+                disk.file.sync_all().map_err(failed)?;
+            }
+            Kind::Unseal => disk.incoming().unseal(),
+            Kind::AskMap => return send_map(&disk, frame.disk, answers).map_err(failed),
+            // What only a destination says: from a source it means nothing.
+            _ => return Err(StreamError::from(FrameError::Contradiction).into()),
+        }
+        disk.incoming().settle(frame.settled);
+        self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
+        // Whoever cannot be answered any more asks again over the next connection.
+        let _ = answers.send(Frame { version: frame.version, ..Frame::new(Kind::Ack, frame.disk) });
+        Ok(())
+    }
+
+    fn content(&self, disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
+        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
+        let range = frame.range();
+        // Held while it is written: a newer update must not land between the look and the write.
+        let mut incoming = disk.incoming();
+        if range.end > incoming.length() {
+            // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
+            if range.end > LONGEST {
+                return Err(ReceiveError::BeyondEnd(frame.disk));
+            }
+            disk.file.set_len(range.end).map_err(failed)?;
+            incoming.resize(range.end);
+        }
+        for part in incoming.arrived(&range, frame.version) {
+            let written = match frame.kind {
+                Kind::Data => {
+                    let from = (part.start - range.start) as usize;
+                    let length = (part.end - part.start) as usize;
+                    disk.file.write_all_at(&frame.payload[from..from + length], part.start)
+                }
+                _ => zero(&disk.file, &part),
+            };
+            written.map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn resize(disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
+    let length = frame.offset;
+    if length > LONGEST {
+        return Err(ReceiveError::Length { disk: frame.disk, length });
+    }
+    let mut incoming = disk.incoming();
+    if length != incoming.length() {
+        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
+        disk.file.set_len(length).map_err(failed)?;
+        incoming.resize(length);
+    }
+    Ok(())
+}
+
+/// Makes a hole; where the file system has none, zeroes.
+fn zero(file: &File, part: &Range<u64>) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, part.start, part.end - part.start) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let zeroes = vec![0; MAX_PAYLOAD];
+            let mut at = part.start;
+            while at < part.end {
+                let length = (part.end - at).min(MAX_PAYLOAD as u64);
+                file.write_all_at(&zeroes[..length as usize], at)?;
+                at += length;
+            }
+            Ok(())
+        }
+        outcome => outcome.map_err(io::Error::from),
+    }
+}
+
+/// The hash of a block as both sides compute it; never 0, which stands for "not there".
+#[must_use]
+pub fn block_hash(content: &[u8]) -> u64 {
+    xxh3_64(content).max(1)
+}
+
+/// Hashes of all blocks, as many frames as it takes, each at most 8 Ki blocks.
+fn send_map(disk: &Disk, number: u16, answers: &Answers) -> io::Result<()> {
+    const AT_A_TIME: u64 = 8192;
+    let (size, length) = {
+        let incoming = disk.incoming();
+        (incoming.block(), incoming.length())
+    };
+    let mut first = 0;
+    while first < size.count(length) {
+        let until = (first + AT_A_TIME).min(size.count(length));
+        let mut hashes = Vec::new();
+        for block in first..until {
+            let range = size.range(block, length);
+            let mut content = vec![0; (range.end - range.start) as usize];
+            disk.file.read_exact_at(&mut content, range.start)?;
+            hashes.extend_from_slice(&block_hash(&content).to_be_bytes());
+        }
+        let (offset, length) = (first * size.bytes(), (until - first) * size.bytes());
+        let payload = hashes.into();
+        let _ = answers.send(Frame { offset, length, payload, ..Frame::new(Kind::Map, number) });
+        first = until;
+    }
+    // The end of the map: an empty one, with the version to go on after.
+    let version = disk.incoming().newest();
+    let _ = answers.send(Frame { offset: length, version, ..Frame::new(Kind::Map, number) });
+    Ok(())
+}

@@ -1,0 +1,386 @@
+//! An image that is written through the real mount, brought to another file by the real drivers, and
+//! compared byte for byte. Takes root and /dev/fuse.
+
+mod disk_lab;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use disk_lab::Mounted;
+use lifeboat_agent::disk::fuse::Hook;
+use lifeboat_agent::disk::sync::arriving::{Arriving, READ_DEADLINE};
+use lifeboat_agent::disk::sync::incoming::Readiness;
+use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
+use lifeboat_agent::disk::sync::phases::{Goal, Phase, Veto};
+use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
+use lifeboat_agent::disk::sync::receive::{ReceiveError, Received, receive};
+use lifeboat_agent::disk::sync::send::{Choice, Command, Outgoing, Progress, SendError};
+use lifeboat_agent::disk::track::{BlockSize, SegmentSize};
+use lifeboat_agent::{clock, tasks};
+use lifeboat_protocol::units::BytesPerSec;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+const MIB: u64 = 1 << 20;
+const LENGTH: u64 = 64 * MIB;
+
+/// An image behind a mount with its hook, and the place where it shall go.
+struct World {
+    mount: Mounted,
+    mirror: Arc<Mirror>,
+    arrived: PathBuf,
+    received: Arc<Received>,
+    rate: watch::Sender<Option<BytesPerSec>>,
+    progress: watch::Sender<Progress>,
+}
+
+impl World {
+    fn new() -> Self {
+        let segment = SegmentSize::new(4 * MIB).unwrap();
+        let disks = [(OsStr::new("a.raw"), LENGTH)];
+        let mirror = Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE));
+        let mount = Mounted::with(Arc::clone(&mirror) as Arc<dyn Hook>);
+        let image = File::create_new(mount.native("a.raw")).unwrap();
+        image.set_len(LENGTH).unwrap();
+        // Two thirds data, of which a part zeroes, one third hole.
+        for at in 0..32 {
+            let content = if at % 4 == 0 { 0 } else { at as u8 };
+            image.write_all_at(&[content; MIB as usize], at * MIB * 4 / 3).unwrap();
+        }
+        let arrived = mount.folders.path("there").join("images/arrived");
+        std::fs::create_dir_all(arrived.parent().unwrap()).unwrap();
+        let received = Received::new(vec![arrived.clone()]);
+        let progress = Progress { phase: Phase::Bulk, dirty: 0, on_the_way: 0 };
+        let (rate, progress) = (watch::Sender::new(None), watch::Sender::new(progress));
+        Self { mount, mirror, arrived, received, rate, progress }
+    }
+
+    fn outgoing(&self, change: impl FnOnce(&mut Choice)) -> Outgoing {
+        let mut choice = Choice {
+            goal: Goal { left: 2, early: false },
+            strategy: Strategy::Whole,
+            weights: Weights::default(),
+            segment: SegmentSize::new(4 * MIB).unwrap(),
+            monitors: false,
+            compares: false,
+        };
+        change(&mut choice);
+        let image = self.mount.server.image(OsStr::new("a.raw")).unwrap();
+        Outgoing::new(Arc::clone(&self.mirror), vec![image], choice).unwrap()
+    }
+
+    /// Runs `outgoing` over new streams, with a receiver at the other end.
+    fn connect(&self, mut outgoing: Outgoing) -> Way {
+        let (commands, mut orders) = mpsc::channel(4);
+        let (rate, progress) = (self.rate.subscribe(), self.progress.clone());
+        let streams = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let mut ends = Vec::new();
+        let mut destinations = Vec::new();
+        for (here, there) in streams {
+            ends.push(here.into_split());
+            let received = Arc::clone(&self.received);
+            destinations.push(tasks::spawn("receive", receive(received, there.into_split())));
+        }
+        let (bulk, control) = (ends.pop().unwrap(), ends.pop().unwrap());
+        let source = tasks::spawn("send", async move {
+            let outcome = outgoing.run(control, bulk, rate, &mut orders, &progress).await;
+            (outgoing, outcome)
+        });
+        Way { commands, source, destinations }
+    }
+
+    async fn until(&self, phase: Phase) {
+        let mut progress = self.progress.subscribe();
+        let reached = progress.wait_for(|progress| progress.phase == phase);
+        let reached = tokio::time::timeout(Duration::from_secs(60), reached).await;
+        assert!(reached.is_ok(), "{phase:?} was not reached: {:?}", self.progress.borrow());
+    }
+
+    fn assert_same(&self) {
+        let (here, there) =
+            (std::fs::read(self.mount.native("a.raw")), std::fs::read(&self.arrived));
+        let (here, there) = (here.unwrap(), there.unwrap());
+        assert_eq!(here.len(), there.len());
+        let differs = here.iter().zip(&there).position(|(a, b)| a != b);
+        assert_eq!(differs, None, "{:?}", self.progress.borrow());
+    }
+}
+
+struct Way {
+    commands: mpsc::Sender<Command>,
+    source: tokio::task::JoinHandle<(Outgoing, Result<(), SendError>)>,
+    destinations: Vec<tokio::task::JoinHandle<Result<(), ReceiveError>>>,
+}
+
+impl Way {
+    /// Seals, asking again while blocks are on their way.
+    async fn seal(&self) {
+        for _ in 0..200 {
+            let (answer, sealed) = oneshot::channel();
+            self.commands.send(Command::Seal(answer)).await.unwrap();
+            match sealed.await.unwrap() {
+                Ok(()) => return,
+                Err(Veto::BlocksLeft | Veto::NotInStep) => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(veto) => panic!("{veto}"),
+            }
+        }
+        panic!("it never seals");
+    }
+
+    async fn cede(self) {
+        self.commands.send(Command::Cede).await.unwrap();
+        self.source.await.unwrap().1.unwrap();
+        for destination in self.destinations {
+            destination.await.unwrap().unwrap();
+        }
+    }
+
+    /// Cuts both connections at the destination's end.
+    async fn cut(self) -> Outgoing {
+        self.destinations.iter().for_each(tokio::task::JoinHandle::abort);
+        let (outgoing, outcome) = self.source.await.unwrap();
+        assert!(outcome.unwrap_err().may_retry());
+        outgoing
+    }
+}
+
+/// A guest: writes, discards, zeroes and flushes at random places, until it is stopped.
+struct Guest {
+    thread: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
+    longest_ms: Arc<AtomicU64>,
+}
+
+impl Guest {
+    fn start(world: &World, seed: u64) -> Self {
+        let path = world.mount.through("a.raw");
+        let (stop, writes, longest_ms) =
+            <(Arc<AtomicBool>, Arc<AtomicU64>, Arc<AtomicU64>)>::default();
+        let own = (Arc::clone(&stop), Arc::clone(&writes), Arc::clone(&longest_ms));
+        let thread = std::thread::spawn(move || {
+            let file = File::options().read(true).write(true).open(path).unwrap();
+            let mut random = seed;
+            while !own.0.load(Ordering::Relaxed) {
+                // Knuth's linear congruential generator: the same places for the same seed.
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let length = [4096, 4096, 65536, 1000][(random >> 60 & 3) as usize];
+                let at = (random >> 20) % (LENGTH - length);
+                let begin = clock::now();
+                match random >> 40 & 15 {
+                    0 => punch(&file, at, length),
+                    1 => file.sync_data().unwrap(),
+                    _ => {
+                        let content = vec![(random >> 32) as u8; length as usize];
+                        file.write_all_at(&content, at).unwrap();
+                    }
+                }
+                let took = begin.elapsed().as_millis() as u64;
+                own.2.fetch_max(took, Ordering::Relaxed);
+                own.1.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { thread: Some(thread), stop, writes, longest_ms }
+    }
+
+    fn stop(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+        println!("longest request {} ms", self.longest_ms.load(Ordering::Relaxed));
+        self.writes.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Guest {
+    /// Also when a test fails: a request that is on its way when the server's process exits would
+    /// keep the process.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn punch(file: &File, at: u64, length: u64) {
+    let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, mode, at, length).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_phases_bring_an_image_that_is_written_all_the_while() {
+    let world = World::new();
+    world.mount.server.set_disk_limit(Some(BytesPerSec(10_000_000)));
+    let guest = Guest::start(&world, 1);
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    let before = guest.writes.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(guest.writes.load(Ordering::Relaxed) > before + 20, "writes go on in step");
+    world.mount.server.set_disk_limit(None);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(world.progress.borrow().phase, Phase::Synchronous);
+    let writes = tasks::blocking(move || guest.stop()).await;
+    println!("{writes} writes");
+    way.seal().await;
+    world.assert_same();
+    // A hole stays one, and zeroes became one.
+    let blocks =
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&world.arrived).unwrap());
+    assert!(blocks * 512 < LENGTH * 9 / 10, "{blocks}");
+    // Sealed: whoever writes now is told so.
+    let late = File::options().write(true).open(world.mount.through("a.raw")).unwrap();
+    assert!(late.write_all_at(b"late", 0).is_err());
+    way.cede().await;
+    world.assert_same();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_moves_early_finds_everything_on_demand_and_keeps_what_it_writes() {
+    let world = World::new();
+    let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
+    let change = |choice: &mut Choice| {
+        choice.goal = Goal { left: 1, early: true };
+        choice.strategy = Strategy::Hot { threshold: 5.0 };
+        choice.monitors = true;
+    };
+    world.rate.send_replace(Some(BytesPerSec(20_000_000)));
+    let way = world.connect(world.outgoing(change));
+    // Segments 3 and 5 are hot.
+    for number in 0..40 {
+        image.write_all_at(&[7; 4096], 12 * MIB + number * 4096).unwrap();
+        image.read_exact_at(&mut [0; 4096], 20 * MIB + number * 4096).unwrap();
+    }
+    way.commands.send(Command::EndMonitoring).await.unwrap();
+    world.until(Phase::Synchronous).await;
+    way.seal().await;
+    let missing = world.received.missing();
+    assert!(missing > 40, "{missing}");
+    for hot in [12 * MIB, 20 * MIB] {
+        let is = world.received.readiness(0, &(hot..hot + 4 * MIB)).unwrap();
+        assert_eq!(is, Readiness::Ready);
+    }
+    // The VM runs at the destination, on a mount of its own: it overwrites a part of a missing
+    // block, and reads another.
+    let arriving = Arriving::new(Arc::clone(&world.received), READ_DEADLINE);
+    let own = Arc::clone(&arriving);
+    let answering = tasks::spawn("arriving", async move { own.run().await });
+    let there = Mounted::of(&world.arrived, arriving);
+    let mut expected = std::fs::read(world.mount.native("a.raw")).unwrap();
+    let own = 39 * MIB + 100..39 * MIB + 300;
+    expected[own.start as usize..own.end as usize].fill(99);
+    way.commands.send(Command::Cede).await.unwrap();
+    let path = there.through("arrived");
+    let wanted = 40 * MIB;
+    let (content, took) = tasks::blocking(move || {
+        let guest = File::options().read(true).write(true).open(path).unwrap();
+        guest.write_all_at(&[99; 200], own.start).unwrap();
+        guest.sync_data().unwrap();
+        let begin = clock::now();
+        let mut content = [0; 8192];
+        guest.read_exact_at(&mut content, wanted).unwrap();
+        (content, begin.elapsed())
+    })
+    .await;
+    println!("on demand after {took:?}, {} left", world.received.missing());
+    assert!(world.received.missing() > 20, "it came before its turn");
+    assert_eq!(content[..], expected[wanted as usize..wanted as usize + 8192]);
+    assert!(there.folders.images().join("arrived.missing").exists(), "a flush keeps the map");
+    way.source.await.unwrap().1.unwrap();
+    assert_eq!(world.received.missing(), 0);
+    assert!(std::fs::read(there.through("arrived")).unwrap() == expected);
+    answering.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_cut_in_any_phase_cost_the_guest_nothing() {
+    let world = World::new();
+    world.mount.server.set_disk_limit(Some(BytesPerSec(5_000_000)));
+    world.rate.send_replace(Some(BytesPerSec(40_000_000)));
+    let guest = Guest::start(&world, 2);
+    let mut way = world.connect(world.outgoing(|_| {}));
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        way = world.connect(way.cut().await);
+    }
+    // Its small writes make a block dirty each: 40 MB/s would never catch up.
+    world.rate.send_replace(None);
+    for _ in 0..5 {
+        world.until(Phase::Synchronous).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let outgoing = way.cut().await;
+        assert_eq!(outgoing.phase(), Phase::Dirty);
+        way = world.connect(outgoing);
+    }
+    world.until(Phase::Synchronous).await;
+    assert!(guest.longest_ms.load(Ordering::Relaxed) < 900);
+    let writes = tasks::blocking(move || guest.stop()).await;
+    assert!(writes > 100, "{writes}");
+    way.seal().await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_falls_silent_costs_one_deadline_and_vetoes() {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    // Silent without closing, while its image is locked.
+    let held = world.received.hold(0).unwrap();
+    let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
+    let write = tasks::blocking(move || {
+        let begin = clock::now();
+        image.write_all_at(&[1; 4096], 0).unwrap();
+        let first = begin.elapsed();
+        image.write_all_at(&[2; 4096], MIB).unwrap();
+        (first, begin.elapsed() - first)
+    });
+    let (first, second) = write.await;
+    println!("first {first:?}, second {second:?}");
+    assert!(first >= DEADLINE && first < DEADLINE * 2, "{first:?}");
+    assert!(second < Duration::from_millis(200), "{second:?}");
+    let (answer, sealed) = oneshot::channel();
+    way.commands.send(Command::Seal(answer)).await.unwrap();
+    let soon = tokio::time::timeout(Duration::from_millis(300), sealed).await;
+    assert!(!matches!(soon, Ok(Ok(Ok(())))), "{soon:?}");
+    drop(held);
+    way.seal().await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_knows_nothing_sends_only_what_differs() {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    way.cut().await;
+    // What is written while no source listens.
+    let image = File::options().write(true).open(world.mount.native("a.raw")).unwrap();
+    image.write_all_at(b"different", 30 * MIB).unwrap();
+    image.write_all_at(b"different", 50 * MIB).unwrap();
+    // Its map is gone with the process: nothing is dirty.
+    while world.mirror.disks()[0].dirty.take(0).is_some() {}
+    let way = world.connect(world.outgoing(|choice| choice.compares = true));
+    way.seal().await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_already_there_is_not_overwritten() {
+    let world = World::new();
+    std::fs::write(&world.arrived, "mine").unwrap();
+    let way = world.connect(world.outgoing(|_| {}));
+    let [control, _bulk] = <[_; 2]>::try_from(way.destinations).unwrap();
+    assert!(matches!(control.await.unwrap(), Err(ReceiveError::Create { .. })));
+    assert!(way.source.await.unwrap().1.is_err());
+    assert_eq!(std::fs::read(&world.arrived).unwrap(), b"mine");
+}
