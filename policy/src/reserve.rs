@@ -1,8 +1,8 @@
 //! How much of a link a migration has reserved: SOLive's Algorithm 1, and who gets what where
 //! several meet.
 //!
-//! The controller calls [`next`] once a second for each evacuation and link, then [`admit`] for
-//! each link, and sets the queues. The rate that comes out is one of the two that `pace` takes the
+//! The controller calls [`adapt`] once a second for each evacuation, which takes the [`next`] step of
+//! each link, then [`admit`] for each link, and sets the queues. The rate that comes out is one of the two that `pace` takes the
 //! smaller of. Not here: queues, ports and the seconds in between.
 //!
 //! Algorithm 1 (SOLive V-A), in shares of the link, with `available` = what nobody uses:
@@ -12,21 +12,29 @@
 //! available > threshold                               -> reserved + available     9-10  raise
 //! reserved - migration < 1 % and urgency > reserved   -> urgency                  11-12 to urgency
 //! reserved - migration > threshold                    -> migration                13-14 give back
+//! others fill what they are left, reserved > urgency  -> urgency                        yield
 //! otherwise                                           -> reserved                       keep
 //! ```
 //!
-//! Two corrections of ours. Line 10 as printed passes 100 % when it is repeated (75 % reserved and
+//! Three corrections of ours. Line 10 as printed passes 100 % when it is repeated (75 % reserved and
 //! idle, 60 % available: 135 %), and no queue can have such a rate: whatever comes out is clamped
 //! to the *ceiling*, which is what admission grants and never touches the floor of everybody else.
 //! And line 14 as printed gives an idle migration's reservation away to 0, where line 12 finds it
 //! "fully used" a second later and raises it again, up and down each second: a reservation keeps at
-//! least [`LEAST_SHARE`], so that only a migration that really sends asks for more.
+//! least [`LEAST_SHARE`], so that only a migration that really sends asks for more. And as printed
+//! nothing that lines 9-10 have raised beyond the urgency ever comes back while the migration uses
+//! it, so that each second in which an application pauses costs it a part of its share for good:
+//! where the others fill what they are left on a full link, a reservation beyond its urgency
+//! [yields](Step::Yielded) to it. That costs a borrowing migration nothing while nobody else needs
+//! the link. A strict one would lose by it what no application wants, and stays as printed.
 
+mod adapt;
 mod admit;
 
+pub use adapt::{Held, Rules, Terms, adapt, begin};
 pub use admit::{Claim, Grant, admit};
 
-use lifeboat_protocol::terms::Urgency;
+use lifeboat_protocol::terms::{ReservationKind, Urgency};
 use lifeboat_protocol::units::BitsPerSec;
 use serde::{Deserialize, Serialize};
 
@@ -75,13 +83,16 @@ pub struct ReserveParameters {
     /// The most that this evacuation may have here, bit/s: capacity less the floor, or what
     /// [`admit`] left it.
     pub ceiling: BitsPerSec,
+    /// Whether more than what is reserved can be had while nobody else needs it.
+    pub kind: ReservationKind,
 }
 
 impl ReserveParameters {
     /// For an evacuation that has the link to itself.
     #[must_use]
     pub fn alone(capacity: BitsPerSec, urgency: Urgency, floor: Floor) -> Self {
-        Self { capacity, urgency, threshold: 0.1, ceiling: capacity - floor.of(capacity) }
+        let ceiling = capacity - floor.of(capacity);
+        Self { capacity, urgency, threshold: 0.1, ceiling, kind: ReservationKind::Borrow }
     }
 
     /// What the urgency stands for on this link, bit/s.
@@ -92,6 +103,15 @@ impl ReserveParameters {
 
     fn available(&self, used: BitsPerSec) -> BitsPerSec {
         self.capacity - used
+    }
+
+    /// Whether the others fill what they are left beside a reservation beyond its urgency.
+    fn squeezes(&self, reserved: BitsPerSec, readings: Readings) -> bool {
+        let full = self.available(readings.used) <= self.capacity.scale(self.threshold / 2.0);
+        let left = self.capacity - reserved - self.capacity.scale(ALL_USED);
+        let others = readings.used - readings.migration;
+        let borrows = self.kind == ReservationKind::Borrow;
+        borrows && full && reserved > self.entitled() && others >= left
     }
 
     /// Between the least that a reservation keeps and the ceiling; the ceiling wins.
@@ -126,6 +146,8 @@ pub enum Step {
     RaisedToUrgency,
     /// Lines 13-14.
     GaveBack,
+    /// Back to the urgency, because others fill the link.
+    Yielded,
     /// None of them.
     Kept,
 }
@@ -152,6 +174,8 @@ pub fn next(
         (parameters.entitled(), Step::RaisedToUrgency)
     } else if unused > threshold {
         (readings.migration, Step::GaveBack)
+    } else if parameters.squeezes(reserved, readings) {
+        (parameters.entitled().min(reserved), Step::Yielded)
     } else {
         (reserved, Step::Kept)
     };
@@ -189,6 +213,7 @@ mod tests {
             (75, 40, 95, 40, 75, Step::RaisedToUrgency),
             (75, 40, 95, 39, 40, Step::Kept), // exactly 1 % unused is not "less than"
             (30, 40, 95, 40, 40, Step::Kept),
+            (30, 60, 99, 60, 30, Step::Yielded), // printed: 60, however long others wait
             (30, 60, 95, 45, 45, Step::GaveBack),
             (30, 60, 90, 50, 60, Step::Kept), // available and unused equal the threshold
             (75, 60, 95, 0, 1, Step::GaveBack), // printed: 0
@@ -256,7 +281,7 @@ mod tests {
                 prop_assert!(following >= capacity.scale(LEAST_SHARE).min(parameters.ceiling));
                 match step {
                     Step::Raised | Step::RaisedToUrgency => prop_assert!(following >= reserved),
-                    Step::GaveBack => prop_assert!(following <= reserved),
+                    Step::GaveBack | Step::Yielded => prop_assert!(following <= reserved),
                     Step::Kept => prop_assert_eq!(following, reserved),
                 }
                 reserved = following;
@@ -264,13 +289,13 @@ mod tests {
         }
 
         #[test]
-        fn a_migration_that_uses_all_it_has_on_a_full_link_gets_its_urgency(
+        fn beside_others_that_fill_the_link_a_migration_that_uses_all_it_has_gets_its_urgency(
             urgency in 1u32..=95, reserved in 1u64..=95,
         ) {
             let parameters = at(urgency);
             let readings = Readings { used: mbit(100), migration: mbit(reserved) };
             let (following, _) = next(&parameters, mbit(reserved), readings);
-            prop_assert_eq!(following, mbit(reserved.max(u64::from(urgency))));
+            prop_assert_eq!(following, mbit(urgency.into()));
         }
     }
 }

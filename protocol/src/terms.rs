@@ -102,6 +102,50 @@ impl fmt::Display for Reason {
     }
 }
 
+/// What a reservation means to the others on the same link.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReservationKind {
+    /// A minimum is guaranteed; what is not used of it is lent, and what others do not use may be
+    /// borrowed.
+    #[default]
+    Borrow,
+    /// A ceiling, too: the migration sends no more than what is reserved, and the applications no
+    /// more than what remains, as in SOLive (section V-A).
+    Strict,
+}
+
+impl ReservationKind {
+    /// The kind's name on command lines and in files.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Borrow => "borrow",
+            Self::Strict => "strict",
+        }
+    }
+}
+
+impl fmt::Display for ReservationKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for ReservationKind {
+    type Err = UnknownTermError;
+    fn from_str(text: &str) -> Result<Self, UnknownTermError> {
+        let all = [Self::Borrow, Self::Strict];
+        all.into_iter().find(|kind| kind.as_str() == text).ok_or_else(|| UnknownTermError {
+            given: text.to_owned(),
+            kind: "kind of reservation",
+            choices: "borrow, strict",
+        })
+    }
+}
+
 /// The percentage of a link that an evacuation is entitled to (SOLive V-A), 0 to 100.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
@@ -172,6 +216,15 @@ mod tests {
         }
         let error = "warm".parse::<Mode>().unwrap_err().to_string();
         assert!(error.contains("`warm` is not a mode") && error.contains("pre-copy"), "{error}");
+    }
+
+    #[test]
+    fn both_kinds_of_reservation_read_as_they_print() {
+        for kind in [ReservationKind::Borrow, ReservationKind::Strict] {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        let error = "lend".parse::<ReservationKind>().unwrap_err().to_string();
+        assert!(error.contains("`lend` is not a kind of reservation"), "{error}");
     }
 
     #[test]
