@@ -6,11 +6,12 @@
 //! ```text
 //!  openflow/  codec (the crate rust-openflow) ─ session (pure) ─ io (tokio)
 //!  ovsdb/     value, wire, operation (pure)   ─ session (pure) ─ io (tokio)
+//!  lldp       frames that tell which ports face each other (pure)
 //!  qos/       rows of QoS and Queue: read, reserve, change, release
 //! ```
 //!
-//! Deliberately *not* here: why a queue is wanted, for whom, and how much; TLS (every connection
-//! runs over any `AsyncRead + AsyncWrite`, so whoever has certificates wraps the stream); LLDP.
+//! Deliberately *not* here: why a queue is wanted, for whom, and how much; and where certificates
+//! lie ([`Tls`] takes their text).
 //!
 //! A clock is read in `clock.rs` and tasks are started in `tasks.rs` only.
 
@@ -18,8 +19,11 @@ mod clock;
 mod tasks;
 
 pub mod endpoint;
+pub mod lldp;
 pub mod openflow;
 pub mod ovsdb;
 pub mod qos;
+pub mod tls;
 
 pub use endpoint::{Endpoint, EndpointError};
+pub use tls::{Tls, TlsError};

@@ -25,7 +25,7 @@ use rust_openflow::packet::PacketOut;
 use rust_openflow::switch::{Features, Port};
 use rust_openflow::types::PortNo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
@@ -95,7 +95,7 @@ impl Listener {
     }
 }
 
-/// Accepts switches over plain TCP.
+/// Accepts switches over TCP, with TLS where the settings have it.
 ///
 /// # Errors
 /// When the address cannot be listened on.
@@ -121,7 +121,30 @@ async fn accept(listener: TcpListener, settings: Settings, events: mpsc::Sender<
             tracing::debug!(%error, %peer, "cannot set nodelay");
         }
         let (settings, events) = (settings.clone(), events.clone());
-        tasks::start(run_connection(stream, format!("tcp:{peer}"), settings, events));
+        tasks::start(begin(stream, peer, settings, events));
+    }
+}
+
+/// From an accepted stream to a connection. Who does not get through the handshake is told of, as
+/// any other connection that ends.
+async fn begin(
+    stream: TcpStream,
+    peer: SocketAddr,
+    settings: Settings,
+    events: mpsc::Sender<SwitchEvent>,
+) {
+    let Some(tls) = settings.tls.clone() else {
+        return run_connection(stream, format!("tcp:{peer}"), settings, events).await;
+    };
+    let peer = format!("ssl:{peer}");
+    let secured = timeout(settings.handshake_within, tls.accept(stream)).await;
+    match secured.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => run_connection(stream, peer, settings, events).await,
+        Err(error) => {
+            let what = WhatHappened::Disconnected(Some(error.into()));
+            // Without a reader there is nobody to tell.
+            let _ = events.send(SwitchEvent { peer, datapath_id: None, what }).await;
+        }
     }
 }
 
@@ -131,7 +154,7 @@ async fn accept(listener: TcpListener, settings: Settings, events: mpsc::Sender<
 /// # Errors
 /// When there is nobody.
 pub async fn connect(endpoint: &Endpoint, settings: Settings) -> io::Result<Switches> {
-    let stream = endpoint.open().await?;
+    let stream = endpoint.open(settings.tls.as_ref()).await?;
     let (events, switches) = mpsc::channel(QUEUE);
     tasks::start(run_connection(stream, endpoint.to_string(), settings, events));
     Ok(switches)

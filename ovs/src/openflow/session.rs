@@ -26,6 +26,8 @@ use rust_openflow::multipart::{MORE, Reply, Request};
 use rust_openflow::switch::Features;
 use rust_openflow::{DecodeError, Failure, Message, VERSION, decode_within, encode};
 
+use crate::tls::Tls;
+
 pub use error::{RequestError, SessionError};
 
 /// The limits of a session.
@@ -44,6 +46,8 @@ pub struct Settings {
     pub requests_limit: usize,
     /// Most bytes that wait to be written.
     pub output_limit: usize,
+    /// What an `ssl:` switch is spoken to with; a listener with it takes nothing but TLS.
+    pub tls: Option<Tls>,
 }
 
 impl Default for Settings {
@@ -55,6 +59,7 @@ impl Default for Settings {
             parts_limit: 4096,
             requests_limit: 1024,
             output_limit: 4 << 20,
+            tls: None,
         }
     }
 }

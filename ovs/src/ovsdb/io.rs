@@ -333,8 +333,8 @@ impl Driver {
     }
 
     async fn connection(&mut self) -> End {
-        let endpoint = self.endpoint.clone();
-        let opening = timeout(self.settings.probe_after, endpoint.open());
+        let (endpoint, tls) = (self.endpoint.clone(), self.settings.tls.clone());
+        let opening = timeout(self.settings.probe_after, endpoint.open(tls.as_ref()));
         let stream = match self.refuse_during(opening).await {
             Ok(Ok(Ok(stream))) => stream,
             Ok(Ok(Err(error))) => return error.into(),

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::value::excerpt;
 use super::wire::{Framer, Rpc, WireError};
+use crate::tls::Tls;
 
 /// The limits of a session.
 #[derive(Debug, Clone)]
@@ -34,6 +35,8 @@ pub struct Settings {
     pub backoff_min: Duration,
     /// up to this.
     pub backoff_max: Duration,
+    /// What an `ssl:` server is spoken to with.
+    pub tls: Option<Tls>,
 }
 
 impl Default for Settings {
@@ -45,6 +48,7 @@ impl Default for Settings {
             output_limit: 4 << 20,
             backoff_min: Duration::from_millis(100),
             backoff_max: Duration::from_secs(4),
+            tls: None,
         }
     }
 }
