@@ -19,9 +19,11 @@ use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
     HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
     PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply,
-    ProbeStorageRequest, QueryMigrationRequest, StartMigrationRequest, VmMeasurement, VmStatus,
+    ProbeStorageRequest, QueryMigrationRequest, SetLimitRequest, StartMigrationRequest,
+    VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
+use lifeboat_protocol::units::BitsPerSec;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
@@ -247,6 +249,28 @@ impl Agents {
         let mut client = self.client(host)?;
         let reply = call(host, "cancel a migration", WORK, client.cancel_migration(request));
         Ok(reply.await?.progress)
+    }
+
+    /// Says what a migration may send from now on.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn set_network_limit(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+        limit: BitsPerSec,
+    ) -> Result<(), AgentError> {
+        let bytes_per_sec = limit.bytes_per_sec().0;
+        let request = SetLimitRequest {
+            // Limits may come back to an earlier one, so that none repeats another.
+            command: self.command(migration.as_str(), &format!("limit-{}", clock::now().0)),
+            migration: migration.to_string(),
+            bytes_per_sec,
+        };
+        let mut client = self.client(host)?;
+        call(host, "limit a migration", WORK, client.set_network_limit(request)).await?;
+        Ok(())
     }
 
     /// How far a migration is, as one side sees it.

@@ -35,6 +35,8 @@ mod report;
 mod retry;
 mod status;
 mod switches;
+mod top;
+mod topology;
 mod vms;
 
 use std::path::PathBuf;
@@ -89,6 +91,10 @@ enum Command {
     Vms(vms::Args),
     /// List the switches with their ports.
     Switches,
+    /// Show what passes on every link, what is reserved there, and for whom.
+    Top(top::Args),
+    /// Print the network as a graph.
+    Topology(topology::Args),
     /// Show where evacuations stand.
     Status(status::Args),
     /// Show what an evacuation would do, and change nothing.
@@ -126,6 +132,8 @@ pub async fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Hosts => hosts::run(&context).await,
         Command::Vms(args) => vms::run(&context, args).await,
         Command::Switches => switches::run(&context).await,
+        Command::Top(args) => top::run(&context, args).await,
+        Command::Topology(args) => topology::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         Command::Plan(args) => plan::run(&context, args).await,
         Command::Evacuate(args) => evacuate::run(&context, args).await,

@@ -13,6 +13,12 @@ use serde::{Deserialize, Serialize};
 pub struct UnixMs(pub u64);
 
 impl UnixMs {
+    /// As time since 1970.
+    #[must_use]
+    pub const fn time(self) -> std::time::Duration {
+        std::time::Duration::from_millis(self.0)
+    }
+
     /// Milliseconds from `earlier` to here; zero when the clock was set back meanwhile.
     #[must_use]
     pub const fn since(self, earlier: Self) -> u64 {

@@ -39,8 +39,12 @@ mod error;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use lifeboat_policy::reserve::{Floor, Rules};
+use lifeboat_policy::saturation::SaturationParameters;
 use lifeboat_protocol::ids::{DatapathId, HostId, SwitchId};
+use lifeboat_protocol::terms::ReservationKind;
 use lifeboat_protocol::units::BitsPerSec;
 use lifeboat_topology::{End, Topology};
 use serde::Deserialize;
@@ -76,10 +80,67 @@ pub struct ControllerConfig {
     pub listen: Vec<Listen>,
     /// Where switches connect to. Absent: the controller opens no OpenFlow port.
     pub openflow_listen: Option<SocketAddr>,
+    /// Where switches connect to with TLS; needs `switch_tls_dir`.
+    pub openflow_tls_listen: Option<SocketAddr>,
+    /// `ca.pem` (the authority of the switches: `switchca/cacert.pem` of `ovs-pki`), `cert.pem` and
+    /// `key.pem` (ours), for `openflow_tls_listen` and for `ssl:` databases.
+    pub switch_tls_dir: Option<PathBuf>,
+    /// Where Prometheus reads `/metrics`, a loopback address; `127.0.0.1:9464` unless it says
+    /// otherwise, and nowhere with `off`.
+    #[serde(default)]
+    pub metrics_listen: MetricsListen,
+    /// How often LLDP probes every link, milliseconds, at least 100. Absent: never, because it takes
+    /// a flow on every switch that hands the probes up.
+    pub discovery_interval_ms: Option<u32>,
     /// Journal and audit log.
     pub state_dir: PathBuf,
     /// `ca.pem`, `cert.pem`, `key.pem`. Absent: only loopback and unix sockets are used.
     pub tls_dir: Option<PathBuf>,
+}
+
+impl ControllerConfig {
+    /// How often every link is probed, if it is.
+    #[must_use]
+    pub fn discovery_interval(&self) -> Option<Duration> {
+        self.discovery_interval_ms.map(|ms| Duration::from_millis(ms.max(100).into()))
+    }
+}
+
+/// Where metrics are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum MetricsListen {
+    /// Nowhere.
+    Off,
+    /// Here; over plain HTTP, so only on the machine itself.
+    At(SocketAddr),
+}
+
+impl Default for MetricsListen {
+    fn default() -> Self {
+        Self::At(SocketAddr::from(([127, 0, 0, 1], 9464)))
+    }
+}
+
+impl TryFrom<String> for MetricsListen {
+    type Error = MetricsListenError;
+    fn try_from(given: String) -> Result<Self, MetricsListenError> {
+        match given.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Self::At(address)),
+            Err(_) if given == "off" => Ok(Self::Off),
+            _ => Err(MetricsListenError { given }),
+        }
+    }
+}
+
+/// A text that no metrics can be read at.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{given}` is no place for metrics: write `off` or a loopback address such as `127.0.0.1:9464` (put a proxy that asks who calls before it to read them elsewhere)"
+)]
+pub struct MetricsListenError {
+    /// What was given.
+    pub given: String,
 }
 
 /// An address to serve or to call.
@@ -140,6 +201,15 @@ pub struct PolicyConfig {
     pub floor_at_least: BitsPerSec,
     /// SOLive's threshold: by how much more must be free before a reservation grows, as a share.
     pub threshold: f64,
+    /// Whether a reservation follows the counters each second (SOLive's Algorithm 1) unless the
+    /// order says otherwise.
+    pub adaptive: bool,
+    /// What a reservation means to the others unless the order says otherwise.
+    pub reservation: ReservationKind,
+    /// A link is a hot spot from this share of its capacity on,
+    pub hot_spot_enter: f64,
+    /// until it has fallen to this share.
+    pub hot_spot_leave: f64,
     /// Legs per VM before it is left behind.
     pub attempts: u32,
     /// The pause to aim for at the switchover, milliseconds.
@@ -154,10 +224,35 @@ impl Default for PolicyConfig {
             floor: 0.05,
             floor_at_least: BitsPerSec::from_mbit(1),
             threshold: 0.05,
+            adaptive: true,
+            reservation: ReservationKind::Borrow,
+            hot_spot_enter: 0.9,
+            hot_spot_leave: 0.75,
             attempts: 3,
             downtime_limit_ms: 300,
             measure_window_ms: 0,
         }
+    }
+}
+
+impl PolicyConfig {
+    /// What everybody else keeps of each link.
+    #[must_use]
+    pub const fn floor(&self) -> Floor {
+        Floor { share: self.floor, at_least: self.floor_at_least }
+    }
+
+    /// The rules of Algorithm 1.
+    #[must_use]
+    pub const fn rules(&self) -> Rules {
+        Rules { threshold: self.threshold, floor: self.floor() }
+    }
+
+    /// When a link counts as a hot spot.
+    #[must_use]
+    pub fn saturation(&self) -> SaturationParameters {
+        let (enter, leave) = (self.hot_spot_enter, self.hot_spot_leave);
+        SaturationParameters { enter, leave, ..SaturationParameters::default() }
     }
 }
 
@@ -179,6 +274,9 @@ pub struct HostConfig {
     pub address: IpAddr,
     /// The bridge's datapath id, where it is set; else it is learned from OVSDB.
     pub datapath_id: Option<DatapathId>,
+    /// What its bridge has for migrations (MigrateFS 5.1); absent: no ratio is shown.
+    #[serde(default, deserialize_with = "check::optional_rate")]
+    pub migration_budget: Option<BitsPerSec>,
     /// The rack's name; absent: the edge switch's.
     pub rack: Option<String>,
 }
@@ -206,6 +304,9 @@ pub struct SwitchConfig {
     /// The agent with the role `switch` on its machine: needed where its datapath is in userspace,
     /// which leaves its queues to a classifier beside them.
     pub agent: Option<Listen>,
+    /// What it has for migrations (MigrateFS 5.1); absent: no ratio is shown.
+    #[serde(default, deserialize_with = "check::optional_rate")]
+    pub migration_budget: Option<BitsPerSec>,
     /// The name in that agent's certificate, where it is not the switch's: one agent can serve
     /// several switches.
     pub agent_name: Option<HostId>,

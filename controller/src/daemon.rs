@@ -18,21 +18,25 @@ use tokio::task::JoinHandle;
 use crate::agents::{AgentError, Agents, poll_forever};
 use crate::audit::{AuditError, AuditLog};
 use crate::clock;
-use crate::config::Site;
+use crate::config::{MetricsListen, Site};
 use crate::driver::{Driver, Hands, Patience};
 use crate::evacuation::Fleet;
 use crate::grpc::{ServeError, serve};
 use crate::inventory::Inventory;
 use crate::journal::{Journal, JournalError};
+use crate::metrics;
 use crate::network::Network;
 use crate::planner::Planner;
+use crate::reroute::reroute_forever;
+use crate::reservations::adapt_forever;
 use crate::service::Service;
 use crate::tasks;
 use crate::tls::{TlsError, TlsFiles};
 
 /// How long open calls may take to end once the controller is told to stop.
 const GRACE: Duration = Duration::from_secs(2);
-/// When leftovers on switches are looked for again, after the first look at once.
+/// When leftovers on switches are looked for again, after the first look at once; from then on
+/// after as long as the last pause: a switch may be away for days.
 const SWEEP_AGAIN: [Duration; 4] = [
     Duration::from_secs(5),
     Duration::from_secs(15),
@@ -120,6 +124,14 @@ impl Daemon {
         }
         let hands = Hands::new(planner.clone(), patience);
         let driver = Driver::start(fleet, Arc::clone(&journal), hands);
+        let rules = site.config.policy.rules();
+        background.push(tasks::spawn(adapt_forever(
+            rules,
+            Arc::clone(&network),
+            Arc::clone(&agents),
+            driver.clone(),
+        )));
+        background.push(tasks::spawn(reroute_forever(planner.clone(), driver.clone())));
         background.push(tasks::spawn(sweep(Arc::clone(&network), driver.clone())));
         let service =
             Service { site, inventory, agents, network, journal, audit, driver, planner, term };
@@ -130,13 +142,16 @@ impl Daemon {
     ///
     /// # Errors
     /// When a socket cannot be opened or breaks.
-    pub async fn serve(self) -> Result<(), DaemonError> {
+    pub async fn serve(mut self) -> Result<(), DaemonError> {
         let (stop, stopped) = watch::channel(false);
         let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signal)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signal)?;
         let service = Arc::clone(&self.service);
         let addresses = self.service.site.config.controller.listen.clone();
         let tls = self.tls.clone();
+        if let MetricsListen::At(at) = service.site.config.controller.metrics_listen {
+            self.background.push(tasks::spawn(metrics::serve(Arc::clone(&service), at)));
+        }
         let mut serving =
             tasks::spawn(async move { serve(service, &addresses, tls.as_ref(), stopped).await });
         tokio::select! {
@@ -158,7 +173,9 @@ impl Daemon {
 /// Takes away what a killed controller left on the switches. Switches connect in their own time, so
 /// it looks several times.
 async fn sweep(network: Arc<dyn Network>, driver: Driver) {
-    for pause in [Duration::ZERO].into_iter().chain(SWEEP_AGAIN) {
+    let last = SWEEP_AGAIN[SWEEP_AGAIN.len() - 1];
+    let pauses = [Duration::ZERO].into_iter().chain(SWEEP_AGAIN);
+    for pause in pauses.chain(std::iter::repeat(last)) {
         tokio::time::sleep(pause).await;
         let keep = driver.fleet().live_migrations();
         let report = network.release_leftovers(keep).await;

@@ -6,6 +6,7 @@
 
 pub mod agents;
 pub mod audit;
+pub mod chance;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -15,9 +16,12 @@ pub mod evacuation;
 pub mod grpc;
 pub mod inventory;
 pub mod journal;
+pub mod metrics;
 pub mod network;
 pub mod planner;
 pub mod report;
+pub mod reroute;
+pub mod reservations;
 pub mod service;
 pub mod tasks;
 pub mod tls;

@@ -28,6 +28,8 @@ use crate::evacuation::{Choice, EvacuationOrder, Fleet, PlannedLeg, Prediction, 
 use crate::inventory::Inventory;
 use crate::network::{Hop, Network};
 
+pub use ways::PageFlowError;
+
 /// The modes that the agents can carry out.
 pub const MODES: [Mode; 2] = [Mode::PreCopy, Mode::Cold];
 
@@ -369,6 +371,19 @@ fn chosen(goes: &Goes) -> Choice {
     Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
 }
 
+/// SOLive V-A-b: the same is to be reserved at the destination as at the source, where that is
+/// feasible; and where it is not, somebody there pays for it.
+fn narrow_destination(goes: &Goes) -> Option<String> {
+    let reserved = goes.hops.first()?.rate;
+    let facing = goes.step.way.hops.last()?;
+    (facing.spare < reserved).then(|| {
+        format!(
+            "{} is to send {reserved}, and {} has {} unused: applications at {} will feel it",
+            goes.step.vm, facing.egress, facing.spare, goes.step.destination
+        )
+    })
+}
+
 /// What an operator should know before saying yes.
 fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
     let mut notes = Vec::new();
@@ -382,6 +397,7 @@ fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
                 order.downtime_limit_ms
             ));
         }
+        notes.extend(narrow_destination(goes));
         if goes.step.mode == Mode::Cold {
             notes.push(format!(
                 "{} will be stopped and started again at its destination",

@@ -5,6 +5,7 @@
 //! not here: what a reply looks like (`view`), and the machines.
 
 mod error;
+mod links;
 mod request;
 mod view;
 
@@ -97,6 +98,19 @@ impl Service {
     pub async fn switches(&self) -> wire::SwitchesReply {
         let known = self.network.switches().await;
         wire::SwitchesReply { switches: known.into_iter().map(view::switch).collect() }
+    }
+
+    /// What passes on every link, and for whom.
+    pub async fn links(&self) -> wire::LinksReply {
+        let (rates, switches) = (self.network.rates().await, self.network.switches().await);
+        links::links(rates, switches, self.network.pending().await)
+    }
+
+    /// The network as a graph.
+    pub async fn topology(&self) -> wire::TopologyReply {
+        let switches = self.network.switches().await;
+        let connected = |host: &HostId| self.inventory.host(host).is_some_and(|e| e.connected);
+        links::topology(&self.site, &switches, connected)
     }
 
     /// Where evacuations stand.

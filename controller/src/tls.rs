@@ -27,6 +27,26 @@ pub enum TlsError {
         #[source]
         source: std::io::Error,
     },
+    /// A file of the directory for switches cannot be read.
+    #[error(
+        "{file} cannot be read; controller.switch_tls_dir needs ca.pem (of the switches), cert.pem and key.pem, as `ovs-pki` makes them"
+    )]
+    ReadForSwitches {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// What is in them cannot be used.
+    #[error("the certificates in {dir} cannot be used")]
+    ForSwitches {
+        /// The directory.
+        dir: PathBuf,
+        /// Why not.
+        #[source]
+        source: lifeboat_ovs::TlsError,
+    },
     /// Bytes that are no certificate.
     #[error("the peer's certificate cannot be read")]
     Malformed,
@@ -80,6 +100,21 @@ impl TlsFiles {
             .ca_certificate(Certificate::from_pem(&self.ca))
             .domain_name(name)
     }
+}
+
+/// Reads what switches and their databases are spoken to with: `ca.pem` (the authority of the
+/// switches), `cert.pem` and `key.pem`.
+///
+/// # Errors
+/// With the first file that cannot be read, or when they do not fit together.
+pub fn for_switches(dir: &Path) -> Result<lifeboat_ovs::Tls, TlsError> {
+    let read = |name: &str| {
+        let file = dir.join(name);
+        std::fs::read(&file).map_err(|source| TlsError::ReadForSwitches { file, source })
+    };
+    let (authority, certificate, key) = (read("ca.pem")?, read("cert.pem")?, read("key.pem")?);
+    lifeboat_ovs::Tls::new(&authority, &certificate, &key)
+        .map_err(|source| TlsError::ForSwitches { dir: dir.to_owned(), source })
 }
 
 /// The role and the name that a certificate (DER) carries.

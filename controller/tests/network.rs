@@ -4,7 +4,9 @@ mod network_rig;
 
 use std::sync::atomic::Ordering;
 
-use lifeboat_controller::network::{Adjustment, Network, NetworkError};
+use lifeboat_controller::network::{Adjustment, Network, NetworkError, ReservationRequest};
+use lifeboat_policy::saturation::Saturation;
+use lifeboat_protocol::terms::ReservationKind;
 use lifeboat_protocol::units::BitsPerSec;
 use network_rig::{Rig, connected, evacuation, eventually, migration, port, tool, wish};
 
@@ -282,4 +284,55 @@ async fn rates_are_unknown_until_they_are_known() {
         s1.ports.iter().any(|port| port.name == "d2" && !port.up)
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_strict_reservation_is_a_ceiling_and_holds_applications_to_the_remainder() {
+    let rig = Rig::start().await;
+    let (network, _) = rig.network().await;
+    let before = rig.everything();
+    let strict = ReservationRequest { kind: ReservationKind::Strict, ..wish("e1-m1", 75) };
+    network.reserve(strict).await.unwrap();
+    let classes = tool("tc class show dev u1");
+    assert!(classes.contains("rate 75Mbit ceil 75Mbit"), "{classes}");
+    assert!(classes.contains("rate 25Mbit ceil 25Mbit"), "{classes}");
+    // A borrowing one beside it may have what is not reserved strictly; the ceiling follows.
+    network.reserve(wish("e2-m1", 10)).await.unwrap();
+    let ports = vec![(port("h1.br-h1", "u1"), BitsPerSec::from_mbit(40))];
+    network.adjust(Adjustment { evacuation: evacuation("e1"), ports }).await.unwrap();
+    let classes = tool("tc class show dev u1");
+    assert!(classes.contains("rate 40Mbit ceil 40Mbit"), "{classes}");
+    assert!(classes.contains("rate 50Mbit ceil 60Mbit"), "{classes}");
+    // A controller that comes after knows which of the two it was.
+    drop(network);
+    let (network, _) = rig.network().await;
+    network.release_leftovers(vec![migration("e1-m1"), migration("e2-m1")]).await;
+    let rates = network.rates().await;
+    let u1 = rates.iter().find(|rate| rate.at == port("h1.br-h1", "u1")).unwrap();
+    let kinds: Vec<ReservationKind> = u1.queues.iter().map(|queue| queue.kind).collect();
+    assert_eq!(kinds, [ReservationKind::Strict, ReservationKind::Borrow]);
+    assert_eq!(u1.queues[0].migrations, [migration("e1-m1")]);
+    network.release(evacuation("e1"), None).await;
+    network.release(evacuation("e2"), None).await;
+    assert_eq!(rig.everything(), before);
+}
+
+#[tokio::test]
+async fn a_link_that_is_not_heard_of_is_unknown_and_a_quiet_one_calm() {
+    let mut rig = Rig::start().await;
+    let (network, _) = rig.network().await;
+    eventually("every link is known", async || {
+        network.rates().await.iter().all(|rate| rate.saturation != Saturation::Unknown)
+    })
+    .await;
+    let rates = network.rates().await;
+    assert!(rates.iter().all(|rate| rate.up && !rate.saturation.is_hot()), "{rates:?}");
+    rig.kill_switch();
+    eventually("nothing is known any more", async || {
+        let rates = network.rates().await;
+        rates.iter().all(|rate| rate.saturation == Saturation::Unknown)
+    })
+    .await;
+    let switches = network.switches().await;
+    assert!(switches.iter().all(|switch| switch.saturation == Saturation::Unknown));
 }

@@ -3,7 +3,7 @@
 //!
 //! Used by both protocols' `io`, for `ssl:` endpoints and for switches that connect. What
 //! `ovs-pki` makes can be used as it is. **Names are not compared**: certificates of switches carry
-//! no host name (`ovs-pki` writes a common name and a unique id there), so the authority that signed
+//! no DNS name (`ovs-pki` writes a common name and a unique id there), so the authority that signed
 //! them must sign nothing but switches. Not here: files, revocation.
 
 use std::fmt;

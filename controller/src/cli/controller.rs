@@ -12,7 +12,7 @@ use crate::config::Site;
 use crate::daemon::Daemon;
 use crate::driver::Patience;
 use crate::network;
-use crate::tls::TlsFiles;
+use crate::tls::{TlsFiles, for_switches};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -39,7 +39,7 @@ pub(super) async fn run(args: Args) -> Result<u8, CliError> {
         return check(&site);
     }
     log(args.log_format);
-    let network = network::connect(&site);
+    let network = network::connect(&site)?;
     let daemon = Daemon::start(site, network, Patience::default())?;
     daemon.serve().await?;
     Ok(0)
@@ -48,6 +48,9 @@ pub(super) async fn run(args: Args) -> Result<u8, CliError> {
 fn check(site: &Site) -> Result<u8, CliError> {
     if let Some(dir) = &site.config.controller.tls_dir {
         TlsFiles::load(dir)?;
+    }
+    if let Some(dir) = &site.config.controller.switch_tls_dir {
+        for_switches(dir)?;
     }
     print(&format!(
         "the configuration is good: {} hosts, {} switches, {} links\n",

@@ -33,6 +33,13 @@ pub(super) struct Options {
     #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(
         ["auto", "pre-copy", "post-copy", "scatter-gather", "cold"]))]
     mode: String,
+    /// What is reserved: `borrow` guarantees a minimum and lends the rest, `strict` is a ceiling too
+    /// and holds the applications to the remainder; by default the controller's.
+    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(["borrow", "strict"]))]
+    reservation: Option<String>,
+    /// Keep the reservation that the urgency gives, whatever the links carry.
+    #[arg(long)]
+    fixed: bool,
     /// The only hosts that may take the VMs.
     #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
     pub(super) to: Vec<String>,
@@ -83,6 +90,8 @@ impl Options {
             deadline_ms: self.by.map_or(0, crate::planner::millis),
             downtime_limit_ms: self.downtime_limit,
             operation_id: operation_id(),
+            reservation: self.reservation.clone().unwrap_or_default(),
+            fixed: self.fixed.then_some(true),
         }
     }
 

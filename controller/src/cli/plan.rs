@@ -31,12 +31,14 @@ fn range(estimate: Option<&Estimate>, figure: impl Fn(u64) -> String) -> String 
 /// The plan as a person reads it.
 pub(super) fn text(plan: &Plan) -> String {
     let mut text = format!(
-        "evacuation of {}: {} to move, {} stay; mode {}, urgency {} %, {} at a time\n",
+        "evacuation of {}: {} to move, {} stay; mode {}, urgency {} % ({}{}), {} at a time\n",
         plan.hosts.join(", "),
         plan.vms.len(),
         plan.left_behind.len(),
         plan.mode,
         plan.urgency,
+        plan.reservation,
+        if plan.fixed { ", fixed" } else { "" },
         plan.parallel,
     );
     if !plan.vms.is_empty() {

@@ -1,6 +1,6 @@
 //! `lifeboat switches`: every switch and port, with what is reserved and what passes.
 
-use lifeboat_protocol::controller::SwitchesRequest;
+use lifeboat_protocol::controller::{Switch, SwitchesRequest};
 
 use super::CliError;
 use super::client::Context;
@@ -19,11 +19,12 @@ pub(super) async fn run(context: &Context) -> Result<u8, CliError> {
             yes(switch.openflow_connected),
             yes(switch.ovsdb_connected),
             switch.datapath.clone(),
+            full(switch),
             switch.detail.clone(),
         ]
     });
     let rows: Vec<Vec<String>> = switches.collect();
-    print(&table(&["SWITCH", "DATAPATH ID", "OPENFLOW", "OVSDB", "KIND", ""], &rows))?;
+    print(&table(&["SWITCH", "DATAPATH ID", "OPENFLOW", "OVSDB", "KIND", "FULL", ""], &rows))?;
     let ports = reply.switches.iter().flat_map(|switch| {
         switch.ports.iter().map(|port| {
             vec![
@@ -40,4 +41,14 @@ pub(super) async fn run(context: &Context) -> Result<u8, CliError> {
     let head = ["PORT", "LEADS TO", "LINK", "CAPACITY", "RESERVED", "SENDS"];
     print(&format!("\n{}", table(&head, &rows)))?;
     Ok(0)
+}
+
+/// How full its fullest link is.
+fn full(switch: &Switch) -> String {
+    match (switch.saturation_known, switch.hot_spot) {
+        (false, _) => "?".to_owned(),
+        (true, hot) => {
+            format!("{:.0} %{}", switch.saturation * 100.0, if hot { " hot" } else { "" })
+        }
+    }
 }

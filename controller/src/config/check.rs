@@ -23,6 +23,7 @@ pub(super) fn optional_rate<'de, D: Deserializer<'de>>(
 pub(super) fn check(file: &Path, text: &str, config: Config) -> Result<Site, ConfigError> {
     check_protection(file, &config)?;
     check_ranges(file, &config)?;
+    check_switch_tls(file, &config)?;
     let network = |source| ConfigError::Network { file: file.to_owned(), source };
     let mut topology = Topology::new();
     for switch in &config.switches {
@@ -108,6 +109,24 @@ fn check_protection(file: &Path, config: &Config) -> Result<(), ConfigError> {
     }
 }
 
+/// What speaks TLS with switches needs certificates to speak with.
+fn check_switch_tls(file: &Path, config: &Config) -> Result<(), ConfigError> {
+    let controller = &config.controller;
+    if controller.switch_tls_dir.is_some() {
+        return Ok(());
+    }
+    let hosts = config.hosts.iter().map(|host| &host.ovsdb);
+    let mut databases = hosts.chain(config.switches.iter().map(|switch| &switch.ovsdb));
+    let address = match controller.openflow_tls_listen {
+        Some(address) => Some(address.to_string()),
+        None => databases.find(|ovsdb| ovsdb.starts_with("ssl:")).cloned(),
+    };
+    match address {
+        None => Ok(()),
+        Some(address) => Err(ConfigError::NoSwitchCertificates { file: file.to_owned(), address }),
+    }
+}
+
 fn check_switch_agents(
     file: &Path,
     config: &Config,
@@ -135,6 +154,14 @@ fn check_ranges(file: &Path, config: &Config) -> Result<(), ConfigError> {
     }
     if !(0.0..=1.0).contains(&policy.threshold) {
         return wrong("policy.threshold", policy.threshold.to_string(), "a share from 0 to 1");
+    }
+    if !(0.0..=1.0).contains(&policy.hot_spot_enter) {
+        let given = policy.hot_spot_enter.to_string();
+        return wrong("policy.hot_spot_enter", given, "a share from 0 to 1");
+    }
+    if !(0.0..=policy.hot_spot_enter).contains(&policy.hot_spot_leave) {
+        let given = policy.hot_spot_leave.to_string();
+        return wrong("policy.hot_spot_leave", given, "a share from 0 to policy.hot_spot_enter");
     }
     if !(1..=20).contains(&policy.attempts) {
         return wrong("policy.attempts", policy.attempts.to_string(), "1 to 20");

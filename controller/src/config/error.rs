@@ -67,6 +67,14 @@ pub enum ConfigError {
         /// Its agent's address.
         address: String,
     },
+    /// TLS with switches, without certificates for it.
+    #[error("{}: {address} speaks TLS and needs certificates: set controller.switch_tls_dir to a directory with ca.pem (of the switches), cert.pem and key.pem, as `ovs-pki` makes them", file.display())]
+    NoSwitchCertificates {
+        /// The file.
+        file: PathBuf,
+        /// What speaks it.
+        address: String,
+    },
     /// A figure out of its range.
     #[error("{}: {key} = {given} is out of range: {range}", file.display())]
     Range {

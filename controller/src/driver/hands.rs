@@ -13,8 +13,9 @@ use tokio::sync::mpsc;
 use super::{Input, lock, report};
 use crate::clock;
 use crate::evacuation::{Action, EvacuationOrder, Event, Fleet, Leg, PageTicket, VmRecord};
-use crate::network::{FollowVm, NetworkError, PageFlow, ReservationRequest, Reserved};
+use crate::network::{FollowVm, Hop, NetworkError, ReservationRequest, Reserved};
 use crate::planner::{Planner, Promised};
+use crate::reservations;
 
 /// How long the driver waits for what may come back by itself.
 #[derive(Debug, Clone, Copy)]
@@ -195,23 +196,15 @@ impl Hands {
         leg: &Leg,
     ) -> Result<Reserved, String> {
         let order = Self::order(wiring, id).ok_or("the evacuation is gone")?;
-        let from = self.planner.site.host(source).ok_or("the source is not configured")?;
-        let entry = self.planner.inventory.host(&leg.destination);
-        let description = entry.and_then(|entry| entry.description).ok_or_else(|| {
-            format!("the agent of {} has not described its host", leg.destination)
-        })?;
-        let page_address = description.page_address.parse().map_err(|_| {
-            format!(
-                "the agent of {} gives no page address that a switch can match",
-                leg.destination
-            )
-        })?;
+        let traffic = self.planner.page_flow(source, &leg.destination);
+        let traffic = traffic.map_err(|error| error.to_string())?;
         let request = ReservationRequest {
             evacuation: id.clone(),
             migration: leg.migration.clone(),
             urgency: order.urgency,
-            hops: leg.hops.clone(),
-            traffic: PageFlow { source: from.address, destination: page_address },
+            kind: order.reservation,
+            hops: self.opening(id, &order, leg).await,
+            traffic,
         };
         let begun = clock::now();
         loop {
@@ -224,6 +217,16 @@ impl Hands {
                 Err(error) => return Err(error.to_string()),
             }
         }
+    }
+
+    /// What to ask of each port at the beginning; of a fixed order, what was planned.
+    async fn opening(&self, id: &EvacuationId, order: &EvacuationOrder, leg: &Leg) -> Vec<Hop> {
+        if order.fixed {
+            return leg.hops.clone();
+        }
+        let rules = self.planner.site.config.policy.rules();
+        let rates = self.planner.network.rates().await;
+        reservations::opening(&rules, id, reservations::terms(order), &leg.hops, &rates)
     }
 
     async fn prepare(&self, vm: &VmId, source: &HostId, leg: &Leg) -> Event {
@@ -269,6 +272,8 @@ impl Hands {
         let migration = leg.migration.clone();
         let order = Self::order(wiring, id);
         let left = order.as_ref().and_then(|order| order.deadline);
+        let kind = order.as_ref().map_or_else(Default::default, |order| order.reservation);
+        let limit = reservations::sending_limit(kind, &leg.reserved, narrowest(leg));
         let request = StartMigrationRequest {
             command: None,
             migration: migration.to_string(),
@@ -277,7 +282,7 @@ impl Hands {
             destination_host: leg.destination.to_string(),
             page_address: ticket.address,
             token: ticket.token,
-            network_limit_bits_per_sec: narrowest(leg).0,
+            network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,
             deadline_ms: left.map_or(0, |deadline| deadline.since(clock::now())),

@@ -104,6 +104,22 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A port of its way went down, and the reservation was moved to another way.
+    Rerouted {
+        /// Which migration.
+        migration: MigrationId,
+        /// The new way.
+        hops: Vec<Hop>,
+        /// What it got there.
+        reserved: Reserved,
+    },
+    /// A port of its way went down, and there is no other way, or none that could be reserved.
+    CutOff {
+        /// Which migration.
+        migration: MigrationId,
+        /// Which links cut it, or what stood in the way.
+        reason: String,
+    },
     /// The destination has made room.
     Prepared {
         /// Which migration.

@@ -8,7 +8,7 @@ use lifeboat_protocol::ids::{HostId, MigrationId};
 use super::event::{Action, Change, PlannedLeg, Settlement};
 use super::vm::{Leg, Outcome, VmPhase, VmRecord};
 use crate::clock::UnixMs;
-use crate::network::Reserved;
+use crate::network::{Hop, Reserved};
 
 /// The reason of every VM that stays because the operator said so.
 pub(super) const CANCELLED: &str = "cancelled by the operator before it left";
@@ -40,6 +40,24 @@ pub(super) fn end_leg(
     record.phase = VmPhase::Releasing;
     actions.extend(release(record));
     Change::State
+}
+
+/// The phases in which a migration's way can be changed.
+pub(super) const ON_ITS_WAY: [VmPhase; 3] =
+    [VmPhase::Preparing, VmPhase::Sending, VmPhase::Committing];
+
+/// Its pages take another way from now on.
+pub(super) fn new_way(record: &mut VmRecord, hops: Vec<Hop>, reserved: Reserved) -> Change {
+    let Some(leg) = record.leg.as_mut() else { return Change::Nothing };
+    (leg.hops, leg.reserved) = (hops, reserved);
+    record.reason.clear();
+    Change::State
+}
+
+/// They take none: it is named, and the agents find out whether it lasts.
+pub(super) fn cut_off(record: &mut VmRecord, reason: String) -> Change {
+    record.reason = reason;
+    Change::Progress
 }
 
 /// COMMIT was seen: from here on nothing is cancelled any more.

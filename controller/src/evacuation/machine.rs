@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::event::{Action, Change, Choice, Event, PageTicket, Settlement};
 use super::leg::{
-    CANCELLED, cancel_again, commit_seen, end_leg, follow, new_leg, prove_uncertain, release,
-    resolve_uncertain, settle, watch,
+    CANCELLED, ON_ITS_WAY, cancel_again, commit_seen, cut_off, end_leg, follow, new_leg, new_way,
+    prove_uncertain, release, resolve_uncertain, settle, watch,
 };
 use super::order::EvacuationOrder;
 use super::progress::done_share;
@@ -130,6 +130,14 @@ impl Evacuation {
             Event::Planned { vms } => self.planned(vms),
             Event::Chosen { choice, no_place } => self.chosen(now, choice, no_place, actions),
             Event::Reserved { migration, reserved } => self.reserved(&migration, reserved, actions),
+            Event::Rerouted { migration, hops, reserved } => {
+                let record = self.at(&migration, &ON_ITS_WAY);
+                record.map_or(Change::Nothing, |record| new_way(record, hops, reserved))
+            }
+            Event::CutOff { migration, reason } => {
+                let record = self.at(&migration, &ON_ITS_WAY);
+                record.map_or(Change::Nothing, |record| cut_off(record, reason))
+            }
             Event::ReserveFailed { migration, reason } => {
                 self.reserve_failed(&migration, reason, actions)
             }

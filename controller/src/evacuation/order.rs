@@ -4,7 +4,7 @@
 //! be done is the planner's business.
 
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::terms::{Mode, Reason, Urgency};
+use lifeboat_protocol::terms::{Mode, Reason, ReservationKind, Urgency};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMs;
@@ -18,6 +18,12 @@ pub struct EvacuationOrder {
     pub vms: Vec<VmId>,
     /// What share of each link it is entitled to.
     pub urgency: Urgency,
+    /// What its reservation means to the others on a link.
+    #[serde(default)]
+    pub reservation: ReservationKind,
+    /// Whether the reservation stays as the urgency gives it instead of following the counters.
+    #[serde(default)]
+    pub fixed: bool,
     /// How memory moves.
     pub mode: Mode,
     /// The only destinations allowed; empty for any.

@@ -1,7 +1,7 @@
 //! Short names for the tests of this room: an order, a VM, a leg.
 
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::terms::{Mode, Reason};
+use lifeboat_protocol::terms::{Mode, Reason, ReservationKind};
 
 use super::{Choice, EvacuationOrder, PlannedLeg, Prediction};
 
@@ -21,6 +21,8 @@ pub(crate) fn order(from: &str) -> EvacuationOrder {
         hosts: vec![host(from)],
         vms: Vec::new(),
         urgency: Reason::Maintenance.urgency(),
+        reservation: ReservationKind::Borrow,
+        fixed: false,
         mode: Mode::PreCopy,
         to: Vec::new(),
         parallel: 1,

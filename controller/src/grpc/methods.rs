@@ -78,6 +78,22 @@ impl Controller for Methods {
         Ok(Response::new(self.0.switches().await))
     }
 
+    async fn links(
+        &self,
+        request: Request<wire::LinksRequest>,
+    ) -> Result<Response<wire::LinksReply>, Status> {
+        caller(&request)?;
+        Ok(Response::new(self.0.links().await))
+    }
+
+    async fn topology(
+        &self,
+        request: Request<wire::TopologyRequest>,
+    ) -> Result<Response<wire::TopologyReply>, Status> {
+        caller(&request)?;
+        Ok(Response::new(self.0.topology().await))
+    }
+
     async fn status(
         &self,
         request: Request<wire::StatusRequest>,

@@ -7,10 +7,11 @@
 use futures_util::future::{BoxFuture, ready};
 use lifeboat_protocol::ids::{EvacuationId, MigrationId};
 use lifeboat_protocol::units::BitsPerSec;
+use tokio::sync::watch;
 
 use super::{
-    Adjustment, FollowVm, Network, NetworkError, PortRate, ReleaseReport, ReservationRequest,
-    Reserved, SwitchStatus,
+    Adjustment, FollowVm, Network, NetworkError, PendingRelease, PortRate, ReleaseReport,
+    ReservationRequest, Reserved, SwitchStatus,
 };
 
 /// No switches, and why.
@@ -45,6 +46,18 @@ impl Network for Detached {
         Box::pin(ready(answer))
     }
 
+    fn reroute(
+        &self,
+        request: ReservationRequest,
+    ) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
+        self.reserve(request)
+    }
+
+    /// Nothing will ever be told: the sender is gone.
+    fn link_news(&self) -> watch::Receiver<u64> {
+        watch::channel(0).1
+    }
+
     fn adjust(&self, _: Adjustment) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
         Box::pin(ready(Ok(Reserved::default())))
     }
@@ -62,6 +75,10 @@ impl Network for Detached {
     }
 
     fn rates(&self) -> BoxFuture<'_, Vec<PortRate>> {
+        Box::pin(ready(Vec::new()))
+    }
+
+    fn pending(&self) -> BoxFuture<'_, Vec<PendingRelease>> {
         Box::pin(ready(Vec::new()))
     }
 

@@ -26,13 +26,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use lifeboat_policy::saturation::Saturation;
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
-use lifeboat_protocol::terms::Urgency;
+use lifeboat_protocol::terms::{ReservationKind, Urgency};
 use lifeboat_protocol::units::BitsPerSec;
+use lifeboat_topology::Sighting;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use crate::agents::Agents;
+use crate::clock::UnixMs;
 use crate::config::Site;
+use crate::tls::{TlsError, for_switches};
 
 pub use detached::Detached;
 pub use switched::{ClassifierError, Classifiers, SwitchNetwork};
@@ -81,6 +86,8 @@ pub struct ReservationRequest {
     pub migration: MigrationId,
     /// The evacuation's urgency: who gives way when a link cannot hold everybody's wish.
     pub urgency: Urgency,
+    /// Whether more than that can be had while nobody else needs it.
+    pub kind: ReservationKind,
     /// From the source's uplink to the port that faces the destination, in order.
     pub hops: Vec<Hop>,
     /// Which packets.
@@ -143,7 +150,7 @@ pub struct ReleaseFailure {
 }
 
 /// What is known of a switch now.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SwitchStatus {
     /// Its name in the configuration.
     pub name: SwitchId,
@@ -159,6 +166,12 @@ pub struct SwitchStatus {
     pub datapath: String,
     /// For a person: why it is not connected, what was wrong last.
     pub detail: String,
+    /// How full its fullest link is.
+    pub saturation: Saturation,
+    /// What migrations send through it; `None` while that is not known of every queue.
+    pub migrations: Option<BitsPerSec>,
+    /// What it has for migrations, by configuration; zero where that says nothing.
+    pub migration_budget: BitsPerSec,
     /// Its ports, by number.
     pub ports: Vec<PortStatus>,
 }
@@ -178,17 +191,33 @@ pub struct PortStatus {
     pub reserved: BitsPerSec,
     /// What left by it over about the last second; `None` before two samples.
     pub transmitted: Option<BitsPerSec>,
-    /// Whether the link is up.
+    /// Whether the port is up.
     pub up: bool,
+    /// What LLDP knows of where it leads; `None` where nobody probes.
+    pub sighting: Option<Sighting>,
+}
+
+impl PortStatus {
+    /// Whether its link can be counted on.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        self.up && self.sighting != Some(Sighting::Lost)
+    }
 }
 
 /// What passes on a port, for the policy that adapts reservations.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PortRate {
     /// The port.
     pub at: PortRef,
+    /// Who is at the other end, by configuration.
+    pub peer: String,
+    /// Whether nothing says that the link is down: neither of its ports, nor LLDP.
+    pub up: bool,
     /// What the link carries.
     pub capacity: BitsPerSec,
+    /// How full it is, smoothed.
+    pub saturation: Saturation,
     /// All that left by it over about the last second; `None` before two samples.
     pub transmitted: Option<BitsPerSec>,
     /// Per evacuation that holds a queue: its number, its minimum, and what left by it.
@@ -200,12 +229,33 @@ pub struct PortRate {
 pub struct QueueRate {
     /// Whose.
     pub evacuation: EvacuationId,
+    /// Its urgency.
+    pub urgency: Urgency,
+    /// Whether more than its minimum can be had.
+    pub kind: ReservationKind,
+    /// Whose pages go there now.
+    pub migrations: Vec<MigrationId>,
     /// The queue's number.
     pub queue: u32,
     /// Its minimum.
     pub reserved: BitsPerSec,
     /// What left by it over about the last second; `None` before two samples.
     pub transmitted: Option<BitsPerSec>,
+}
+
+/// A release that could not reach every switch; it is tried again until it is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingRelease {
+    /// Whose reservation.
+    pub evacuation: EvacuationId,
+    /// Of which migration; `None` for all of the evacuation.
+    pub migration: Option<MigrationId>,
+    /// Where something of it may remain, and why.
+    pub failures: Vec<ReleaseFailure>,
+    /// Since when.
+    pub since: UnixMs,
+    /// How often it was tried.
+    pub tries: u32,
 }
 
 /// A VM's network interface has moved to another host.
@@ -311,14 +361,18 @@ impl NetworkError {
 }
 
 /// The network that a site's configuration describes. Inside tokio.
-#[must_use]
-pub fn connect(site: &Site) -> Arc<dyn Network> {
-    match site.config.controller.openflow_listen {
-        Some(_) => Arc::new(SwitchNetwork::start(site)),
-        None => Arc::new(Detached::new(
+///
+/// # Errors
+/// When the certificates for switches cannot be used.
+pub fn connect(site: &Site) -> Result<Arc<dyn Network>, TlsError> {
+    let controller = &site.config.controller;
+    if controller.openflow_listen.is_none() && controller.openflow_tls_listen.is_none() {
+        return Ok(Arc::new(Detached::new(
             "set controller.openflow_listen in the configuration, or evacuate with --urgency 0",
-        )),
+        )));
     }
+    let tls = controller.switch_tls_dir.as_deref().map(for_switches).transpose()?;
+    Ok(Arc::new(SwitchNetwork::start(site, tls)))
 }
 
 /// The switches, as the controller's driver sees them.
@@ -330,6 +384,14 @@ pub trait Network: Send + Sync + 'static {
     /// Reserves along a path and sends the migration's packets there. Idempotent by migration.
     fn reserve(&self, request: ReservationRequest)
     -> BoxFuture<'_, Result<Reserved, NetworkError>>;
+
+    /// Moves a reservation to another way while its migration goes on. A way that cannot be
+    /// installed leaves everything as it was.
+    fn reroute(&self, request: ReservationRequest)
+    -> BoxFuture<'_, Result<Reserved, NetworkError>>;
+
+    /// Changes whenever a link may have come or gone.
+    fn link_news(&self) -> watch::Receiver<u64>;
 
     /// Changes the minimum of queues that an evacuation holds. Ports on which it holds none are
     /// left alone.
@@ -351,6 +413,9 @@ pub trait Network: Send + Sync + 'static {
 
     /// What passes on every port of a configured link.
     fn rates(&self) -> BoxFuture<'_, Vec<PortRate>>;
+
+    /// What could not be released yet.
+    fn pending(&self) -> BoxFuture<'_, Vec<PendingRelease>>;
 
     /// Moves what flows we have for a VM's MAC to its new host. Without such flows (the usual case:
     /// the switches learn from the destination's announcement) it is a success that did nothing.

@@ -5,10 +5,33 @@ use lifeboat_policy::reserve::entitled;
 use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::terms::Urgency;
 use lifeboat_protocol::units::BitsPerSec;
-use lifeboat_topology::{Egress, End, PortName, Topology, Way};
+use lifeboat_topology::{Egress, End, PortName, Topology, TopologyError, Way};
 
 use super::Planner;
-use crate::network::{Hop, PortRef};
+use crate::network::{Hop, PageFlow, PortRef};
+
+/// Why a migration's packets cannot be told from others.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PageFlowError {
+    /// The source is not in the configuration.
+    #[error("the source {host} is not configured")]
+    Source {
+        /// The host.
+        host: HostId,
+    },
+    /// The destination's agent has said nothing yet.
+    #[error("the agent of {host} has not described its host")]
+    Silent {
+        /// The host.
+        host: HostId,
+    },
+    /// Its page address is none.
+    #[error("the agent of {host} gives no page address that a switch can match")]
+    Address {
+        /// The host.
+        host: HostId,
+    },
+}
 
 impl Planner {
     /// The topology with ports up or down and with what passes on each link. A switch that has not
@@ -20,7 +43,7 @@ impl Planner {
                 let end =
                     PortName::new(port.name.clone()).map(|p| End::new(status.name.clone(), p));
                 // A port that no link ends at is none of ours.
-                let _ = end.map(|end| topology.set_port_up(&end, port.up));
+                let _ = end.map(|end| topology.set_port_up(&end, port.passes()));
             }
         }
         for rate in self.network.rates().await {
@@ -45,6 +68,39 @@ impl Planner {
         });
         let spare = facing.filter_map(|end| topology.spare(topology.leaving(end)?).ok());
         spare.max().unwrap_or(BitsPerSec(u64::MAX))
+    }
+
+    /// The best way that is up now, with the wish for each port of it.
+    ///
+    /// # Errors
+    /// Where there is none, with the links that cut it.
+    pub async fn way_now(
+        &self,
+        source: &HostId,
+        destination: &HostId,
+        urgency: Urgency,
+    ) -> Result<Vec<Hop>, TopologyError> {
+        let ways = self.fresh_topology().await.ways(source, destination, 1)?;
+        Ok(ways.first().map(|way| self.hops(way, urgency)).unwrap_or_default())
+    }
+
+    /// The packets of a migration's page link.
+    ///
+    /// # Errors
+    /// When one of the ends is not known well enough to be matched, in one sentence.
+    pub fn page_flow(
+        &self,
+        source: &HostId,
+        destination: &HostId,
+    ) -> Result<PageFlow, PageFlowError> {
+        let unconfigured = || PageFlowError::Source { host: source.clone() };
+        let from = self.site.host(source).ok_or_else(unconfigured)?;
+        let entry = self.inventory.host(destination);
+        let said = entry.and_then(|entry| entry.description);
+        let said = said.ok_or_else(|| PageFlowError::Silent { host: destination.clone() })?;
+        let address = said.page_address.parse();
+        let address = address.map_err(|_| PageFlowError::Address { host: destination.clone() })?;
+        Ok(PageFlow { source: from.address, destination: address })
     }
 
     /// What is wanted on each port of a way: the urgency's share, with the floor left to others.

@@ -28,6 +28,11 @@ impl Service {
             hosts,
             vms,
             urgency: request.urgency.map_or(Ok(reason.urgency()), Urgency::new)?,
+            reservation: match request.reservation.as_str() {
+                "" => self.site.config.policy.reservation,
+                given => given.parse()?,
+            },
+            fixed: request.fixed.unwrap_or(!self.site.config.policy.adaptive),
             mode: mode(&request.mode)?,
             to: self.known_hosts(&request.to)?,
             parallel: request.parallel.clamp(1, 64),
@@ -149,10 +154,14 @@ pub(super) fn words(request: &wire::EvacuateRequest) -> String {
     };
     add("urgency", request.urgency.map(|urgency| urgency.to_string()).unwrap_or_default());
     add("mode", request.mode.clone());
+    add("reservation", request.reservation.clone());
     add("to", request.to.join(","));
     add("reason", request.reason.clone());
     if request.parallel > 1 {
         add("parallel", request.parallel.to_string());
+    }
+    if request.fixed == Some(true) {
+        text.push_str(" --fixed");
     }
     text
 }

@@ -113,6 +113,9 @@ pub(super) fn switch(status: SwitchStatus) -> wire::Switch {
         datapath: status.datapath,
         ports: status.ports.into_iter().map(port).collect(),
         detail: status.detail,
+        saturation: status.saturation.share().unwrap_or_default(),
+        saturation_known: status.saturation.share().is_some(),
+        hot_spot: status.saturation.is_hot(),
     }
 }
 
@@ -248,6 +251,8 @@ pub(super) fn plan(order: &EvacuationOrder, plan: &FullPlan) -> wire::Plan {
         total: plan.total.as_ref().map(|total| estimate(total, |time| millis(*time) as f64)),
         reservations: ports.into_iter().map(reservation).collect(),
         notes: plan.notes.clone(),
+        reservation: order.reservation.to_string(),
+        fixed: order.fixed,
     }
 }
 
@@ -297,6 +302,8 @@ pub(super) fn plan_of_record(evacuation: &Evacuation) -> wire::Plan {
             .collect(),
         left_behind: left_behind(evacuation),
         notes: vec!["this operation was begun before; see its status".to_owned()],
+        reservation: evacuation.order.reservation.to_string(),
+        fixed: evacuation.order.fixed,
         ..wire::Plan::default()
     }
 }

@@ -41,6 +41,8 @@ pub(crate) struct Truth {
     pub(crate) refusing: BTreeSet<String>,
     /// VMs whose next migration fails half way.
     pub(crate) failing: BTreeSet<String>,
+    /// Whether migrations stand still.
+    pub(crate) frozen: bool,
     /// What should never have been asked.
     pub(crate) violations: Vec<String>,
     /// Highest term that was seen.
@@ -127,6 +129,9 @@ impl Cloud {
         tasks::spawn(async move {
             for step in 1..=STEPS {
                 tokio::time::sleep(STEP).await;
+                while cloud.truth().frozen {
+                    tokio::time::sleep(STEP).await;
+                }
                 if !cloud.step(&migration, step) {
                     return;
                 }

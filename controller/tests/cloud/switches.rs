@@ -5,10 +5,11 @@ use std::sync::Mutex;
 
 use futures_util::future::{BoxFuture, ready};
 use lifeboat_controller::network::{
-    Adjustment, FollowVm, Network, NetworkError, PortRate, ReleaseReport, ReservationRequest,
-    Reserved, ReservedHop, SwitchStatus,
+    Adjustment, FollowVm, Network, NetworkError, PendingRelease, PortRate, ReleaseReport,
+    ReservationRequest, Reserved, ReservedHop, SwitchStatus,
 };
 use lifeboat_protocol::ids::{EvacuationId, MigrationId};
+use tokio::sync::watch;
 
 /// What the switches hold. Outlives controllers, as real ones do.
 #[derive(Debug, Default)]
@@ -33,6 +34,17 @@ impl Network for CountingNetwork {
         self.reserved.lock().unwrap().push(request.clone());
         self.held.lock().unwrap().insert(request.migration.clone(), request);
         Box::pin(ready(Ok(reserved)))
+    }
+
+    fn reroute(
+        &self,
+        request: ReservationRequest,
+    ) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
+        self.reserve(request)
+    }
+
+    fn link_news(&self) -> watch::Receiver<u64> {
+        watch::channel(0).1
     }
 
     fn adjust(&self, _: Adjustment) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
@@ -61,6 +73,10 @@ impl Network for CountingNetwork {
     }
 
     fn rates(&self) -> BoxFuture<'_, Vec<PortRate>> {
+        Box::pin(ready(Vec::new()))
+    }
+
+    fn pending(&self) -> BoxFuture<'_, Vec<PendingRelease>> {
         Box::pin(ready(Vec::new()))
     }
 

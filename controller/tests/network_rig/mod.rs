@@ -22,7 +22,7 @@ use lifeboat_controller::network::{
     SwitchNetwork,
 };
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
-use lifeboat_protocol::terms::Urgency;
+use lifeboat_protocol::terms::{ReservationKind, Urgency};
 use lifeboat_protocol::units::BitsPerSec;
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -203,7 +203,7 @@ impl Rig {
 
     /// A controller's network, connected to all switches.
     pub(crate) async fn network(&self) -> (SwitchNetwork, Arc<Recorder>) {
-        let network = SwitchNetwork::start(&self.site());
+        let network = SwitchNetwork::start(&self.site(), None);
         let recorder = Arc::new(Recorder::default());
         network.meet(Arc::clone(&recorder) as Arc<dyn Classifiers>);
         connected(&network).await;
@@ -299,6 +299,7 @@ pub(crate) fn wish(migration_id: &str, mbit: u64) -> ReservationRequest {
         evacuation: evacuation(owner),
         migration: migration(migration_id),
         urgency: Urgency::new(u32::try_from(mbit).unwrap().min(100)).unwrap(),
+        kind: ReservationKind::Borrow,
         hops: vec![hop(port("h1.br-h1", "u1")), hop(port("s1", "d2"))],
         traffic: PageFlow {
             source: [10, 0, 0, 1].into(),

@@ -57,6 +57,15 @@ fn events(n: u32) -> Vec<(&'static str, Event)> {
             Event::Reserved { migration: migration.clone(), reserved: Reserved::default() },
         ),
         ("reserve failed", Event::ReserveFailed { migration: migration.clone(), reason: no() }),
+        (
+            "rerouted",
+            Event::Rerouted {
+                migration: migration.clone(),
+                hops: vec![],
+                reserved: Reserved::default(),
+            },
+        ),
+        ("cut off", Event::CutOff { migration: migration.clone(), reason: no() }),
         ("prepared", Event::Prepared { migration: migration.clone(), ticket: ticket() }),
         ("prepare failed", Event::PrepareFailed { migration: migration.clone(), reason: no() }),
         ("started", Event::Started { migration: migration.clone() }),

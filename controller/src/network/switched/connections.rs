@@ -9,13 +9,15 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use lifeboat_ovs::openflow::{self, SwitchEvent, SwitchHandle, WhatHappened};
+use lifeboat_ovs::openflow::switch::PortReason;
+use lifeboat_ovs::openflow::{self, Message, SwitchEvent, SwitchHandle, WhatHappened};
 use lifeboat_ovs::ovsdb::{self, Client, Status};
-use lifeboat_ovs::{Endpoint, EndpointError};
+use lifeboat_ovs::{Endpoint, EndpointError, Tls};
 use lifeboat_protocol::ids::{HostId, SwitchId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::bridge::{Bridge, MONITORED};
+use super::discovery::Arrived;
 use crate::config::{Config, Site};
 use crate::network::{NetworkError, PortRef};
 
@@ -49,8 +51,10 @@ struct State {
     sessions: BTreeMap<u64, Session>,
     bridges: BTreeMap<SwitchId, Bridge>,
     fresh: BTreeSet<u64>,
-    /// Why we do not listen.
-    deaf: Option<String>,
+    /// Ports that a switch has said are down; its database says so a little later.
+    down: BTreeSet<(u64, String)>,
+    /// Where we do not listen, and why.
+    deaf: BTreeMap<SocketAddr, String>,
     /// The last connection that ended before its switch had said who it is, and why.
     refused: Option<String>,
 }
@@ -62,6 +66,10 @@ pub(super) struct Connections {
     state: Mutex<State>,
     /// Woken when a switch has connected or its bridge has changed.
     pub(super) news: Notify,
+    /// Counts what has happened to links.
+    links: watch::Sender<u64>,
+    /// Where frames go that switches hand up.
+    found: mpsc::Sender<Arrived>,
 }
 
 /// A database and the switches that it describes.
@@ -73,11 +81,12 @@ pub(super) struct Database {
     pub(super) switches: Vec<SwitchId>,
 }
 
-fn known(config: &Config) -> BTreeMap<SwitchId, Known> {
+fn known(config: &Config, tls: Option<&Tls>) -> BTreeMap<SwitchId, Known> {
     let mut clients: BTreeMap<String, Client> = BTreeMap::new();
     let mut client = |text: &str| {
         let endpoint: Endpoint = text.parse()?;
-        let start = || Client::start(endpoint.clone(), ovsdb::Settings::default());
+        let settings = ovsdb::Settings { tls: tls.cloned(), ..ovsdb::Settings::default() };
+        let start = || Client::start(endpoint.clone(), settings);
         let client = clients.entry(endpoint.to_string()).or_insert_with(start).clone();
         Ok((endpoint, client))
     };
@@ -101,9 +110,20 @@ fn known(config: &Config) -> BTreeMap<SwitchId, Known> {
 
 impl Connections {
     /// Begins to connect to every database. Inside tokio.
-    pub(super) fn start(site: &Site) -> Self {
-        let (known, state) = (known(&site.config), Mutex::default());
-        Self { known, state, news: Notify::new() }
+    pub(super) fn start(site: &Site, found: mpsc::Sender<Arrived>, tls: Option<Tls>) -> Self {
+        let (known, state) = (known(&site.config, tls.as_ref()), Mutex::default());
+        let (links, _) = watch::channel(0);
+        Self { known, state, news: Notify::new(), links, found }
+    }
+
+    /// Changes whenever a link may have come or gone.
+    pub(super) fn link_news(&self) -> watch::Receiver<u64> {
+        self.links.subscribe()
+    }
+
+    /// A link has come or gone.
+    pub(super) fn links_changed(&self) {
+        self.links.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -123,7 +143,13 @@ impl Connections {
 
     /// A switch's bridge, as far as it has been told.
     pub(super) fn bridge(&self, switch: &SwitchId) -> Option<Bridge> {
-        self.state().bridges.get(switch).cloned()
+        let id = self.datapath_id(switch);
+        let state = self.state();
+        let mut bridge = state.bridges.get(switch)?.clone();
+        for (name, port) in &mut bridge.ports {
+            port.up &= !id.is_some_and(|id| state.down.contains(&(id, name.clone())));
+        }
+        Some(bridge)
     }
 
     /// A switch's datapath id.
@@ -181,10 +207,28 @@ impl Connections {
         (port.number > 0).then_some(port.number)
     }
 
+    /// Whether a port is known to be down. One that nobody has spoken of is not.
+    pub(super) fn is_down(&self, at: &PortRef) -> bool {
+        let id = self.datapath_id(&at.switch);
+        let state = self.state();
+        let Some(bridge) = state.bridges.get(&at.switch) else { return false };
+        let told = id.is_some_and(|id| state.down.contains(&(id, at.port.clone())));
+        told || bridge.ports.get(&at.port).is_none_or(|port| !port.up)
+    }
+
+    /// The port with this number of the switch with this datapath id.
+    pub(super) fn port_at(&self, datapath_id: u64, number: u32) -> Option<PortRef> {
+        let switch = self.known.keys().find(|id| self.datapath_id(id) == Some(datapath_id))?;
+        let state = self.state();
+        let mut ports = state.bridges.get(switch)?.ports.iter();
+        let (port, _) = ports.find(|(_, port)| port.number == number && number > 0)?;
+        Some(PortRef { switch: switch.clone(), port: port.clone() })
+    }
+
     /// For a person: why a switch's OpenFlow session does not stand.
     pub(super) fn why_no_openflow(&self, switch: &SwitchId) -> String {
         let state = self.state();
-        if let Some(why) = &state.deaf {
+        if let Some(why) = state.deaf.values().next() {
             return why.clone();
         }
         let obstacle = state.bridges.get(switch).and_then(Bridge::obstacle);
@@ -225,6 +269,7 @@ impl Connections {
                     tracing::info!(peer, datapath_id = format!("{id:016x}"), "switch connected");
                     state.sessions.insert(id, Session { handle, peer });
                     state.fresh.insert(id);
+                    state.down.retain(|(switch, _)| *switch != id);
                     state.refused = None;
                 }
             }
@@ -242,7 +287,26 @@ impl Connections {
                     state.fresh.remove(&id);
                 }
             }
-            // Port numbers and links are followed in the databases.
+            WhatHappened::Message(Message::PortStatus(status)) => {
+                let Some(id) = datapath_id else { return };
+                let port = (id, status.port.name.to_string());
+                let changed = match status.port.is_up() && status.reason != PortReason::Delete {
+                    true => state.down.remove(&port),
+                    false => state.down.insert(port),
+                };
+                drop(state);
+                if changed {
+                    self.links_changed();
+                }
+                return;
+            }
+            WhatHappened::Message(Message::PacketIn(packet)) => {
+                let Some((datapath_id, port)) = datapath_id.zip(packet.in_port()) else { return };
+                let arrived = Arrived { datapath_id, port: port.0, data: packet.data };
+                // A probe that nobody has time for is lost, as any packet may be.
+                let _ = self.found.try_send(arrived);
+                return;
+            }
             WhatHappened::Message(_) => return,
         }
         drop(state);
@@ -265,19 +329,23 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Accepts switches for ever. An address that cannot be listened on (yet) is tried again, and named
 /// by every switch that waits for it.
-pub(super) async fn accept(connections: Arc<Connections>, address: SocketAddr) {
+pub(super) async fn accept(
+    connections: Arc<Connections>,
+    address: SocketAddr,
+    settings: openflow::Settings,
+) {
     loop {
-        match openflow::listen(address, openflow::Settings::default()).await {
+        match openflow::listen(address, settings.clone()).await {
             Ok((_listener, mut switches)) => {
                 tracing::info!(%address, "waiting for switches");
-                connections.state().deaf = None;
+                connections.state().deaf.remove(&address);
                 while let Some(event) = switches.recv().await {
                     connections.take(event);
                 }
             }
             Err(error) => {
                 let why = format!("the controller cannot listen on {address}: {error}");
-                let before = connections.state().deaf.replace(why.clone());
+                let before = connections.state().deaf.insert(address, why.clone());
                 if before.as_ref() != Some(&why) {
                     tracing::error!(%address, %error, "switches cannot connect");
                 }
@@ -303,6 +371,7 @@ pub(super) async fn follow(connections: Arc<Connections>, database: Database) {
                         None => drop(state.bridges.remove(switch)),
                     }
                 }
+                connections.links_changed();
                 connections.news.notify_one();
             }
         }

@@ -42,6 +42,13 @@ impl Counter {
     }
 }
 
+impl Counter {
+    /// The rate, if its last sample was taken just at `now`.
+    pub(super) fn fresh_rate(&self, now: UnixMs) -> Option<BitsPerSec> {
+        self.last.filter(|(then, _)| *then == now).and(self.rate)
+    }
+}
+
 fn per_second(bytes: u64, elapsed_ms: u64) -> BitsPerSec {
     let bits = u128::from(bytes) * 8 * 1000 / u128::from(elapsed_ms.max(1));
     BitsPerSec(u64::try_from(bits).unwrap_or(u64::MAX))

@@ -7,13 +7,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use lifeboat_ovs::openflow::PortNo;
 use lifeboat_ovs::openflow::flow::FlowMod;
-use lifeboat_policy::reserve::{Claim, Floor, admit};
+use lifeboat_policy::reserve::{Claim, Floor, Terms, admit};
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
-use lifeboat_protocol::terms::Urgency;
+use lifeboat_protocol::terms::{ReservationKind, Urgency};
 use lifeboat_protocol::units::BitsPerSec;
 
-use super::mark::{self, Link, SLOTS};
+use super::mark::{self, FoundPage, Link, SLOTS};
+use super::queues::FoundQueue;
 use crate::network::{Hop, PortRef};
 
 /// All reservations.
@@ -27,7 +29,7 @@ pub(super) struct Ledger {
 #[derive(Debug, Clone)]
 struct Holding {
     queue: u32,
-    urgency: Urgency,
+    terms: Terms,
     wishes: BTreeMap<PortRef, Wish>,
     migrations: BTreeMap<MigrationId, Held>,
 }
@@ -45,6 +47,17 @@ struct Held {
     slot: u16,
     link: Link,
     ports: BTreeSet<PortRef>,
+    /// Whether its flows name the ports of its way.
+    pinned: bool,
+}
+
+/// What pinned flows need to know of the network: a port's OpenFlow number, and the port at the
+/// other end of its link.
+pub(super) struct Ground<'a> {
+    /// Of a port.
+    pub(super) number: &'a dyn Fn(&PortRef) -> Option<u32>,
+    /// Of a port.
+    pub(super) peer: &'a dyn Fn(&PortRef) -> Option<PortRef>,
 }
 
 /// How a port is divided.
@@ -54,6 +67,8 @@ pub(super) struct Shares {
     pub(super) capacity: BitsPerSec,
     /// What everybody without a queue is guaranteed: the rest, at least the floor.
     pub(super) others: BitsPerSec,
+    /// What they may have at most: all that is not reserved strictly.
+    pub(super) others_most: BitsPerSec,
     /// Per evacuation.
     pub(super) queues: Vec<Share>,
 }
@@ -67,6 +82,18 @@ pub(super) struct Share {
     pub(super) queue: u32,
     /// What it is guaranteed.
     pub(super) rate: BitsPerSec,
+    /// Its urgency, and whether it may have more than its rate.
+    pub(super) terms: Terms,
+}
+
+impl Share {
+    /// What it may have at most on a link of `capacity`.
+    pub(super) fn most(&self, capacity: BitsPerSec) -> BitsPerSec {
+        match self.terms.kind {
+            ReservationKind::Borrow => capacity,
+            ReservationKind::Strict => self.rate,
+        }
+    }
 }
 
 impl Ledger {
@@ -97,22 +124,55 @@ impl Ledger {
         &mut self,
         evacuation: &EvacuationId,
         migration: &MigrationId,
-        urgency: Urgency,
+        terms: Terms,
         queue: u32,
         hops: &[Hop],
         link: Link,
     ) {
         let slot = self.free_slot(migration, link);
-        let new = Holding { queue, urgency, wishes: BTreeMap::new(), migrations: BTreeMap::new() };
+        let new = Holding { queue, terms, wishes: BTreeMap::new(), migrations: BTreeMap::new() };
         let holding = self.evacuations.entry(evacuation.clone()).or_insert(new);
-        holding.urgency = urgency;
+        holding.terms = terms;
         for hop in hops {
             let wish = Wish { capacity: hop.capacity, wanted: hop.rate };
             holding.wishes.insert(hop.at.clone(), wish);
         }
         let ports = hops.iter().map(|hop| hop.at.clone()).collect();
-        holding.migrations.insert(migration.clone(), Held { slot, link, ports });
+        let pinned = holding.migrations.get(migration).is_some_and(|held| held.pinned);
+        holding.migrations.insert(migration.clone(), Held { slot, link, ports, pinned });
         holding.forget_unused();
+    }
+
+    /// From now on a migration's flows name the ports of its way.
+    pub(super) fn pin(&mut self, evacuation: &EvacuationId, migration: &MigrationId) {
+        let holding = self.evacuations.get_mut(evacuation);
+        if let Some(held) = holding.and_then(|holding| holding.migrations.get_mut(migration)) {
+            held.pinned = true;
+        }
+    }
+
+    /// Whether they do, of this migration, or with `None` of any of the evacuation's.
+    pub(super) fn is_pinned(
+        &self,
+        evacuation: &EvacuationId,
+        migration: Option<&MigrationId>,
+    ) -> bool {
+        let all = self.evacuations.get(evacuation).into_iter().flat_map(|held| &held.migrations);
+        let wanted = |id: &MigrationId| migration.is_none_or(|migration| migration == id);
+        all.into_iter().any(|(id, held)| wanted(id) && held.pinned)
+    }
+
+    /// The switches that have flows of a migration.
+    pub(super) fn switches_of(
+        &self,
+        evacuation: &EvacuationId,
+        migration: &MigrationId,
+        ground: &Ground<'_>,
+    ) -> BTreeSet<SwitchId> {
+        let holding = self.evacuations.get(evacuation);
+        let held = holding.and_then(|holding| holding.migrations.get(migration));
+        let ports = held.into_iter().flat_map(|held| held.ports_with_flows(ground));
+        ports.map(|port| port.switch).collect()
     }
 
     /// The migration's own slot, else the first that no other migration over this link has.
@@ -134,19 +194,19 @@ impl Ledger {
         &mut self,
         evacuation: &EvacuationId,
         migration: &MigrationId,
-        queue: u32,
+        found: FoundQueue,
         hops: &[Hop],
-        slot: u16,
-        link: Link,
+        page: &FoundPage,
     ) {
         // Nobody but the operator's order knows the urgency; what was reserved is its best witness.
         let most = hops.iter().map(|hop| hop.rate.0 * 100 / hop.capacity.0.max(1)).max();
         let percent = u32::try_from(most.unwrap_or_default().min(100)).unwrap_or_default();
         let Ok(urgency) = Urgency::new(percent) else { return };
-        self.hold(evacuation, migration, urgency, queue, hops, link);
+        let terms = Terms { urgency, kind: found.kind };
+        self.hold(evacuation, migration, terms, found.number, hops, page.link);
         let holding = self.evacuations.get_mut(evacuation);
         if let Some(held) = holding.and_then(|held| held.migrations.get_mut(migration)) {
-            held.slot = slot;
+            (held.slot, held.pinned) = (page.slot, page.pinned);
         }
     }
 
@@ -188,6 +248,16 @@ impl Ledger {
     pub(super) fn ports_of(&self, evacuation: &EvacuationId) -> BTreeSet<PortRef> {
         let holding = self.evacuations.get(evacuation);
         holding.into_iter().flat_map(|holding| holding.wishes.keys().cloned()).collect()
+    }
+
+    /// The migrations of an evacuation whose pages leave by a port.
+    pub(super) fn migrations_at(
+        &self,
+        evacuation: &EvacuationId,
+        at: &PortRef,
+    ) -> Vec<MigrationId> {
+        let held = self.evacuations.get(evacuation).into_iter().flat_map(|h| &h.migrations);
+        held.filter(|(_, held)| held.ports.contains(at)).map(|(id, _)| id.clone()).collect()
     }
 
     /// Every port on which anybody holds a queue.
@@ -232,7 +302,7 @@ impl Ledger {
             .iter()
             .map(|(id, holding, wish)| Claim {
                 evacuation: (*id).clone(),
-                urgency: holding.urgency,
+                urgency: holding.terms.urgency,
                 wanted: wish.wanted,
             })
             .collect();
@@ -242,25 +312,54 @@ impl Ledger {
             evacuation: (*id).clone(),
             queue: holding.queue,
             rate: grant.rate,
+            terms: holding.terms,
         });
-        Some(Shares { capacity, others: capacity - granted, queues: queues.collect() })
+        let queues: Vec<Share> = queues.collect();
+        let strict = queues.iter().filter(|share| share.terms.kind == ReservationKind::Strict);
+        let others_most = capacity - strict.map(|share| share.rate).sum();
+        Some(Shares { capacity, others: capacity - granted, others_most, queues })
     }
 
     /// All flows of ours that a switch should have.
-    pub(super) fn flows_on(&self, switch: &SwitchId) -> Vec<FlowMod> {
+    pub(super) fn flows_on(&self, switch: &SwitchId, ground: &Ground<'_>) -> Vec<FlowMod> {
         let mut flows = Vec::new();
         for (id, holding) in &self.evacuations {
-            if !self.is_on(id, switch) {
-                continue;
+            if self.is_on(id, switch) {
+                flows.push(mark::clear_flow(id, holding.queue));
             }
-            flows.push(mark::clear_flow(id, holding.queue));
-            let here = |held: &Held| held.ports.iter().any(|port| port.switch == *switch);
-            for (migration, held) in holding.migrations.iter().filter(|(_, held)| here(held)) {
-                let (slot, queue) = (held.slot, holding.queue);
-                flows.push(mark::page_flow(id, migration, slot, queue, held.link));
+            for (migration, held) in &holding.migrations {
+                let (slot, link) = (held.slot, held.link);
+                if let Some(out) = held.out_on(switch, ground) {
+                    flows.push(mark::page_flow(id, migration, slot, holding.queue, link, out));
+                }
+                if let Some(out) = held.back_on(switch, ground) {
+                    flows.push(mark::back_flow(id, migration, slot, link, out));
+                }
             }
         }
         flows
+    }
+}
+
+impl Held {
+    /// Where its pages leave a switch; `None` when they do not pass it.
+    fn out_on(&self, switch: &SwitchId, ground: &Ground<'_>) -> Option<PortNo> {
+        let port = self.ports.iter().find(|port| port.switch == *switch)?;
+        // A number that is not known yet comes with the switch's next report, which mends this.
+        let pinned = || (ground.number)(port).map(PortNo);
+        Some(self.pinned.then(pinned).flatten().unwrap_or(PortNo::NORMAL))
+    }
+
+    /// Where its acknowledgements leave a switch, if they are told where.
+    fn back_on(&self, switch: &SwitchId, ground: &Ground<'_>) -> Option<PortNo> {
+        let entered = self.ports.iter().filter_map(|port| (ground.peer)(port));
+        let port = entered.filter(|_| self.pinned).find(|port| port.switch == *switch)?;
+        (ground.number)(&port).map(PortNo)
+    }
+
+    fn ports_with_flows(&self, ground: &Ground<'_>) -> Vec<PortRef> {
+        let entered = self.ports.iter().filter_map(|port| (ground.peer)(port));
+        self.ports.iter().cloned().chain(entered.filter(|_| self.pinned)).collect()
     }
 }
 
@@ -273,123 +372,4 @@ impl Holding {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn evacuation(n: u8) -> EvacuationId {
-        EvacuationId::new(format!("e{n}")).unwrap()
-    }
-
-    fn migration(e: u8, m: u8) -> MigrationId {
-        MigrationId::new(format!("e{e}-m{m}")).unwrap()
-    }
-
-    fn port(n: u8) -> PortRef {
-        PortRef { switch: SwitchId::new(format!("s{n}")).unwrap(), port: format!("p{n}") }
-    }
-
-    fn hop(n: u8, mbit: u64) -> Hop {
-        let (capacity, rate) = (BitsPerSec::from_mbit(100), BitsPerSec::from_mbit(mbit));
-        Hop { at: port(n), capacity, rate }
-    }
-
-    fn link(n: u8) -> Link {
-        Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, n].into(), port: 7445 }
-    }
-
-    fn hold(ledger: &mut Ledger, e: u8, m: u8, urgency: u32, hops: &[Hop]) {
-        let id = evacuation(e);
-        let queue = ledger.queue(&id).or_else(|| ledger.free_queue(&BTreeSet::new())).unwrap();
-        let urgency = Urgency::new(urgency).unwrap();
-        ledger.hold(&id, &migration(e, m), urgency, queue, hops, link(2));
-    }
-
-    #[test]
-    fn migrations_of_an_evacuation_share_its_queue_and_the_last_one_gives_it_back() {
-        let mut ledger = Ledger::new(Floor::default());
-        hold(&mut ledger, 1, 1, 75, &[hop(1, 75), hop(2, 75)]);
-        hold(&mut ledger, 1, 2, 75, &[hop(2, 75), hop(3, 75)]);
-        let shares = ledger.shares(&port(2), BitsPerSec::ZERO).unwrap();
-        assert_eq!((shares.queues.len(), shares.queues[0].queue), (1, 3));
-        assert_eq!(shares.others, BitsPerSec::from_mbit(25));
-        assert_eq!(ledger.flows_on(&port(2).switch).len(), 3);
-        assert_eq!(ledger.let_go(&evacuation(1), Some(&migration(1, 1))), [port(1)]);
-        assert!(ledger.is_on(&evacuation(1), &port(2).switch));
-        let rest = ledger.let_go(&evacuation(1), Some(&migration(1, 2)));
-        assert_eq!(rest, [port(2), port(3)]);
-        assert_eq!((ledger.ports().len(), ledger.queue(&evacuation(1))), (0, None));
-    }
-
-    #[test]
-    fn over_one_page_link_every_migration_has_a_priority_of_its_own() {
-        let mut ledger = Ledger::new(Floor::default());
-        hold(&mut ledger, 1, 1, 50, &[hop(1, 50)]);
-        hold(&mut ledger, 2, 1, 20, &[hop(1, 20)]);
-        hold(&mut ledger, 1, 1, 50, &[hop(1, 50)]);
-        let mut priorities: Vec<u16> =
-            ledger.flows_on(&port(1).switch).iter().map(|flow| flow.priority).collect();
-        priorities.sort_unstable();
-        assert_eq!(priorities, [60_000, 60_000, 61_000, 61_001]);
-    }
-
-    #[test]
-    fn the_more_urgent_takes_from_the_less_urgent_and_the_floor_stays() {
-        let mut ledger = Ledger::new(Floor::default());
-        hold(&mut ledger, 1, 1, 50, &[hop(1, 50)]);
-        hold(&mut ledger, 2, 1, 90, &[hop(1, 90)]);
-        let shares = ledger.shares(&port(1), BitsPerSec::ZERO).unwrap();
-        let rates: Vec<u64> = shares.queues.iter().map(|s| s.rate.0 / 1_000_000).collect();
-        assert_eq!((rates, shares.others), (vec![5, 90], BitsPerSec::from_mbit(5)));
-    }
-
-    #[test]
-    fn what_foreign_queues_are_promised_is_not_promised_again() {
-        let mut ledger = Ledger::new(Floor::default());
-        hold(&mut ledger, 1, 1, 90, &[hop(1, 90)]);
-        let shares = ledger.shares(&port(1), BitsPerSec::from_mbit(40)).unwrap();
-        assert!(shares.queues[0].rate == BitsPerSec::from_mbit(60), "{shares:?}");
-        let none = ledger.shares(&port(1), BitsPerSec(u64::MAX)).unwrap();
-        assert_eq!(none.queues[0].rate, BitsPerSec::ZERO);
-    }
-
-    #[test]
-    fn sixteen_evacuations_have_sixteen_numbers_and_the_next_has_none() {
-        let mut ledger = Ledger::new(Floor::default());
-        for n in 0..16 {
-            hold(&mut ledger, n, 1, 5, &[hop(n, 5)]);
-        }
-        assert_eq!(ledger.free_queue(&BTreeSet::new()), None);
-        ledger.let_go(&evacuation(4), None);
-        assert_eq!(ledger.free_queue(&BTreeSet::new()), Some(19));
-        assert_eq!(ledger.free_queue(&BTreeSet::from([19])), None);
-    }
-
-    proptest! {
-        #[test]
-        fn in_any_order_no_port_is_promised_twice_and_all_of_it_comes_back(
-            steps in prop::collection::vec((0u8..3, 0u8..3, 0u8..4, 0u64..200, any::<bool>()), 0..40)
-        ) {
-            let mut ledger = Ledger::new(Floor::default());
-            for (e, m, p, mbit, take) in steps {
-                if take {
-                    hold(&mut ledger, e, m, 50, &[hop(p, mbit), hop(p + 1, mbit)]);
-                } else {
-                    ledger.let_go(&evacuation(e), Some(&migration(e, m)));
-                }
-                for at in ledger.ports() {
-                    let shares = ledger.shares(&at, BitsPerSec::ZERO).unwrap();
-                    let sum: BitsPerSec = shares.queues.iter().map(|s| s.rate).sum();
-                    prop_assert_eq!(sum + shares.others, shares.capacity);
-                    prop_assert!(shares.others >= Floor::default().of(shares.capacity));
-                    prop_assert!(!ledger.flows_on(&at.switch).is_empty());
-                }
-            }
-            for e in 0..3 {
-                ledger.let_go(&evacuation(e), None);
-            }
-            prop_assert!(ledger.ports().is_empty());
-        }
-    }
-}
+mod tests;

@@ -10,14 +10,14 @@ use futures_util::future::join_all;
 use lifeboat_ovs::openflow::Message;
 use lifeboat_ovs::qos;
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
-use lifeboat_protocol::units::BitsPerSec;
 
 use super::mark::{self, Cookie, FoundPage, Kind, OWNER_COOKIE, OWNER_MASK};
+use super::queues::FoundQueue;
 use super::{Inner, WITHIN, locked, of_openflow, queues};
 use crate::network::{Hop, NetworkError, PortRef, ReleaseFailure, ReleaseReport};
 
-/// The queues that were found: whose, where, number and guaranteed rate.
-type Queues = BTreeMap<(EvacuationId, PortRef), (u32, BitsPerSec)>;
+/// The queues that were found: whose, and where.
+type Queues = BTreeMap<(EvacuationId, PortRef), FoundQueue>;
 
 /// The migrations that live, by the tags in their cookies.
 struct Alive(BTreeMap<(u64, u64), (EvacuationId, MigrationId)>);
@@ -111,6 +111,8 @@ impl Inner {
         match cookie.kind {
             // Goes by a rule of its own: see `delete_forward`.
             Kind::Forward => true,
+            // A lease that goes by itself.
+            Kind::Probe => true,
             Kind::Clear => known.any(|id| mark::evacuation_tag(id) == cookie.evacuation),
             Kind::Page => {
                 let tags = (cookie.evacuation, cookie.migration);
@@ -132,16 +134,16 @@ impl Inner {
             let mine = found
                 .iter()
                 .filter(|((whose, at), _)| whose == evacuation && switches.contains(&at.switch));
-            let hops = mine.clone().filter_map(|((_, at), (_, rate))| {
+            let hops = mine.clone().filter_map(|((_, at), queue)| {
                 let capacity = self.links.get(at)?.capacity;
-                Some(Hop { at: at.clone(), capacity, rate: *rate })
+                Some(Hop { at: at.clone(), capacity, rate: queue.rate })
             });
             let hops: Vec<Hop> = hops.collect();
-            let queue = mine.clone().map(|(_, (queue, _))| *queue).next();
+            let queue = mine.clone().map(|(_, queue)| *queue).next();
             if let (Some(queue), false) = (queue, hops.is_empty()) {
-                tracing::info!(%evacuation, %migration, queue, "reservation taken over");
-                let mut ledger = locked(&self.ledger);
-                ledger.adopt(evacuation, migration, queue, &hops, page.slot, page.link);
+                let number = queue.number;
+                tracing::info!(%evacuation, %migration, number, "reservation taken over");
+                locked(&self.ledger).adopt(evacuation, migration, queue, &hops, page);
             }
         }
     }

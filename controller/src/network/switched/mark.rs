@@ -18,9 +18,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use lifeboat_ovs::lldp;
 use lifeboat_ovs::openflow::flow::FlowMod;
 use lifeboat_ovs::openflow::multipart::FlowStats;
-use lifeboat_ovs::openflow::{Action, Instruction, Masked, Match, Oxm, PortNo};
+use lifeboat_ovs::openflow::{Action, Instruction, MacAddr, Masked, Match, Oxm, PortNo};
 use lifeboat_ovs::qos::Mark;
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
 
@@ -43,6 +44,8 @@ const MIGRATION_BITS: u64 = (1 << 24) - 1;
 const PAGE_PRIORITY: u16 = 61_000;
 /// Slots above it.
 pub(super) const SLOTS: u16 = 4_000;
+/// Above every page flow: nothing else is LLDP.
+const PROBE_PRIORITY: u16 = 65_100;
 /// Below every page flow, above whatever a network usually has.
 const CLEAR_PRIORITY: u16 = 60_000;
 
@@ -63,6 +66,8 @@ pub(super) enum Kind {
     Clear = 2,
     /// Lets a switch forward that would otherwise drop everything.
     Forward = 3,
+    /// Hands LLDP frames up; a lease that nobody has to take away.
+    Probe = 4,
 }
 
 /// What a cookie of ours says.
@@ -70,7 +75,7 @@ pub(super) enum Kind {
 pub(super) struct Cookie {
     /// What for.
     pub(super) kind: Kind,
-    /// Of which evacuation; 0 for [`Kind::Forward`].
+    /// Of which evacuation; 0 for [`Kind::Forward`] and [`Kind::Probe`].
     pub(super) evacuation: u64,
     /// Of which migration; 0 unless [`Kind::Page`].
     pub(super) migration: u64,
@@ -132,6 +137,7 @@ impl Cookie {
             1 => Kind::Page,
             2 => Kind::Clear,
             3 => Kind::Forward,
+            4 => Kind::Probe,
             _ => return None,
         };
         let evacuation = bits >> EVACUATION_SHIFT & EVACUATION_BITS;
@@ -193,6 +199,16 @@ impl Link {
             .with(Oxm::TcpDst(self.port))
     }
 
+    /// What comes back.
+    fn answering(self) -> Match {
+        Match::any()
+            .with(Oxm::EthType(IPV4))
+            .with(Oxm::IpProto(TCP))
+            .with(Oxm::Ipv4Src(Masked::exact(self.destination)))
+            .with(Oxm::Ipv4Dst(Masked::exact(self.source)))
+            .with(Oxm::TcpSrc(self.port))
+    }
+
     fn from_match(matching: &Match) -> Option<Self> {
         let (mut source, mut destination, mut port) = (None, None, None);
         for field in &matching.fields {
@@ -215,7 +231,7 @@ fn dscp(value: u32) -> u8 {
     u8::try_from(value).unwrap_or_default()
 }
 
-/// Sends a migration's pages to `queue`. The queue works on the kernel's datapath, the mark on the
+/// Sends a migration's pages to `queue` and on to `out`. The queue works on the kernel's datapath, the mark on the
 /// userspace one, so that the same flow is right on both.
 pub(super) fn page_flow(
     evacuation: &EvacuationId,
@@ -223,14 +239,39 @@ pub(super) fn page_flow(
     slot: u16,
     queue: u32,
     link: Link,
+    out: PortNo,
 ) -> FlowMod {
     let cookie = Cookie::page(evacuation, migration).to_bits();
     let actions = vec![
         Action::SetQueue(queue),
         Action::SetField(Oxm::IpDscp(dscp(queue))),
-        Action::output(PortNo::NORMAL),
+        Action::output(out),
     ];
     FlowMod::add(cookie, PAGE_PRIORITY + slot.min(SLOTS), link.matching(), apply(actions))
+}
+
+/// Brings a pinned migration's acknowledgements back by the way that its pages take.
+pub(super) fn back_flow(
+    evacuation: &EvacuationId,
+    migration: &MigrationId,
+    slot: u16,
+    link: Link,
+    out: PortNo,
+) -> FlowMod {
+    let cookie = Cookie::page(evacuation, migration).to_bits();
+    let actions = vec![Action::output(out)];
+    FlowMod::add(cookie, PAGE_PRIORITY + slot.min(SLOTS), link.answering(), apply(actions))
+}
+
+/// Hands LLDP frames to the controller, from one port or from all, for `lease` seconds.
+pub(super) fn probe_flow(from: Option<PortNo>, lease: u16) -> FlowMod {
+    let cookie = Cookie { kind: Kind::Probe, evacuation: 0, migration: 0 }.to_bits();
+    let nearest = Masked::exact(MacAddr(lldp::NEAREST_BRIDGE));
+    let matching = from.map_or_else(Match::any, |port| Match::any().with(Oxm::InPort(port)));
+    let matching = matching.with(Oxm::EthDst(nearest)).with(Oxm::EthType(lldp::ETHERTYPE));
+    let actions = vec![Action::output(PortNo::CONTROLLER)];
+    let flow = FlowMod::add(cookie, PROBE_PRIORITY, matching, apply(actions));
+    FlowMod { hard_timeout: lease, ..flow }
 }
 
 /// Takes the mark of `queue` from packets that nobody has reserved anything for: an application
@@ -257,6 +298,8 @@ pub(super) struct FoundPage {
     pub(super) slot: u16,
     /// Which packets.
     pub(super) link: Link,
+    /// Whether it names the port that they leave by.
+    pub(super) pinned: bool,
 }
 
 impl FoundPage {
@@ -264,7 +307,12 @@ impl FoundPage {
     pub(super) fn of(flow: &FlowStats) -> Option<Self> {
         let cookie = Cookie::from_bits(flow.cookie).filter(|cookie| cookie.kind == Kind::Page)?;
         let slot = flow.priority.checked_sub(PAGE_PRIORITY)?;
-        Some(Self { cookie, slot, link: Link::from_match(&flow.matching)? })
+        let normal = |instruction: &Instruction| match instruction {
+            Instruction::ApplyActions(actions) => actions.contains(&Action::output(PortNo::NORMAL)),
+            _ => false,
+        };
+        let pinned = !flow.instructions.iter().any(normal);
+        Some(Self { cookie, slot, link: Link::from_match(&flow.matching)?, pinned })
     }
 }
 
@@ -325,10 +373,12 @@ mod tests {
         let (evacuation, migration) = ids();
         let link =
             Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, 2].into(), port: 7445 };
-        let flow = page_flow(&evacuation, &migration, 5, 7, link);
+        let flow = page_flow(&evacuation, &migration, 5, 7, link, PortNo::NORMAL);
         assert_eq!(Link::from_match(&flow.matching), Some(link));
         let all = delete_pages(&evacuation);
         assert_eq!(flow.cookie & all.cookie_mask, all.cookie);
+        let back = back_flow(&evacuation, &migration, 5, link, PortNo(4));
+        assert_eq!((back.cookie, Link::from_match(&back.matching)), (flow.cookie, None));
         assert_ne!(clear_flow(&evacuation, 7).cookie & all.cookie_mask, all.cookie);
         assert_eq!(delete_page(&evacuation, &migration).cookie, flow.cookie);
     }

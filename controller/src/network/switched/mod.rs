@@ -20,12 +20,14 @@ mod bridge;
 mod classifier;
 mod connections;
 mod counters;
+mod discovery;
 mod ledger;
 mod leftovers;
 mod mark;
 mod poll;
 mod queues;
 mod release;
+mod reroute;
 mod reserve;
 mod status;
 
@@ -33,14 +35,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures_util::future::{BoxFuture, ready};
-use lifeboat_ovs::openflow::RequestError;
+use lifeboat_ovs::Tls;
+use lifeboat_ovs::openflow::{self, RequestError};
 use lifeboat_policy::reserve::Floor;
+use lifeboat_policy::saturation::SaturationParameters;
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
+use lifeboat_topology::Sightings;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::{
-    Adjustment, FollowVm, Network, NetworkError, PortRate, PortRef, ReleaseReport,
+    Adjustment, FollowVm, Network, NetworkError, PendingRelease, PortRate, PortRef, ReleaseReport,
     ReservationRequest, Reserved, SwitchStatus,
 };
 use crate::agents::Agents;
@@ -52,10 +58,14 @@ use connections::Connections;
 use ledger::Ledger;
 use poll::Counters;
 use queues::WITHIN;
+use release::{Debt, Owed};
 
 /// How long a reservation outlives a controller that does not renew it: then whoever tidies the
 /// switches knows that nobody needs it.
 const LEASE_SECONDS: u64 = 600;
+
+/// Probes that may wait to be looked at; more are lost, as any packet may be.
+const PROBES: usize = 1024;
 
 /// The switches of a site.
 pub struct SwitchNetwork {
@@ -68,15 +78,26 @@ pub struct SwitchNetwork {
 struct LinkEnd {
     capacity: BitsPerSec,
     peer: String,
+    to: PortRef,
 }
+
+/// Looks something up for a port.
+type OfPort<T> = Box<dyn Fn(&PortRef) -> Option<T> + Send + Sync>;
 
 struct Inner {
     connections: Arc<Connections>,
-    links: BTreeMap<PortRef, LinkEnd>,
+    links: Arc<BTreeMap<PortRef, LinkEnd>>,
+    /// A port's OpenFlow number, and the port at the other end of its link.
+    numbers: OfPort<u32>,
+    peers: OfPort<PortRef>,
+    sightings: Mutex<Sightings>,
     ledger: Mutex<Ledger>,
     counters: Mutex<Counters>,
+    saturation: SaturationParameters,
+    /// What each switch has for migrations.
+    budgets: BTreeMap<SwitchId, BitsPerSec>,
     /// Releases that could not reach every switch.
-    debts: Mutex<BTreeSet<(EvacuationId, Option<MigrationId>)>>,
+    debts: Mutex<BTreeMap<Debt, Owed>>,
     /// Migrations that asked for nothing, and so have nothing to release anywhere.
     empty: Mutex<BTreeSet<MigrationId>>,
     classifiers: OnceLock<Arc<dyn Classifiers>>,
@@ -89,17 +110,30 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl SwitchNetwork {
     /// Begins to listen for switches and to connect to their databases. Inside tokio; without
-    /// `openflow_listen` no switch can connect.
+    /// `openflow_listen` no switch can connect, and without `tls` none over TLS.
     #[must_use]
-    pub fn start(site: &Site) -> Self {
+    pub fn start(site: &Site, tls: Option<Tls>) -> Self {
         let policy = &site.config.policy;
         let floor = Floor { share: policy.floor, at_least: policy.floor_at_least };
-        let connections = Arc::new(Connections::start(site));
+        let (found, arrived) = mpsc::channel(PROBES);
+        let connections = Arc::new(Connections::start(site, found, tls.clone()));
+        let links = Arc::new(links(site));
         let inner = Arc::new(Inner {
             connections: Arc::clone(&connections),
-            links: links(site),
+            numbers: Box::new({
+                let connections = Arc::clone(&connections);
+                move |at| connections.port_number(at)
+            }),
+            peers: Box::new({
+                let links = Arc::clone(&links);
+                move |at| links.get(at).map(|link| link.to.clone())
+            }),
+            sightings: Mutex::default(),
+            links,
             ledger: Mutex::new(Ledger::new(floor)),
             counters: Mutex::default(),
+            saturation: policy.saturation(),
+            budgets: budgets(site),
             debts: Mutex::default(),
             empty: Mutex::default(),
             classifiers: OnceLock::new(),
@@ -109,8 +143,17 @@ impl SwitchNetwork {
             tasks::spawn(poll::tend(Arc::clone(&inner))),
             tasks::spawn(poll::renew(Arc::clone(&inner))),
         ];
-        if let Some(address) = site.config.controller.openflow_listen {
-            tasks.push(tasks::spawn(connections::accept(Arc::clone(&connections), address)));
+        if let Some(every) = site.config.controller.discovery_interval() {
+            tasks.push(tasks::spawn(discovery::run(Arc::clone(&inner), arrived, every)));
+        }
+        let listeners = [
+            site.config.controller.openflow_listen.map(|address| (address, None)),
+            site.config.controller.openflow_tls_listen.zip(tls.map(Some)),
+        ];
+        for (address, tls) in listeners.into_iter().flatten() {
+            let settings = openflow::Settings { tls, ..openflow::Settings::default() };
+            let connections = Arc::clone(&connections);
+            tasks.push(tasks::spawn(connections::accept(connections, address, settings)));
         }
         for database in connections.databases() {
             tasks.push(tasks::spawn(connections::follow(Arc::clone(&connections), database)));
@@ -142,10 +185,16 @@ fn links(site: &Site) -> BTreeMap<PortRef, LinkEnd> {
     for (link, (a, b)) in site.config.links.iter().zip(&site.ends) {
         let (there, back) = (link.capacity, link.capacity_back.unwrap_or(link.capacity));
         let (a, b) = (port(a), port(b));
-        links.insert(a.clone(), LinkEnd { capacity: there, peer: b.to_string() });
-        links.insert(b, LinkEnd { capacity: back, peer: a.to_string() });
+        links.insert(a.clone(), LinkEnd { capacity: there, peer: b.to_string(), to: b.clone() });
+        links.insert(b, LinkEnd { capacity: back, peer: a.to_string(), to: a });
     }
     links
+}
+
+fn budgets(site: &Site) -> BTreeMap<SwitchId, BitsPerSec> {
+    let switches = site.config.switches.iter().map(|s| (Some(s.name.clone()), s.migration_budget));
+    let bridges = site.config.hosts.iter().map(|host| (host.switch_id(), host.migration_budget));
+    switches.chain(bridges).filter_map(|(name, budget)| Some((name?, budget?))).collect()
 }
 
 impl Inner {
@@ -206,6 +255,17 @@ impl Network for SwitchNetwork {
         Box::pin(self.inner.reserve(request))
     }
 
+    fn reroute(
+        &self,
+        request: ReservationRequest,
+    ) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
+        Box::pin(self.inner.reroute(request))
+    }
+
+    fn link_news(&self) -> watch::Receiver<u64> {
+        self.inner.connections.link_news()
+    }
+
     fn adjust(&self, adjustment: Adjustment) -> BoxFuture<'_, Result<Reserved, NetworkError>> {
         Box::pin(self.inner.adjust(adjustment))
     }
@@ -228,6 +288,10 @@ impl Network for SwitchNetwork {
 
     fn rates(&self) -> BoxFuture<'_, Vec<PortRate>> {
         Box::pin(ready(self.inner.rates()))
+    }
+
+    fn pending(&self) -> BoxFuture<'_, Vec<PendingRelease>> {
+        Box::pin(ready(self.inner.pending()))
     }
 
     /// None of our flows names a MAC: page flows match addresses of hosts, and everything else

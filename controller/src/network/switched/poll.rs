@@ -10,15 +10,18 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lifeboat_ovs::openflow::PortNo;
+use lifeboat_policy::saturation::Gauge;
 use lifeboat_protocol::ids::SwitchId;
 
 use super::counters::Counter;
 use super::{Inner, locked, queues};
-use crate::clock;
-use crate::network::NetworkError;
+use crate::clock::{self, UnixMs};
+use crate::network::{NetworkError, PortRef};
 
 /// How often counters are read.
 const PERIOD: Duration = Duration::from_secs(1);
+/// How often a release that could not reach every switch is tried again.
+const DEBTS: Duration = Duration::from_secs(2);
 /// How often leases are renewed: many times before they expire.
 const RENEWAL: Duration = Duration::from_secs(60);
 
@@ -27,6 +30,8 @@ const RENEWAL: Duration = Duration::from_secs(60);
 pub(super) struct Counters {
     /// What left by a port.
     pub(super) ports: BTreeMap<(SwitchId, u32), Counter>,
+    /// How full each port's link is.
+    pub(super) gauges: BTreeMap<PortRef, Gauge>,
     /// What left by a queue.
     pub(super) queues: BTreeMap<(SwitchId, u32, u32), Counter>,
 }
@@ -52,10 +57,14 @@ pub(super) async fn tend(inner: Arc<Inner>) {
 /// Renews leases and pays debts, for ever.
 pub(super) async fn renew(inner: Arc<Inner>) {
     loop {
-        tokio::time::sleep(RENEWAL).await;
+        for _ in 0..RENEWAL.as_secs() / DEBTS.as_secs() {
+            tokio::time::sleep(DEBTS).await;
+            if !locked(&inner.debts).is_empty() {
+                let _changing = inner.changing.lock().await;
+                inner.pay_debts().await;
+            }
+        }
         inner.renew_leases().await;
-        let _changing = inner.changing.lock().await;
-        inner.pay_debts().await;
     }
 }
 
@@ -73,6 +82,7 @@ impl Inner {
             let counter = counters.ports.entry((switch.clone(), port.port.0)).or_default();
             counter.sample(now, port.tx_bytes);
         }
+        self.observe(&mut counters, switch, now);
         let Ok(queues) = queues else { return };
         counters.queues.retain(|(whose, port, queue), _| {
             whose != switch || queues.iter().any(|q| (q.port.0, q.queue) == (*port, *queue))
@@ -80,6 +90,19 @@ impl Inner {
         for queue in queues {
             let key = (switch.clone(), queue.port.0, queue.queue);
             counters.queues.entry(key).or_default().sample(now, queue.tx_bytes);
+        }
+    }
+
+    /// Moves the gauges of a switch's links to what the counters say now. Of a link that they say
+    /// nothing of, nothing is observed.
+    fn observe(&self, counters: &mut Counters, switch: &SwitchId, now: UnixMs) {
+        for (at, link) in self.links.iter().filter(|(at, _)| at.switch == *switch) {
+            let number = self.connections.port_number(at);
+            let counter = number.and_then(|n| counters.ports.get(&(switch.clone(), n)));
+            if let Some(used) = counter.and_then(|counter| counter.fresh_rate(now)) {
+                let gauge = counters.gauges.entry(at.clone()).or_default();
+                gauge.observe(&self.saturation, now.time(), used, link.capacity);
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use lifeboat_ovs::qos::{
     self, Mark, QosError, Rates, Reservation, Snapshot, release_plan, reserve_plan,
 };
 use lifeboat_protocol::ids::{EvacuationId, SwitchId};
+use lifeboat_protocol::terms::ReservationKind;
 use lifeboat_protocol::units::BitsPerSec;
 
 use super::ledger::{Share, Shares};
@@ -47,14 +48,29 @@ pub(super) fn taken(snapshot: &Snapshot) -> BTreeSet<u32> {
     numbers.filter_map(|number| u32::try_from(*number).ok()).collect()
 }
 
-/// The evacuations' queues in a database, by their marks: number and guaranteed rate.
-pub(super) fn held(snapshot: &Snapshot) -> BTreeMap<(EvacuationId, PortRef), (u32, BitsPerSec)> {
+/// An evacuation's queue as it was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FoundQueue {
+    /// Its number.
+    pub(super) number: u32,
+    /// What it is guaranteed.
+    pub(super) rate: BitsPerSec,
+    /// Whether it may have more.
+    pub(super) kind: ReservationKind,
+}
+
+/// The evacuations' queues in a database, by their marks.
+pub(super) fn held(snapshot: &Snapshot) -> BTreeMap<(EvacuationId, PortRef), FoundQueue> {
     let mut found = BTreeMap::new();
     for (number, uuid) in snapshot.qos.values().flat_map(|qos| &qos.queues) {
         let Some(row) = snapshot.queues.get(uuid) else { continue };
         let whose = row.mark.as_ref().and_then(mark::read_mark);
         if let (Some(key), Ok(number)) = (whose, u32::try_from(*number)) {
-            found.insert(key, (number, BitsPerSec(row.rates.min)));
+            let kind = match row.rates.max.is_some_and(|max| max <= row.rates.min) {
+                true => ReservationKind::Strict,
+                false => ReservationKind::Borrow,
+            };
+            found.insert(key, FoundQueue { number, rate: BitsPerSec(row.rates.min), kind });
         }
     }
     found
@@ -66,9 +82,18 @@ fn queue_of(snapshot: &Snapshot, port: &str, reservation: &str) -> Option<Uuid> 
     qos.queues.values().find(|uuid| snapshot.queue_mark(uuid).is_some_and(is)).copied()
 }
 
-/// All of a port's rates that may be borrowed: up to what the link carries.
-fn rates(min: BitsPerSec, shares: &Shares) -> Rates {
-    Rates { min: min.0, max: Some(shares.capacity.0.max(1)) }
+fn rates(least: BitsPerSec, most: BitsPerSec) -> Rates {
+    Rates { min: least.0, max: Some(most.max(least).0.max(1)) }
+}
+
+/// What one evacuation's queue gets.
+fn own_rates(share: &Share, shares: &Shares) -> Rates {
+    rates(share.rate, share.most(shares.capacity))
+}
+
+/// What the queue of everybody else gets.
+fn others_rates(shares: &Shares) -> Rates {
+    rates(shares.others, shares.others_most)
 }
 
 fn update(uuid: Uuid, rates: Rates, mark: Option<&Mark>) -> Operation {
@@ -92,22 +117,22 @@ fn step(
     for share in &shares.queues {
         let mark = mark::queue_mark(&share.evacuation, at, expires);
         match queue_of(snapshot, &at.port, &mark.reservation) {
-            Some(uuid) => operations.push(update(uuid, rates(share.rate, shares), Some(&mark))),
+            Some(uuid) => operations.push(update(uuid, own_rates(share, shares), Some(&mark))),
             None => missing.push((share, mark)),
         }
     }
     let base = snapshot.qos_of(&at.port).and_then(|(_, qos)| qos.queues.get(&0));
     if let Some(uuid) = base.filter(|uuid| is_shared(snapshot.queue_mark(uuid))) {
-        operations.push(update(*uuid, rates(shares.others, shares), None));
+        operations.push(update(*uuid, others_rates(shares), None));
     }
     let last = missing.len() <= 1;
     if let Some((share, mark)) = missing.into_iter().next() {
         let reservation = Reservation {
             port: at.port.clone(),
             queue: share.queue,
-            rates: rates(share.rate, shares),
+            rates: own_rates(share, shares),
             mark,
-            others: rates(shares.others, shares),
+            others: others_rates(shares),
             capacity: shares.capacity.0,
         };
         operations.extend(reserve_plan(snapshot, &reservation)?);

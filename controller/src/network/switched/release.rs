@@ -17,7 +17,25 @@ use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
 use super::connections::Database;
 use super::mark::{self, Cookie, Kind, OWNER_COOKIE, OWNER_MASK};
 use super::{Inner, WITHIN, locked, of_openflow, queues};
-use crate::network::{NetworkError, PortRef, ReleaseFailure, ReleaseReport};
+use crate::clock::{self, UnixMs};
+use crate::network::{NetworkError, PendingRelease, PortRef, ReleaseFailure, ReleaseReport};
+
+/// What could not be released: whose, and of which migration.
+pub(super) type Debt = (EvacuationId, Option<MigrationId>);
+
+/// What is known of it.
+#[derive(Debug, Clone)]
+pub(super) struct Owed {
+    since: UnixMs,
+    tries: u32,
+    failures: Vec<ReleaseFailure>,
+}
+
+impl Owed {
+    fn switches(&self) -> BTreeSet<SwitchId> {
+        self.failures.iter().map(|failure| failure.switch.clone()).collect()
+    }
+}
 
 impl Inner {
     /// See [`crate::network::Network::release`].
@@ -49,21 +67,52 @@ impl Inner {
             Some(migration) => locked(&self.ledger).holds(evacuation, migration),
             None => !before.is_empty(),
         };
+        let pinned = locked(&self.ledger).is_pinned(evacuation, migration);
         locked(&self.ledger).let_go(evacuation, migration);
         let debt = (evacuation.clone(), migration.cloned());
-        // With a debt, more than the ledger says may be out there.
-        let everywhere = !known || locked(&self.debts).contains(&debt);
+        // What could not be released before is out there beside what the ledger says.
+        let owed = locked(&self.debts).get(&debt).map(Owed::switches);
+        // Unknown, or after a change of the way, it may be anywhere.
+        let everywhere = pinned || (!known && owed.is_none());
         let all = self.connections.switches().map(|(switch, _)| switch.clone());
         let visited: BTreeSet<SwitchId> = match everywhere {
             true => all.collect(),
-            false => before.iter().map(|at| at.switch.clone()).collect(),
+            false => {
+                let held = before.iter().map(|at| at.switch.clone());
+                held.chain(owed.into_iter().flatten()).collect()
+            }
         };
         let report = self.clean(evacuation, migration, &visited).await;
-        match report.failures.is_empty() {
-            true => locked(&self.debts).remove(&debt),
-            false => locked(&self.debts).insert(debt),
-        };
+        self.owe(debt, &report);
         report
+    }
+
+    /// Remembers what a release could not do, until one could.
+    fn owe(&self, debt: Debt, report: &ReleaseReport) {
+        let mut debts = locked(&self.debts);
+        if report.failures.is_empty() {
+            if let Some(Owed { tries, .. }) = debts.remove(&debt) {
+                tracing::info!(evacuation = %debt.0, tries, "the rest is released");
+            }
+            return;
+        }
+        let now = clock::now();
+        let owed = debts.entry(debt).or_insert(Owed { since: now, tries: 0, failures: Vec::new() });
+        owed.tries = owed.tries.saturating_add(1);
+        owed.failures.clone_from(&report.failures);
+    }
+
+    /// See [`crate::network::Network::pending`].
+    pub(super) fn pending(&self) -> Vec<PendingRelease> {
+        let debts = locked(&self.debts);
+        let pending = |((evacuation, migration), owed): (&Debt, &Owed)| PendingRelease {
+            evacuation: evacuation.clone(),
+            migration: migration.clone(),
+            failures: owed.failures.clone(),
+            since: owed.since,
+            tries: owed.tries,
+        };
+        debts.iter().map(pending).collect()
     }
 
     async fn clean(
@@ -117,7 +166,7 @@ impl Inner {
         join_all(others).await.contains(&true)
     }
 
-    async fn delete_flows(
+    pub(super) async fn delete_flows(
         &self,
         switch: &SwitchId,
         evacuation: &EvacuationId,
@@ -142,7 +191,7 @@ impl Inner {
     /// else's flow forwards. Where it is the only one, it stays: to take it would cut off every VM
     /// behind that switch. (`ovs-ofctl del-flows BRIDGE cookie=0x4c42300000000000/-1` does.)
     pub(super) async fn delete_forward(&self, switch: &SwitchId) -> Result<(), NetworkError> {
-        if !locked(&self.ledger).flows_on(switch).is_empty() {
+        if !locked(&self.ledger).flows_on(switch, &self.ground()).is_empty() {
             return Ok(());
         }
         let handle = self.connections.openflow(switch)?;
@@ -203,7 +252,7 @@ impl Inner {
 
     /// Tries again what could not be released.
     pub(super) async fn pay_debts(&self) {
-        let debts = locked(&self.debts).clone();
+        let debts: Vec<Debt> = locked(&self.debts).keys().cloned().collect();
         for (evacuation, migration) in debts {
             self.release_locked(&evacuation, migration.as_ref()).await;
         }

@@ -9,13 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::join_all;
 use lifeboat_ovs::openflow::{Message, SwitchHandle};
 use lifeboat_ovs::qos;
+use lifeboat_policy::reserve::Terms;
 use lifeboat_protocol::ids::{EvacuationId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
+use super::ledger::Ground;
 use super::mark::{self, Cookie, Kind, Link};
 use super::{Inner, WITHIN, locked, of_openflow, queues};
 use crate::network::{
-    Adjustment, Hop, NetworkError, PortRef, ReservationRequest, Reserved, ReservedHop,
+    Adjustment, Hop, NetworkError, PageFlow, PortRef, ReservationRequest, Reserved, ReservedHop,
 };
 
 impl Inner {
@@ -24,23 +26,27 @@ impl Inner {
         &self,
         request: ReservationRequest,
     ) -> Result<Reserved, NetworkError> {
-        let ReservationRequest { evacuation, migration, urgency, mut hops, traffic } = request;
+        let ReservationRequest { evacuation, migration, urgency, kind, mut hops, traffic } =
+            request;
         hops.retain(|hop| hop.rate > BitsPerSec::ZERO);
         let Some(first) = hops.first() else {
             locked(&self.empty).insert(migration);
             return Ok(Reserved::default());
         };
-        let link = Link::of(&traffic).ok_or_else(|| NetworkError::Unable {
-            switch: first.at.switch.clone(),
-            doing: "reserve for pages over IPv6",
-            detail: "give both hosts an IPv4 address in page_listen, or evacuate with --urgency 0"
-                .to_owned(),
-        })?;
+        let link = Self::page_link(&traffic, &first.at.switch)?;
         let _changing = self.changing.lock().await;
         self.check(&hops)?;
         let queue = self.choose_queue(&evacuation, &first.at.switch).await?;
-        locked(&self.ledger).hold(&evacuation, &migration, urgency, queue, &hops, link);
-        match self.install(&evacuation, &hops).await {
+        locked(&self.ledger).hold(
+            &evacuation,
+            &migration,
+            Terms { urgency, kind },
+            queue,
+            &hops,
+            link,
+        );
+        let switches = locked(&self.ledger).switches_of(&evacuation, &migration, &self.ground());
+        match self.install(&evacuation, &hops, &switches).await {
             Ok(reserved) => {
                 tracing::info!(%evacuation, %migration, queue, rate = %reserved.rate(), "reserved");
                 Ok(reserved)
@@ -55,8 +61,22 @@ impl Inner {
         }
     }
 
+    pub(super) fn page_link(traffic: &PageFlow, first: &SwitchId) -> Result<Link, NetworkError> {
+        Link::of(traffic).ok_or_else(|| NetworkError::Unable {
+            switch: first.clone(),
+            doing: "reserve for pages over IPv6",
+            detail: "give both hosts an IPv4 address in page_listen, or evacuate with --urgency 0"
+                .to_owned(),
+        })
+    }
+
+    /// What pinned flows need to know of the network.
+    pub(super) fn ground(&self) -> Ground<'_> {
+        Ground { number: &*self.numbers, peer: &*self.peers }
+    }
+
     /// That every switch of the path is there and has the port, and somebody to classify.
-    fn check(&self, hops: &[Hop]) -> Result<(), NetworkError> {
+    pub(super) fn check(&self, hops: &[Hop]) -> Result<(), NetworkError> {
         for hop in hops {
             let switch = &hop.at.switch;
             self.connections.database(switch)?;
@@ -79,7 +99,7 @@ impl Inner {
 
     /// The evacuation's number: the one that it has, by the ledger or by a mark that a controller
     /// before this one left; else one that no queue of any switch has.
-    async fn choose_queue(
+    pub(super) async fn choose_queue(
         &self,
         evacuation: &EvacuationId,
         switch: &SwitchId,
@@ -92,8 +112,8 @@ impl Inner {
             // A switch that is away keeps its queues; on the path there is none such.
             let Ok(snapshot) = qos::read(&database.client, WITHIN).await else { continue };
             let mut held = queues::held(&snapshot).into_iter();
-            if let Some((_, (number, _))) = held.find(|((whose, _), _)| whose == evacuation) {
-                return Ok(number);
+            if let Some((_, found)) = held.find(|((whose, _), _)| whose == evacuation) {
+                return Ok(found.number);
             }
             taken.extend(queues::taken(&snapshot));
         }
@@ -104,10 +124,12 @@ impl Inner {
         })
     }
 
-    async fn install(
+    /// Queues on the ports of a way, then flows on `switches`.
+    pub(super) async fn install(
         &self,
         evacuation: &EvacuationId,
         hops: &[Hop],
+        switches: &BTreeSet<SwitchId>,
     ) -> Result<Reserved, NetworkError> {
         let mut reserved = Reserved::default();
         for hop in hops {
@@ -119,7 +141,7 @@ impl Inner {
         }
         let classify = by_switch.iter().map(|(switch, ports)| self.classify(switch, ports.clone()));
         join_all(classify).await.into_iter().collect::<Result<(), _>>()?;
-        let flows = by_switch.keys().map(|switch| self.install_flows(switch));
+        let flows = switches.iter().map(|switch| self.install_flows(switch));
         join_all(flows).await.into_iter().collect::<Result<(), _>>()?;
         Ok(reserved)
     }
@@ -157,7 +179,7 @@ impl Inner {
 
     /// Sends all flows that a switch should have; those that it has are replaced by the same.
     pub(super) async fn install_flows(&self, switch: &SwitchId) -> Result<(), NetworkError> {
-        let flows = locked(&self.ledger).flows_on(switch);
+        let flows = locked(&self.ledger).flows_on(switch, &self.ground());
         if flows.is_empty() {
             return Ok(());
         }

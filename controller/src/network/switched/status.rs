@@ -2,8 +2,10 @@
 //!
 //! Used by [`super::SwitchNetwork`]. Reads what the tasks have gathered; asks nobody.
 
+use lifeboat_policy::saturation::{Saturation, of_switch};
 use lifeboat_protocol::ids::SwitchId;
 use lifeboat_protocol::units::BitsPerSec;
+use lifeboat_topology::Sighting;
 
 use super::connections::Known;
 use super::ledger::Shares;
@@ -38,6 +40,8 @@ impl Inner {
         {
             detail.push(format!("its datapath id is {told:016x}, configured is {wanted:016x}"));
         }
+        detail.extend(self.owed_on(name));
+        let rates = self.rates_where(now, |at| at.switch == *name);
         let ports = bridge.iter().flat_map(|bridge| &bridge.ports);
         let ports = ports.map(|(port, found)| {
             let at = PortRef { switch: name.clone(), port: port.clone() };
@@ -53,6 +57,9 @@ impl Inner {
             ovsdb_connected: database.is_ok(),
             datapath: bridge.map(|bridge| bridge.datapath).unwrap_or_default(),
             detail: detail.join("; "),
+            saturation: of_switch(rates.iter().map(|rate| rate.saturation)),
+            migrations: migrations(&rates),
+            migration_budget: self.budgets.get(name).copied().unwrap_or_default(),
             ports,
         }
     }
@@ -66,6 +73,7 @@ impl Inner {
             capacity: link.map_or(BitsPerSec::ZERO, |link| link.capacity),
             reserved: shares.into_iter().flat_map(|shares| shares.queues).map(|q| q.rate).sum(),
             transmitted: self.transmitted(&at.switch, number, now),
+            sighting: self.sighting(&at),
             name: at.port,
             up,
         }
@@ -81,7 +89,10 @@ impl Inner {
 
     /// See [`crate::network::Network::rates`].
     pub(super) fn rates(&self) -> Vec<PortRate> {
-        let now = clock::now();
+        self.rates_where(clock::now(), |_| true)
+    }
+
+    fn rates_where(&self, now: UnixMs, wanted: impl Fn(&PortRef) -> bool) -> Vec<PortRate> {
         let rate = |(at, link): (&PortRef, &super::LinkEnd)| {
             let number = self.connections.port_number(at);
             let transmitted = number.and_then(|n| self.transmitted(&at.switch, n, now));
@@ -91,7 +102,10 @@ impl Inner {
                 let counters = locked(&self.counters);
                 let counter = key.and_then(|key| counters.queues.get(&key));
                 QueueRate {
+                    migrations: locked(&self.ledger).migrations_at(&share.evacuation, at),
                     evacuation: share.evacuation,
+                    urgency: share.terms.urgency,
+                    kind: share.terms.kind,
                     queue: share.queue,
                     reserved: share.rate,
                     transmitted: counter.and_then(|counter| counter.rate(now)),
@@ -99,11 +113,42 @@ impl Inner {
             });
             PortRate {
                 at: at.clone(),
+                peer: link.peer.clone(),
+                up: self.passes(at, &link.to),
                 capacity: link.capacity,
+                saturation: self.saturation_of(at, now),
                 transmitted,
                 queues: queues.collect(),
             }
         };
-        self.links.iter().map(rate).collect()
+        self.links.iter().filter(|(at, _)| wanted(at)).map(rate).collect()
     }
+
+    /// For a person: what is still to be released on a switch.
+    fn owed_on(&self, switch: &SwitchId) -> Option<String> {
+        let mut owed = self.pending();
+        owed.retain(|owed| owed.failures.iter().any(|failure| failure.switch == *switch));
+        let whose = owed.iter().map(|owed| match &owed.migration {
+            Some(migration) => migration.to_string(),
+            None => owed.evacuation.to_string(),
+        });
+        let whose: Vec<String> = whose.collect();
+        (!whose.is_empty()).then(|| format!("to be released when it answers: {}", whose.join(", ")))
+    }
+
+    /// Whether nothing says that a link carries nothing.
+    fn passes(&self, at: &PortRef, to: &PortRef) -> bool {
+        let down = self.connections.is_down(at) || self.connections.is_down(to);
+        !down && self.sighting(at) != Some(Sighting::Lost)
+    }
+
+    fn saturation_of(&self, at: &PortRef, now: UnixMs) -> Saturation {
+        let gauge = locked(&self.counters).gauges.get(at).copied().unwrap_or_default();
+        gauge.read(&self.saturation, now.time())
+    }
+}
+
+/// What migrations send by all of a switch's links together. Each passes a switch once.
+fn migrations(rates: &[PortRate]) -> Option<BitsPerSec> {
+    rates.iter().flat_map(|rate| &rate.queues).map(|queue| queue.transmitted).sum()
 }
