@@ -179,6 +179,16 @@ impl Rig {
 
     /// The configuration of a controller for these switches.
     pub(crate) fn site(&self) -> Site {
+        Self::read(&self.text())
+    }
+
+    /// A configuration from its text.
+    pub(crate) fn read(text: &str) -> Site {
+        Site::parse(Path::new("lab.toml"), text).unwrap()
+    }
+
+    /// The same as text.
+    pub(crate) fn text(&self) -> String {
         let database = format!("unix:{}", self.path("db.sock").display());
         let host = |n: u32| {
             format!(
@@ -189,7 +199,7 @@ impl Rig {
         let link = |n: u32| {
             format!("[[link]]\na = \"s1:d{n}\"\nb = \"h{n}:u{n}\"\ncapacity = \"100 Mbit/s\"\n")
         };
-        let text = format!(
+        format!(
             "[controller]\nlisten = [\"127.0.0.1:7443\"]\nopenflow_listen = \"127.0.0.1:6653\"\n\
              state_dir = \"/nonexistent\"\n{}{}[[switch]]\nname = \"s1\"\ndatapath_id = \"2\"\n\
              ovsdb = \"{database}\"\nagent = \"127.0.0.1:7009\"\nagent_name = \"fabric\"\n{}{}",
@@ -197,8 +207,7 @@ impl Rig {
             host(2),
             link(1),
             link(2)
-        );
-        Site::parse(Path::new("lab.toml"), &text).unwrap()
+        )
     }
 
     /// A controller's network, connected to all switches.
