@@ -7,9 +7,11 @@ their pids. QEMUs are the agents' business.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Optional
 
@@ -19,6 +21,7 @@ from .shell import in_node, run
 from .state import RUN, State, lifeboat_env
 
 STOP_SECONDS = 3
+READY_SECONDS = 30
 
 
 class Services:
@@ -45,6 +48,27 @@ class Services:
         state = State.load()
         state.services = {name: process.pid for name, process in self.running.items()}
         state.save()
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        """Until the controller knows every host and switch: a command given at once shall find
+        them. A cloud where that takes too long is raised all the same, and says so."""
+        deadline = time.monotonic() + READY_SECONDS
+        while (missing := self._not_connected()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if missing:
+            print(f"lab/up: not connected after {READY_SECONDS} s: {missing}; see "
+                  f"{RUN / 'controller.log'}", file=sys.stderr)
+
+    def _not_connected(self) -> str:
+        asked = subprocess.run([str(self.binaries / "lifeboat"), "hosts", "--json"], env=self.env,
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                               check=False)
+        if asked.returncode != 0:
+            return "the controller"
+        keys = ("connected", "ovsdb_connected", "openflow_connected")
+        return ", ".join(host["name"] for host in json.loads(asked.stdout)["hosts"]
+                         if not all(host[key] for key in keys))
 
     def _agent(self, name: str, pid: Optional[int]) -> None:
         config, log = RUN / name / "agent.toml", RUN / name / "agent.log"

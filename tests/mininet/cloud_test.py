@@ -16,7 +16,7 @@ from typing import Optional
 ROOT = Path(__file__).resolve().parents[2]
 UP_SECONDS = 60
 TRIES = 5
-LEAST = 100  # Mbit/s
+LEAST = 150  # Mbit/s
 HOSTS = ("h1", "h2", "h3", "h4", "h5")
 WMEM = Path("/proc/sys/net/core/wmem_default")
 
@@ -87,12 +87,12 @@ class TheNetworkOfTwoRacks(unittest.TestCase):
                 inside(host, "ping", "-q", "-c1", "-W2", self.address(other))
 
     def test_a_link_carries_what_the_scenario_says_and_no_more(self) -> None:
-        # 200 Mbit/s and 2 % of slack, of which TCP's payload is 95.5 %. A busy machine does not
-        # fill the link (130 was seen beside two compilers); what it must never do is carry more.
+        # 200 Mbit/s and 2 % of slack, of which TCP's payload is 99.3 % in packets of 9000 bytes. A
+        # busy machine does not fill the link; what it must never do is carry more.
         rates: list[float] = []
         while len(rates) < TRIES and max(rates, default=0.0) < LEAST:
             rates.append(self.measure("h1", "h3"))
-        self.assertLess(max(rates), 200)
+        self.assertLess(max(rates), 204)
         self.assertGreater(max(rates), LEAST, rates)
 
     def measure(self, one: str, other: str) -> float:
