@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ WMEM_WANTED = 16 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
 TOOLS = ("unshare", "nsenter", "mnexec", "ovs-vswitchd", "ovsdb-tool", "ip", "tc", "ethtool",
          "ping", "sysctl")
+
+
+def _check_way() -> None:
+    """The guests' QEMUs run as a user without rights, who has to reach this checkout."""
+    for folder in (LAB, *LAB.parents):
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            raise LabError(f"the guests run as `nobody`, who cannot pass through {folder}: move the "
+                           f"checkout elsewhere, for instance to /opt, or `chmod o+x {folder}`")
 
 
 def main() -> int:
@@ -73,6 +82,7 @@ def _up(args: argparse.Namespace) -> int:
         print(f"lab/up: a cloud is up already (process {state.read_pid('wrapper.pid')})")
         return 0
     _check_tools()
+    _check_way()
     _restore_wmem()
     state.clear_run()
     (RUN / "wrapper.pid").write_text(str(os.getpid()))
