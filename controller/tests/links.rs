@@ -28,16 +28,7 @@ const LINKS: [(&str, &str); 5] = [
 /// The picture above in one Open vSwitch, and a controller's network with `head` in its
 /// configuration.
 async fn diamond(head: &str) -> (Switches, SwitchNetwork) {
-    let (switches, listen) = (Switches::start().await, free_port());
-    switches.bridge("br-h1", 0xb1, &["u1"], listen);
-    switches.bridge("br-h2", 0xb2, &["u2"], listen);
-    switches.bridge("s1", 1, &["a1", "a2", "a3"], listen);
-    switches.bridge("s2", 2, &["b1", "b2", "b3"], listen);
-    switches.bridge("s3", 3, &["c1", "c2"], listen);
-    for (a, b) in LINKS {
-        let name = |end: &str| end.split_once(':').unwrap().1.to_owned();
-        switches.join(&name(a), &name(b));
-    }
+    let (switches, listen) = Switches::diamond(&LINKS).await;
     let database = switches.database();
     let fabric = [("s1", 1, &*database), ("s2", 2, &*database), ("s3", 3, &*database)];
     let head = format!("openflow_listen = \"127.0.0.1:{listen}\"\n{head}");

@@ -43,16 +43,7 @@ struct World {
 impl World {
     /// Two hosts, one VM at h1, all links of `capacity`.
     async fn start(capacity: &str, policy: &str) -> Self {
-        let (switches, listen) = (Switches::start().await, free_port());
-        switches.bridge("br-h1", 0xb1, &["u1"], listen);
-        switches.bridge("br-h2", 0xb2, &["u2"], listen);
-        switches.bridge("s1", 1, &["a1", "a2", "a3"], listen);
-        switches.bridge("s2", 2, &["b1", "b2", "b3"], listen);
-        switches.bridge("s3", 3, &["c1", "c2"], listen);
-        for (a, b) in LINKS {
-            let name = |end: &str| end.split_once(':').unwrap().1.to_owned();
-            switches.join(&name(a), &name(b));
-        }
+        let (switches, listen) = Switches::diamond(&LINKS).await;
         let cloud = Cloud::new(2, &["vm1"]);
         cloud.truth().frozen = true;
         let database = switches.database();

@@ -12,8 +12,8 @@ use crate::clock;
 
 /// Between two pictures.
 const EVERY: Duration = Duration::from_secs(1);
-/// A controller that has just started knows no rates yet: one picture waits for so many seconds
-/// until there is something to see.
+/// A controller that has just started does not know all rates yet: one picture waits for them, for
+/// so many seconds.
 const PATIENCE: u32 = 5;
 /// Clears a terminal and goes to its first line (ECMA-48: ED, CUP).
 const CLEAR: &str = "\x1b[2J\x1b[H";
@@ -36,7 +36,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
     let mut patience = PATIENCE;
     loop {
         let mut reply = client.links(LinksRequest {}).await?.into_inner();
-        let blank = !reply.links.iter().any(|link| link.rate_known);
+        let blank = reply.links.iter().any(|link| link.up && !link.rate_known);
         if !forever && blank && patience > 0 {
             patience -= 1;
             tokio::time::sleep(EVERY).await;

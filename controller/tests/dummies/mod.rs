@@ -119,6 +119,22 @@ impl Switches {
         self.ofctl(name, "add-flow", "priority=0,actions=drop");
     }
 
+    /// Two hosts' bridges, and two ways between them over s1, s2 and s3, cabled by `links` (ends
+    /// written `NODE:PORT`); with the port that its switches look for a controller on.
+    pub(crate) async fn diamond(links: &[(&str, &str)]) -> (Self, u16) {
+        let (switches, listen) = (Self::start().await, free_port());
+        switches.bridge("br-h1", 0xb1, &["u1"], listen);
+        switches.bridge("br-h2", 0xb2, &["u2"], listen);
+        switches.bridge("s1", 1, &["a1", "a2", "a3"], listen);
+        switches.bridge("s2", 2, &["b1", "b2", "b3"], listen);
+        switches.bridge("s3", 3, &["c1", "c2"], listen);
+        for (a, b) in links {
+            let name = |end: &str| end.split_once(':').unwrap().1.to_owned();
+            switches.join(&name(a), &name(b));
+        }
+        (switches, listen)
+    }
+
     /// Joins two ports by a socket.
     pub(crate) fn join(&self, a: &str, b: &str) {
         let socket = self.path(&format!("{a}-{b}"));

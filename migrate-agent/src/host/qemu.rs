@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 use super::{HostError, QemuProgram};
+use crate::qemu::process::ends_with_us;
 use crate::qemu::qmp::{CpuModel, MachineType, Qmp, QmpError};
 
 /// How long QEMU may take to end after it was asked to.
@@ -71,6 +72,7 @@ fn start(qemu: QemuProgram<'_>) -> io::Result<(Child, UnixStream)> {
     if rustix::process::geteuid().is_root() {
         command.gid(qemu.user.gid).uid(qemu.user.uid);
     }
+    ends_with_us(command.as_std_mut());
     Ok((command.spawn()?, UnixStream::from_std(ours)?))
 }
 

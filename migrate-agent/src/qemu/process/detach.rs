@@ -1,4 +1,5 @@
-//! Starting a program that outlives us: own user, own session, nothing of ours inherited.
+//! Starting a program that outlives us: own user, own session, nothing of ours inherited. And the
+//! opposite, for a program of a moment: one that ends with us.
 //!
 //! The only `unsafe` of this room: what runs between fork and exec.
 
@@ -49,4 +50,41 @@ pub(super) fn start(
     }
     // Our own copies of `kept` are closed with the command.
     command.spawn()
+}
+
+/// Has the kernel kill what `command` starts as soon as the thread that starts it has ended: also
+/// when this process is killed and can clean up nothing.
+pub(crate) fn ends_with_us(command: &mut Command) {
+    let us = rustix::process::getpid();
+    // SAFETY: the closure runs in the child after fork, where only async-signal-safe calls are
+    // allowed; prctl(2) and getppid(2) are, made directly as system calls; nothing is allocated.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+            // Who died before the line above sends no signal any more.
+            if rustix::process::getppid() != Some(us) {
+                return Err(std::io::ErrorKind::BrokenPipe.into());
+            }
+            Ok(())
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn what_ends_with_us_is_killed_when_who_started_it_has_ended() {
+        let start = || {
+            let mut command = Command::new("sleep");
+            command.arg("600");
+            ends_with_us(&mut command);
+            command.spawn().unwrap()
+        };
+        let mut child = std::thread::scope(|scope| scope.spawn(start).join().unwrap());
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
 }

@@ -14,6 +14,8 @@
 
 mod detach;
 
+pub(crate) use detach::ends_with_us;
+
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
