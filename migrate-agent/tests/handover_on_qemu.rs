@@ -223,6 +223,7 @@ impl World {
             source_host: "h1".into(),
             source_page_address: self.h1.address.clone(),
             command: None,
+            ..PrepareDestinationRequest::default()
         };
         let prepared = self.h2.registry.prepare_destination(&request).await.unwrap();
         StartMigrationRequest {

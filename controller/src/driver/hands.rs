@@ -250,6 +250,7 @@ impl Hands {
             mode: lifeboat_protocol::agent::Mode::from(leg.mode).into(),
             generation: status.generation,
             source_host: source.to_string(),
+            ..PrepareDestinationRequest::default()
         };
         match self.planner.agents.prepare(&leg.destination, request).await {
             Ok(reply) => {
@@ -286,6 +287,7 @@ impl Hands {
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,
             deadline_ms: left.map_or(0, |deadline| deadline.since(clock::now())),
+            ..StartMigrationRequest::default()
         };
         match self.planner.agents.start(source, request).await {
             Ok(()) => Event::Started { migration },

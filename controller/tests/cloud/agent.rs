@@ -243,4 +243,12 @@ impl Agent for FakeAgent {
     async fn probe_storage(&self, _: Request<ProbeStorageRequest>) -> Reply<ProbeStorageReply> {
         self.absent()
     }
+
+    async fn prepare_store(&self, _: Request<PrepareStoreRequest>) -> Reply<PrepareStoreReply> {
+        self.absent()
+    }
+
+    async fn release_store(&self, _: Request<ReleaseStoreRequest>) -> Reply<ReleaseStoreReply> {
+        self.absent()
+    }
 }

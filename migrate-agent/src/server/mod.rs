@@ -26,9 +26,10 @@ use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierReply, ClassifierRequest, Command, CommandOnMigration,
     CompletionReply, DescribeHostRequest, HostDescription, ListMigrationsRequest,
     ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MeasureVmRequest, MigrationProgress,
-    MigrationReply, PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply,
-    ProbeStorageRequest, QueryMigrationRequest, SetLimitRequest, StartMigrationRequest,
-    StartVmRequest, StopVmRequest, VmMeasurement, VmReply,
+    MigrationReply, PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply,
+    PrepareStoreRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
+    ReleaseStoreReply, ReleaseStoreRequest, SetLimitRequest, StartMigrationRequest, StartVmRequest,
+    StopVmRequest, VmMeasurement, VmReply,
 };
 use lifeboat_protocol::ids::{HostId, OperationId, Term, VmId};
 use prost::Message;
@@ -336,5 +337,19 @@ impl Agent for Service {
         let storages = self.rooms.vms.settings().storages.clone();
         let probed = tasks::blocking(move || storage::probe(&storages, &request)).await;
         probed.map(Response::new).map_err(|error| status::of_storage(&error))
+    }
+
+    async fn prepare_store(
+        &self,
+        _: Request<PrepareStoreRequest>,
+    ) -> Result<Response<PrepareStoreReply>, Status> {
+        Err(Status::unimplemented("this agent cannot be an intermediary yet"))
+    }
+
+    async fn release_store(
+        &self,
+        _: Request<ReleaseStoreRequest>,
+    ) -> Result<Response<ReleaseStoreReply>, Status> {
+        Err(Status::unimplemented("this agent cannot be an intermediary yet"))
     }
 }

@@ -185,6 +185,7 @@ impl Prepared {
             generation: status.generation,
             source_host: source.host.clone(),
             source_page_address: String::new(),
+            ..PrepareDestinationRequest::default()
         };
         let reply = destination.client.prepare_destination(request).await;
         let reply = reply.map_err(RigError::refused("to prepare the destination"))?.into_inner();
