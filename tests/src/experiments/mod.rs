@@ -1,11 +1,12 @@
 //! The experiments: each asks one question and answers it with a [`Record`].
 //!
 //! Used by the program `lifeboat-experiment`, inside private namespaces. A new one is a file here
-//! and a line in [`EXPERIMENTS`]. The convention (samples, checks, spread) is
+//! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The convention (samples, checks, spread) is
 //! `lifeboat_lab::experiment`.
 
 mod machine;
 pub mod overhead;
+pub mod plot;
 pub mod reservation;
 
 use std::path::Path;
@@ -74,5 +75,14 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         reservation::NAME => Some(reservation::run(setting).await),
         overhead::NAME => Some(overhead::run(setting).await),
         _ => None,
+    }
+}
+
+/// The figures of a record; most experiments have none.
+#[must_use]
+pub fn plots(record: &Record) -> Vec<plot::Plot> {
+    match record.name.as_str() {
+        reservation::NAME => vec![reservation::plot(record)],
+        _ => vec![],
     }
 }

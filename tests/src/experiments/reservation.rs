@@ -31,6 +31,7 @@ use serde_json::json;
 
 use super::Setting;
 use super::machine::{CpuTime, machine};
+use super::plot::{Ground, Plot, Series, Shape};
 use crate::clock;
 use crate::rig::network::{self, Namespace};
 use crate::rig::program::run as run_program;
@@ -177,6 +178,22 @@ fn checks(record: &Record) -> Vec<Check> {
     checks.push(whole("migration idle", "application_percent_of_link"));
     checks.push(whole("application idle", "migration_percent_of_link"));
     checks
+}
+
+/// Of what passes, how much is the migration's, case by case.
+#[must_use]
+pub fn plot(record: &Record) -> Plot {
+    let contested: Vec<&str> =
+        CASES.iter().filter(|c| c.migration && c.application.is_some()).map(|c| c.name).collect();
+    let cases: Vec<(f64, &str)> = (0_u32..).map(f64::from).zip(contested.iter().copied()).collect();
+    Plot {
+        name: NAME.to_owned(),
+        title: "A migration that reserved 75 % of a full link".to_owned(),
+        others_show: record.others_show.clone(),
+        ground: Ground::names("beside what", &contested),
+        height: "the migration's part of what passes, %".to_owned(),
+        series: vec![Series::of(record, "migration", Shape::Bars, SHARE, &cases)],
+    }
 }
 
 /// The network, and the two ports of the way.

@@ -1,4 +1,4 @@
-//! `lifeboat-experiment`: runs one experiment on this machine and writes what it found.
+//! `lifeboat-experiment`: runs one experiment on this machine and writes what it found, and draws it.
 //!
 //! Started by `lab/experiment`, which builds it; also by the integration tests, for experiments that
 //! are tests as well. It starts itself again inside private namespaces (`rig::private`). Exit code:
@@ -71,6 +71,11 @@ fn work(args: &Args) -> anyhow::Result<ExitCode> {
     // Everything is in the record.
     let _ = fs::remove_file(args.out.join(format!("{}.partial.json", args.name)));
     print!("{}", record.table());
+    for plot in experiments::plots(&record) {
+        let files = plot.write(&args.out)?;
+        let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+        println!("drawn: {}", names.join(" "));
+    }
     Ok(if record.holds() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
