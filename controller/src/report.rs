@@ -68,6 +68,7 @@ fn vm_report(record: &VmRecord) -> VmReport {
         resume_unix_us: progress.resume_unix_us,
         network_downtime_us: 0,
         network_downtime_known: false,
+        ..VmReport::default()
     }
 }
 

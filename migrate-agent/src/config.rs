@@ -27,6 +27,10 @@
 //! name = "nfs1"
 //! path = "/srv/nfs1"
 //! ```
+//!
+//! What an intermediary may say of its stores is in `config/intermediary.rs`.
+
+mod intermediary;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -94,6 +98,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// For `vms/`.
     pub vms: Settings,
+    /// For `intermediary/`; of use with that role alone.
+    pub intermediary: crate::intermediary::Settings,
 }
 
 /// What is wrong with a value.
@@ -124,6 +130,9 @@ pub enum ConfigProblem {
     /// QEMU must not be root.
     #[error("QEMU does not run as root; choose an unprivileged user")]
     Root,
+    /// Nor may a store.
+    #[error("a store does not run as root; choose an unprivileged user")]
+    StoreRoot,
     /// An address that others reach, without certificates.
     #[error(
         "{given} is reachable by others, and there are no certificates: make them with `lifeboat certs init` and set `tls_dir`, or listen on a loopback address or a unix socket"
@@ -169,6 +178,8 @@ struct RawConfig {
     ovs: RawOvs,
     #[serde(default)]
     storage: Vec<RawStorage>,
+    #[serde(default)]
+    intermediary: intermediary::RawIntermediary,
 }
 
 fn hypervisor() -> Vec<AgentRole> {
@@ -251,6 +262,7 @@ impl RawConfig {
         });
         let storages: Vec<Storage> = storages.collect::<Checked<_>>()?;
         let state_dir = absolute("state_dir", self.state_dir)?;
+        let intermediary = self.intermediary.check(self.memory, &state_dir, tls_dir.as_deref())?;
         let vms = Settings {
             vms_dir: absolute("vms_dir", self.vms_dir)?,
             arrived_dir: state_dir.join("vms"),
@@ -276,6 +288,7 @@ impl RawConfig {
             tls_dir,
             state_dir,
             vms,
+            intermediary,
         })
     }
 

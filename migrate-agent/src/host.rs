@@ -9,6 +9,7 @@
 
 pub mod proc;
 mod qemu;
+pub mod userfault;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -19,6 +19,7 @@ pub mod disk;
 pub mod guests;
 pub mod handover;
 pub mod host;
+pub mod intermediary;
 pub mod link;
 pub mod marks;
 pub mod measure;

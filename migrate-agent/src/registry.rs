@@ -454,7 +454,7 @@ fn may_receive(
 }
 
 /// The one place in the agent that draws random numbers.
-fn random_token() -> rustix::io::Result<[u8; TOKEN_BYTES]> {
+pub(crate) fn random_token() -> rustix::io::Result<[u8; TOKEN_BYTES]> {
     let mut token = [0; TOKEN_BYTES];
     let mut filled = 0;
     while filled < TOKEN_BYTES {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ports bound -> records read -> QEMUs adopted -> open hand-overs taken up
-//!       -> page links served -> gRPC served -> VMs marked so started
+//!       -> stores adopted -> page links served -> gRPC served -> VMs marked so started
 //! ```
 //!
 //! Nothing is served before the records have been taken up: a question answered from half a
@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use crate::config::{AgentRole, Config};
 use crate::handover::store::{Store, StoreError};
 use crate::host::{HostError, QemuProgram, gather};
+use crate::intermediary::{Intermediary, IntermediaryError};
 use crate::link::{LinkError, Listener};
 use crate::registry::{Registry, RegistryError};
 use crate::server::listen::{Bound, ListenError, bind};
@@ -59,6 +60,9 @@ pub enum RunError {
     /// Page links.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// Stores.
+    #[error(transparent)]
+    Intermediary(#[from] IntermediaryError),
     /// Another agent.
     #[error("another agent runs with this state directory: {} is locked", path.display())]
     Second {
@@ -108,6 +112,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let listener = Listener::new(pages, identity.clone());
     let links = crate::tasks::spawn("page links", registry.clone().serve_links(listener));
 
+    let intermediary = open_stores(&config, identity, &vms).await?;
     let hypervisor = config.roles.contains(&AgentRole::Hypervisor);
     let program = QemuProgram {
         program: &config.vms.qemu,
@@ -122,6 +127,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         facts,
         page_address: config.page_address.clone(),
         vms: vms.clone(),
+        intermediary,
         registry,
         store,
         terms,
@@ -130,6 +136,21 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         crate::tasks::spawn("autostart", async move { vms.autostart().await });
     }
     serve_all(service, bound, links).await
+}
+
+async fn open_stores(
+    config: &Config,
+    identity: Option<TlsIdentity>,
+    vms: &Vms,
+) -> Result<Option<Intermediary>, RunError> {
+    if !config.roles.contains(&AgentRole::Intermediary) {
+        return Ok(None);
+    }
+    let (settings, address) = (config.intermediary.clone(), config.page_listen.ip());
+    let opened =
+        Intermediary::open(config.host.clone(), settings, address, identity, vms.clone()).await?;
+    crate::tasks::spawn("stores", opened.clone().tend());
+    Ok(Some(opened))
 }
 
 /// Keeps a second agent from this state directory, for as long as the file is open.

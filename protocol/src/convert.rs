@@ -1,6 +1,9 @@
 //! Between the wire's enums and ours. An unknown number from a peer is `None`, never a default.
 
-use crate::{agent, terms::Mode};
+use crate::{
+    agent,
+    terms::{Mode, Redundancy},
+};
 
 impl From<Mode> for agent::Mode {
     /// `Auto` is the controller's business and has no number on this wire: it maps to
@@ -26,6 +29,16 @@ impl agent::Mode {
             Self::PostCopy => Some(Mode::PostCopy),
             Self::ScatterGather => Some(Mode::ScatterGather),
             Self::Cold => Some(Mode::Cold),
+        }
+    }
+}
+
+impl From<Redundancy> for agent::Redundancy {
+    fn from(redundancy: Redundancy) -> Self {
+        match redundancy {
+            Redundancy::None => Self::None,
+            Redundancy::Mirror => Self::Mirror,
+            Redundancy::Parity => Self::Parity,
         }
     }
 }

@@ -146,6 +146,77 @@ impl FromStr for ReservationKind {
     }
 }
 
+/// How a VM's pages survive the loss of one store while they wait there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Redundancy {
+    /// They don't: a lost store is a lost VM, once the source has gone.
+    None,
+    /// Each page is in two stores.
+    Mirror,
+    /// One more page for every `n - 1`, in another store (an XOR stripe).
+    Parity,
+}
+
+impl Redundancy {
+    /// What fits a number of stores: parity from three on, with two a mirror, with one nothing.
+    #[must_use]
+    pub const fn of(stores: usize) -> Self {
+        match stores {
+            0 | 1 => Self::None,
+            2 => Self::Mirror,
+            _ => Self::Parity,
+        }
+    }
+
+    /// The fewest stores that it needs.
+    #[must_use]
+    pub const fn stores_least(self) -> usize {
+        match self {
+            Self::None => 1,
+            Self::Mirror | Self::Parity => 2,
+        }
+    }
+
+    /// Bytes that go to `stores` stores for each byte of pages.
+    #[must_use]
+    pub fn factor(self, stores: usize) -> f64 {
+        match self {
+            Self::None => 1.0,
+            Self::Mirror => 2.0,
+            Self::Parity => stores.max(2) as f64 / (stores.max(2) - 1) as f64,
+        }
+    }
+
+    /// The name on command lines and in files.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mirror => "mirror",
+            Self::Parity => "parity",
+        }
+    }
+}
+
+impl fmt::Display for Redundancy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for Redundancy {
+    type Err = UnknownTermError;
+    fn from_str(text: &str) -> Result<Self, UnknownTermError> {
+        let all = [Self::None, Self::Mirror, Self::Parity];
+        all.into_iter().find(|kind| kind.as_str() == text).ok_or_else(|| UnknownTermError {
+            given: text.to_owned(),
+            kind: "kind of redundancy",
+            choices: "none, mirror, parity",
+        })
+    }
+}
+
 /// The percentage of a link that an evacuation is entitled to (SOLive V-A), 0 to 100.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
@@ -225,6 +296,17 @@ mod tests {
         }
         let error = "lend".parse::<ReservationKind>().unwrap_err().to_string();
         assert!(error.contains("`lend` is not a kind of reservation"), "{error}");
+    }
+
+    #[test]
+    fn redundancy_follows_the_number_of_stores_and_costs_what_it_costs() {
+        use Redundancy::{Mirror, None, Parity};
+        assert_eq!([1, 2, 3, 9].map(Redundancy::of), [None, Mirror, Parity, Parity]);
+        assert_eq!((None.factor(1), Mirror.factor(2), Parity.factor(3)), (1.0, 2.0, 1.5));
+        for kind in [None, Mirror, Parity] {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        assert!("raid".parse::<Redundancy>().unwrap_err().to_string().contains("mirror"));
     }
 
     #[test]

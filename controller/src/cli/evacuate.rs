@@ -92,6 +92,7 @@ impl Options {
             operation_id: operation_id(),
             reservation: self.reservation.clone().unwrap_or_default(),
             fixed: self.fixed.then_some(true),
+            ..EvacuateRequest::default()
         }
     }
 

@@ -161,6 +161,7 @@ pub(super) fn status(
         predicted_ms: evacuation.predicted_ms,
         reservations: reservations(evacuation, rates),
         detail: evacuation.detail.clone(),
+        ..wire::EvacuationStatus::default()
     }
 }
 
@@ -200,6 +201,7 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         reason: record.reason.clone(),
         attempt: record.attempts,
         done: record.done,
+        ..wire::MigrationStatus::default()
     }
 }
 
@@ -273,6 +275,7 @@ fn planned_vm(wave: u32, goes: &Goes) -> wire::PlannedVm {
         rate_bits_per_sec: goes.step.predicted.bandwidth.0,
         non_zero_bytes: goes.measured.0,
         dirty_pages_per_sec: goes.measured.1,
+        ..wire::PlannedVm::default()
     }
 }
 

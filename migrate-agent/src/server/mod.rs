@@ -1,7 +1,7 @@
 //! The agent's gRPC service (`protocol/proto/agent.proto`).
 //!
 //! ```text
-//!   listen --> role check --> term --> once per operation id --> vms/, registry, measure/, switch/
+//!   listen --> role check --> term --> once per operation id --> vms/, registry, measure/, switch/, intermediary/
 //! ```
 //!
 //! Used by `main.rs`. It checks what comes in, calls the room that knows, and turns what comes out
@@ -14,6 +14,7 @@ mod operations;
 mod queries;
 mod status;
 mod storage;
+mod stores;
 mod terms;
 mod watch;
 
@@ -39,6 +40,7 @@ use tonic::{Request, Response, Status};
 use crate::config::AgentRole;
 use crate::handover::store::Store;
 use crate::host::HostFacts;
+use crate::intermediary::Intermediary;
 use crate::measure;
 use crate::registry::Registry;
 use crate::switch;
@@ -65,6 +67,8 @@ pub struct Rooms {
     pub page_address: String,
     /// Its VMs.
     pub vms: Vms,
+    /// Its stores, where it has that role.
+    pub intermediary: Option<Intermediary>,
     /// Its migrations.
     pub registry: Registry,
     /// Its ownership records.
@@ -150,6 +154,8 @@ commanded!(
     CommandOnMigration,
     ClaimVmRequest,
     ClassifierRequest,
+    PrepareStoreRequest,
+    ReleaseStoreRequest,
 );
 
 fn vm_named(name: String) -> Result<VmId, Status> {
@@ -341,15 +347,21 @@ impl Agent for Service {
 
     async fn prepare_store(
         &self,
-        _: Request<PrepareStoreRequest>,
+        request: Request<PrepareStoreRequest>,
     ) -> Result<Response<PrepareStoreReply>, Status> {
-        Err(Status::unimplemented("this agent cannot be an intermediary yet"))
+        self.command(request.into_inner(), |this, request| async move {
+            this.store_prepared(request).await
+        })
+        .await
     }
 
     async fn release_store(
         &self,
-        _: Request<ReleaseStoreRequest>,
+        request: Request<ReleaseStoreRequest>,
     ) -> Result<Response<ReleaseStoreReply>, Status> {
-        Err(Status::unimplemented("this agent cannot be an intermediary yet"))
+        self.command(request.into_inner(), |this, request| async move {
+            this.store_released(request).await
+        })
+        .await
     }
 }

@@ -6,17 +6,22 @@
 use std::collections::BTreeSet;
 
 use lifeboat_protocol::agent::{
-    ForeignVm, HostDescription, VmDefinition, VmReply, VmState, VmStatus,
+    ForeignVm, HostDescription, Mode, VmDefinition, VmReply, VmState, VmStatus,
 };
 use lifeboat_protocol::ids::VmId;
+use lifeboat_protocol::terms;
 use tonic::Status;
 
 use super::{Service, status};
 use crate::handover::Record;
+use crate::host::userfault;
 use crate::qemu::foreign;
 use crate::qemu::qmp::RunState;
 use crate::registry::VmStanding;
 use crate::vms::{Doing, VmView, chain, host_files};
+
+/// The modes that this agent can carry out at either end.
+const MODES: [terms::Mode; 2] = [terms::Mode::PreCopy, terms::Mode::Cold];
 
 impl Service {
     pub(super) async fn description(&self) -> HostDescription {
@@ -32,6 +37,8 @@ impl Service {
         };
         let facts = &rooms.facts;
         let qemu = facts.qemu.clone().unwrap_or_default();
+        let stores = self.stores();
+        let version = qemu.version.clone();
         HostDescription {
             host: rooms.host.to_string(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -52,6 +59,11 @@ impl Service {
             foreign_vms: foreign_vms(&ours),
             cpu_cores: facts.cpu_cores.into(),
             cpu_load: self.watch.cpu_load(),
+            modes: MODES.iter().map(|mode| Mode::from(*mode).into()).collect(),
+            stores: stores.kept,
+            store_memory_free_bytes: stores.free,
+            store_obstacle: stores.obstacle,
+            post_copy_obstacle: userfault::obstacle(settings.user, &version).unwrap_or_default(),
         }
     }
 
@@ -76,7 +88,12 @@ impl Service {
         let standing = self.rooms.registry.standing(vm);
         let standing = standing.map_err(|error| Status::internal(chain(&error)))?;
         match (self.rooms.vms.view(vm), standing) {
-            (Ok(view), standing) => Ok(joined(&view, standing)),
+            (Ok(view), standing) => {
+                let mut status = joined(&view, standing);
+                let obstacle = self.rooms.vms.post_copy_obstacle(&view.definition);
+                status.post_copy_obstacle = obstacle.unwrap_or_default();
+                Ok(status)
+            }
             (Err(_), Some(standing)) => Ok(recorded(vm, standing)),
             (Err(error), None) => Err(status::of_vm(&error)),
         }
@@ -132,6 +149,7 @@ fn joined(view: &VmView, standing: Option<VmStanding>) -> VmStatus {
         peer_host: standing.and_then(|s| s.peer).unwrap_or_default(),
         detail,
         qemu_version: view.qemu_version.clone(),
+        post_copy_obstacle: String::new(),
     }
 }
 

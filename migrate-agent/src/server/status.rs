@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 
 use super::storage::StorageError;
 use super::terms::TermError;
+use crate::intermediary::IntermediaryError;
 use crate::measure::MeasureError;
 use crate::registry::RegistryError;
 use crate::vms::{VmError, chain};
@@ -71,6 +72,21 @@ pub(super) fn of_measure(error: &MeasureError) -> Status {
         MeasureError::Vm(error) => return of_vm(error),
         MeasureError::Window { .. } => Code::InvalidArgument,
         MeasureError::Ram(_) | MeasureError::Gone { .. } => Code::FailedPrecondition,
+    };
+    status(code, error)
+}
+
+pub(super) fn of_intermediary(error: &IntermediaryError) -> Status {
+    use IntermediaryError as E;
+    let code = match error {
+        E::Name(_) => Code::InvalidArgument,
+        E::Other(_) => Code::AlreadyExists,
+        E::Full { .. } | E::VmsFirst { .. } | E::Machine { .. } | E::Ports { .. } => {
+            Code::ResourceExhausted
+        }
+        E::Unable(_) | E::Unsuitable(..) => Code::FailedPrecondition,
+        E::Store(_) | E::Survives(_) => Code::Unavailable,
+        E::Server(_) | E::File { .. } => Code::Internal,
     };
     status(code, error)
 }

@@ -18,6 +18,7 @@ mod guests;
 pub mod host_files;
 mod lifecycle;
 pub mod ownership;
+mod pinned;
 mod running;
 pub mod taps;
 mod wire;
@@ -198,6 +199,8 @@ struct Inventory {
     crashed: BTreeSet<VmId>,
     /// Being started or ended, with what that takes of the memory.
     busy: BTreeMap<VmId, Bytes>,
+    /// Set aside for others' pages, by migration.
+    set_aside: BTreeMap<String, Bytes>,
 }
 
 /// The VMs of this host. Cheap to clone.
@@ -300,8 +303,30 @@ impl Vms {
         self.inventory().view(vm).ok_or_else(|| VmError::Unknown(vm.clone()))
     }
 
+    /// Keeps memory from VMs because a migration's store needs it. What was set aside for it before
+    /// is given back.
+    ///
+    /// # Errors
+    /// With what is free, where that is too little.
+    pub fn set_aside(&self, migration: &str, memory: Bytes) -> Result<(), Bytes> {
+        let mut inventory = self.inventory();
+        let before = inventory.set_aside.remove(migration);
+        let free = self.settings.memory - inventory.memory_taken();
+        if memory > free {
+            inventory.set_aside.extend(before.map(|before| (migration.to_owned(), before)));
+            return Err(free);
+        }
+        inventory.set_aside.insert(migration.to_owned(), memory);
+        Ok(())
+    }
+
+    /// The opposite of [`Self::set_aside`]; again is the same.
+    pub fn give_back(&self, migration: &str) {
+        self.inventory().set_aside.remove(migration);
+    }
+
     /// Memory that is free for VMs: the configured total less what runs or is arriving, with
-    /// QEMU's own overhead.
+    /// QEMU's own overhead, and less what is set aside for stores.
     #[must_use]
     pub fn memory_free(&self) -> Bytes {
         self.settings.memory - self.inventory().memory_taken()
@@ -372,7 +397,7 @@ impl Inventory {
     fn memory_taken(&self) -> Bytes {
         let running = self.running.iter().filter(|(vm, _)| !self.busy.contains_key(*vm));
         let running: Bytes = running.map(|(_, running)| running.definition.footprint()).sum();
-        running + self.busy.values().copied().sum()
+        running + self.busy.values().copied().sum() + self.set_aside.values().copied().sum()
     }
 }
 

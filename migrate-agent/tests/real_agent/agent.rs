@@ -104,6 +104,7 @@ impl Drop for Agent {
             let name = entry.unwrap().file_name();
             end_qemu(&self.run_dir(&name.to_string_lossy()));
         }
+        end_stores(&self.directory.path().join("state/stores"));
     }
 }
 
@@ -113,6 +114,20 @@ fn end_qemu(run_dir: &RunDir) {
         && let Some(pid) = rustix::process::Pid::from_raw(process.pid().cast_signed())
     {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
+/// Those of the records; a process counts only while it works in its store's folder.
+fn end_stores(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let text = std::fs::read(entry.path()).unwrap_or_default();
+        let record: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+        let pid = record["process"].as_u64().unwrap_or(0);
+        let works_in = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+        if pid != 0 && works_in.starts_with(directory) {
+            let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! QEMU is to run as another user here, so these tests need root, as the agent does.
 
 mod agent;
+mod stores;
 mod tls;
 
 use agent::{Agent, bare_definition, is_alive, status};

@@ -4,11 +4,19 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::agent::Agent;
+use super::stores::{enter_by, intermediary, wish};
 use lifeboat_protocol::agent::ListVmsRequest;
 use lifeboat_protocol::agent::agent_client::AgentClient;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use lifeboat_scatter_gather::page::PackId;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
@@ -22,6 +30,8 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // OpenSSL takes a certificate for self-signed whose subject is called as its issuer is.
+        params.distinguished_name.push(DnType::CommonName, "authority");
         let pem = params.self_signed(&key).unwrap().pem();
         Self { issuer: Issuer::new(params, key), pem }
     }
@@ -95,5 +105,49 @@ async fn only_a_controller_of_the_same_authority_commands_an_agent() {
     // And who asks finds out whether it is the agent that it means.
     let own = theirs.sign("controller", "c1");
     assert!(ask(port, &theirs, Some(own)).await.is_err());
+    assert_eq!(agent.terminate(), Some(0));
+}
+
+/// A connector of an agent's, whose certificate `signs` has signed.
+fn connector(trusts: &Authority, signs: &Authority) -> TlsConnector {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(trusts.pem.as_bytes()).unwrap()).unwrap();
+    let (certificate, key) = signs.sign("agent", "h2");
+    let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![certificate], key)
+        .unwrap();
+    TlsConnector::from(Arc::new(config))
+}
+
+#[tokio::test]
+async fn a_store_takes_agents_of_the_same_authority_alone() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let mut agent = intermediary("ports = \"27150-27159\"");
+    protect(&agent, &ours);
+    let mut client = agent.start().await;
+    let request = wish(&mut agent, "e5-m1", 16);
+    let store = client.prepare_store(request).await.unwrap().into_inner().store.unwrap();
+    assert!(!store.plain);
+    let name = || ServerName::try_from("h1").unwrap();
+
+    let stream = TcpStream::connect(&store.address).await.unwrap();
+    let stream = connector(&ours, &ours).connect(name(), stream).await.unwrap();
+    let inside = enter_by(stream, &store, "e5-m1").await.unwrap();
+    inside.put(&inside.keys().pack(PackId(3)), b"sealed").await.unwrap();
+    // TLS 1.3 tells a client that it is refused only after the handshake.
+    let stream = TcpStream::connect(&store.address).await.unwrap();
+    let stream = connector(&ours, &theirs).connect(name(), stream).await.unwrap();
+    assert!(enter_by(stream, &store, "e5-m1").await.is_err());
+    // The key was a copy for the server's start.
+    let folder = agent.directory.path().join("state/stores/e5-m1");
+    assert!(folder.join("store.sock").exists() && !folder.join("key.pem").exists());
+    let request = super::stores::release(&mut agent, "e5-m1");
+    assert!(client.release_store(request).await.unwrap().into_inner().held_pages);
     assert_eq!(agent.terminate(), Some(0));
 }

@@ -19,6 +19,9 @@ use super::settings::User;
 use crate::page::PackId;
 use crate::tasks;
 
+/// Names in one command that frees them.
+const CLEARED_AT_ONCE: usize = 500;
+
 /// Which start of a server this is: other with each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunId(String);
@@ -169,26 +172,69 @@ impl RedisStore {
     /// # Errors
     /// As the connection goes.
     pub async fn packs(&self) -> Result<Vec<PackId>, StoreError> {
-        let (mut cursor, mut packs) = (0_u64, Vec::new());
-        let pattern = format!("{}*", self.keys.prefix());
-        loop {
-            let scan = cmd("SCAN")
-                .arg(cursor)
-                .arg("MATCH")
-                .arg(&pattern)
-                .arg("COUNT")
-                .arg(1000)
-                .to_owned();
-            let (next, names): (u64, Vec<String>) = self.ask(&scan).await?;
-            packs.extend(names.iter().filter_map(|name| self.keys.pack_of(name)));
-            cursor = next;
-            if cursor == 0 {
-                break;
-            }
-        }
+        let names = self.names().await?;
+        let mut packs: Vec<PackId> =
+            names.iter().filter_map(|name| self.keys.pack_of(name)).collect();
         packs.sort_unstable();
         packs.dedup();
         Ok(packs)
+    }
+
+    /// All names of the migration, some perhaps twice.
+    async fn names(&self) -> Result<Vec<String>, StoreError> {
+        let (mut cursor, mut all) = (0_u64, Vec::new());
+        let pattern = format!("{}*", self.keys.prefix());
+        loop {
+            let mut scan = cmd("SCAN");
+            scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1000);
+            let (next, names): (u64, Vec<String>) = self.ask(&scan).await?;
+            all.extend(names);
+            cursor = next;
+            if cursor == 0 {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// How many values lie here, of whomever.
+    ///
+    /// # Errors
+    /// As the connection goes.
+    pub async fn values(&self) -> Result<u64, StoreError> {
+        self.ask(&cmd("DBSIZE")).await
+    }
+
+    /// How many connections there are, this one included.
+    ///
+    /// # Errors
+    /// [`StoreError::Nonsense`], and as the connection goes.
+    pub async fn connections(&self) -> Result<u64, StoreError> {
+        self.figure("clients", "connected_clients").await
+    }
+
+    /// What happens to a value that finds no room; of a store that may keep pages, `noeviction`.
+    ///
+    /// # Errors
+    /// [`StoreError::Nonsense`], and as the connection goes.
+    pub async fn when_full(&self) -> Result<String, StoreError> {
+        self.info("memory", "maxmemory_policy").await
+    }
+
+    /// Frees everything of the migration. Names of others stay.
+    ///
+    /// # Errors
+    /// As the connection goes.
+    pub async fn clear(&self) -> Result<u64, StoreError> {
+        let mut freed = 0;
+        let names = self.names().await?;
+        for some in names.chunks(CLEARED_AT_ONCE) {
+            let mut command = cmd("UNLINK");
+            for name in some {
+                command.arg(name);
+            }
+            freed += self.ask::<u64>(&command).await?;
+        }
+        Ok(freed)
     }
 
     /// What the store says of its memory and process.

@@ -21,5 +21,5 @@ mod settings;
 pub use client::{Login, RedisStore, RunId, Usage};
 pub use error::{ServerError, StoreError};
 pub use keys::{Key, KeySpace};
-pub use server::StoreServer;
+pub use server::{Launch, StoreServer};
 pub use settings::{Secret, Settings, TlsListen, User};

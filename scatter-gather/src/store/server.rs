@@ -4,6 +4,7 @@
 //! only copy. So it is in a process group of its own, dropping [`StoreServer`] does not end it, and
 //! an agent that starts again adopts it by its socket. Whoever holds the VM's future ends it.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -21,6 +22,17 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// How much of its log an error shows, in bytes.
 const LOG_SHOWN: usize = 400;
 
+/// Who runs a server, and where it is reached beside its socket and TLS.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// The program.
+    pub program: &'a Path,
+    /// User and group that it runs as; `None` for our own. The folder of the store has to be theirs.
+    pub user: Option<(u32, u32)>,
+    /// An address without TLS. Passwords and sealed pages travel there as they are: for loopback.
+    pub plain: Option<SocketAddr>,
+}
+
 /// A server that runs.
 #[derive(Debug)]
 pub struct StoreServer {
@@ -31,7 +43,7 @@ pub struct StoreServer {
 }
 
 impl StoreServer {
-    /// Starts a server, and waits until it answers.
+    /// Starts a server as ourselves, and waits until it answers.
     ///
     /// # Errors
     /// [`ServerError`]; nothing is left running then.
@@ -40,11 +52,23 @@ impl StoreServer {
         settings: &Settings,
         patience: Duration,
     ) -> Result<Self, ServerError> {
+        Self::launch(Launch { program, user: None, plain: None }, settings, patience).await
+    }
+
+    /// Starts a server as somebody else, and waits until it answers.
+    ///
+    /// # Errors
+    /// [`ServerError`]; nothing is left running then.
+    pub async fn launch(
+        launch: Launch<'_>,
+        settings: &Settings,
+        patience: Duration,
+    ) -> Result<Self, ServerError> {
         if UnixStream::connect(settings.socket()).await.is_ok() {
             // Another would take the socket's name away and leave it out of reach, with its pages.
             return Err(ServerError::Occupied(settings.folder.clone()));
         }
-        let mut child = spawn(program, settings).await?;
+        let mut child = spawn(launch, settings).await?;
         let ready = tokio::select! {
             ready = tokio::time::timeout(patience, ready(settings, patience)) => ready,
             ended = child.wait() => return Err(ended_early(settings, ended)),
@@ -134,12 +158,18 @@ impl StoreServer {
     }
 }
 
-async fn spawn(program: &Path, settings: &Settings) -> Result<Child, ServerError> {
+async fn spawn(launch: Launch<'_>, settings: &Settings) -> Result<Child, ServerError> {
+    let Launch { program, user, plain } = launch;
     let failed = |source| ServerError::Program { program: program.to_owned(), source };
     let mut command = Command::new(program);
     command.arg("-").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    // A file that is in none of our folders would keep a file system busy for as long as it runs.
+    command.current_dir("/").env_clear();
+    if let Some((uid, gid)) = user {
+        command.gid(gid).uid(uid);
+    }
     let mut child = command.process_group(0).kill_on_drop(false).spawn().map_err(failed)?;
-    let text = settings.text();
+    let text = settings.text(plain);
     if let Some(mut input) = child.stdin.take()
         && let Err(source) = input.write_all(text.as_bytes()).await
     {

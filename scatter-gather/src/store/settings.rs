@@ -34,6 +34,12 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
+    /// A password that somebody else has chosen.
+    #[must_use]
+    pub fn given(password: impl Into<String>) -> Self {
+        Self(password.into())
+    }
+
     /// A password from bytes that the caller has drawn.
     #[must_use]
     pub fn new(drawn: &[u8; 32]) -> Self {
@@ -105,8 +111,8 @@ impl Settings {
         self.room + Bytes(self.room.0 / 1024 * BESIDE_IN_1024) + BESIDE
     }
 
-    /// The configuration.
-    pub(super) fn text(&self) -> String {
+    /// The configuration; `plain` is an address without TLS.
+    pub(super) fn text(&self, plain: Option<SocketAddr>) -> String {
         let mut text = String::from(FIXED);
         let mut line = |name: &str, value: &str| {
             let _ = writeln!(text, "{name} {value}");
@@ -120,6 +126,10 @@ impl Settings {
         for (user, rights) in [(&self.owner, all), (&self.migration, own)] {
             let hash = hex(digest(&SHA256, user.secret.reveal().as_bytes()).as_ref());
             line("user", &format!("{} on #{hash} {rights}", user.name));
+        }
+        if let Some(plain) = plain {
+            line("bind", &plain.ip().to_string());
+            line("port", &plain.port().to_string());
         }
         if let Some(tls) = &self.tls {
             line("bind", &tls.address.ip().to_string());
@@ -198,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_store_never_drops_or_writes_anything() {
-        let text = settings().text();
+        let text = settings().text(None);
         for line in ["save \"\"", "appendonly no", "maxmemory-policy noeviction", "port 0"] {
             assert!(text.lines().any(|found| found == line), "{line}");
         }
@@ -208,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_migration_may_touch_its_own_names_alone() {
-        let text = settings().text();
+        let text = settings().text(None);
         let user = text.lines().find(|line| line.starts_with("user m1 ")).unwrap();
         assert!(user.contains(" ~lifeboat:m1:* resetchannels -@all +get "), "{user}");
         assert!(!text.contains(settings().migration.secret.reveal()), "a password in the clear");
@@ -216,8 +226,17 @@ mod tests {
     }
 
     #[test]
+    fn without_tls_it_is_reached_at_one_address_and_by_a_password() {
+        let text = settings().text("127.0.0.1:7100".parse().ok());
+        let last = |name: &str| text.lines().rfind(|line| line.starts_with(name));
+        assert_eq!(last("port "), Some("port 7100"));
+        assert_eq!(last("bind "), Some("bind 127.0.0.1"));
+        assert!(text.contains("user default off\n"));
+    }
+
+    #[test]
     fn a_path_is_one_word_whatever_it_holds() {
-        let text = settings().text();
+        let text = settings().text(None);
         assert!(text.contains("dir \"/run/a \\\"b\\\"\\x0a\"\n"), "{text}");
     }
 
@@ -229,7 +248,7 @@ mod tests {
             key: "k.pem".into(),
             authority: "a.pem".into(),
         };
-        let text = Settings { tls: Some(tls), ..settings() }.text();
+        let text = Settings { tls: Some(tls), ..settings() }.text(None);
         for line in ["bind 192.0.2.1", "tls-port 7000", "tls-auth-clients yes", "port 0"] {
             assert!(text.lines().any(|found| found == line), "{line}");
         }
