@@ -8,6 +8,7 @@ mod machine;
 pub mod overhead;
 pub mod plot;
 pub mod reservation;
+pub mod solive_5;
 
 use std::path::Path;
 
@@ -55,7 +56,11 @@ pub struct Entry {
 }
 
 /// All of them.
-pub const EXPERIMENTS: [Entry; 2] = [
+pub const EXPERIMENTS: [Entry; 3] = [
+    Entry {
+        name: solive_5::NAME,
+        about: "what does a page cost on its way to a store and back, by batch size?",
+    },
     Entry {
         name: reservation::NAME,
         about: "does a migration get the share of a full link that is reserved for it, and no more?",
@@ -74,6 +79,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
     match name {
         reservation::NAME => Some(reservation::run(setting).await),
         overhead::NAME => Some(overhead::run(setting).await),
+        solive_5::NAME => Some(solive_5::run(setting).await),
         _ => None,
     }
 }
@@ -83,6 +89,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
 pub fn plots(record: &Record) -> Vec<plot::Plot> {
     match record.name.as_str() {
         reservation::NAME => vec![reservation::plot(record)],
+        solive_5::NAME => solive_5::plots(record),
         _ => vec![],
     }
 }
