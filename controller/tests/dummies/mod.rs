@@ -185,6 +185,15 @@ impl Switches {
         self.vsctl(&format!("get interface {port} ofport")).trim().to_owned()
     }
 
+    /// CPU time that ovs-vswitchd has taken, in seconds (`/proc/PID/stat`, in ticks of 10 ms).
+    pub(crate) fn switch_cpu(&self) -> f64 {
+        let pid = self.switch.as_ref().map_or(0, Child::id);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split_whitespace();
+        let ticks = fields.skip(11).take(2).filter_map(|field| field.parse::<f64>().ok());
+        ticks.sum::<f64>() / 100.0
+    }
+
     /// All rows of QoS and Queue.
     pub(crate) fn queues(&self) -> String {
         ["QoS", "Queue"].map(|table| self.vsctl(&format!("list {table}"))).concat()
