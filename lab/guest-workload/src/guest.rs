@@ -57,6 +57,8 @@ struct Guest {
     checking: Pace,
     computing: Pace,
     digest: u64,
+    /// How often the digest was taken: what a computing guest has done.
+    rounds: u64,
     heartbeat: UdpSocket,
     listener: TcpListener,
     stream: Option<Checked>,
@@ -88,6 +90,7 @@ impl Guest {
             checking: Pace::new(params.check, BURST, 1, now),
             computing: Pace::new(cpu, BURST, 1, now),
             digest: 0,
+            rounds: 0,
             state: Answer { boot_id, ..Answer::default() },
             seconds: 0,
             stream: None,
@@ -190,6 +193,7 @@ impl Guest {
             for _ in 0..1024 {
                 self.digest = xxh3_64_with_seed(&self.digest.to_le_bytes(), self.digest);
             }
+            self.rounds += 1024;
         }
         let spent = self.clock.now().saturating_sub(start).as_nanos();
         self.computing.took(u64::try_from(spent).unwrap_or(u64::MAX));
@@ -220,7 +224,7 @@ impl Guest {
         let stream = self.stream.as_ref().map_or((0, 0), |s| (s.sent(), s.received()));
         println!(
             "LIFEBOAT-TICK {} {verdict} pages={} version={} writes={} checked={} errors={} \
-             stream_out={} stream_in={} traffic_out={} traffic_in={} digest={:x}",
+             stream_out={} stream_in={} traffic_out={} traffic_in={} rounds={} digest={:x}",
             self.seconds,
             self.region.pages(),
             self.region.version(),
@@ -231,6 +235,7 @@ impl Guest {
             stream.1,
             self.outflow.as_ref().map_or(0, Outflow::sent),
             self.sink.as_ref().map_or(0, Sink::received),
+            self.rounds,
             self.digest,
         );
     }

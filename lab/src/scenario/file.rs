@@ -55,6 +55,17 @@ pub enum Transport {
     Tcp,
 }
 
+impl Transport {
+    /// As the file and `guest-workload` call it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Switch {

@@ -1,14 +1,16 @@
 //! The experiments: each asks one question and answers it with a [`Record`].
 //!
 //! Used by the program `lifeboat-experiment`, inside private namespaces. A new one is a file here
-//! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The convention (samples, checks, spread) is
-//! `lifeboat_lab::experiment`.
+//! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The
+//! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
 mod machine;
 pub mod overhead;
 pub mod plot;
 pub mod reservation;
+pub mod solive;
 pub mod solive_5;
+pub mod tenant;
 
 use std::path::Path;
 
@@ -56,11 +58,7 @@ pub struct Entry {
 }
 
 /// All of them.
-pub const EXPERIMENTS: [Entry; 3] = [
-    Entry {
-        name: solive_5::NAME,
-        about: "what does a page cost on its way to a store and back, by batch size?",
-    },
+pub const EXPERIMENTS: &[Entry] = &[
     Entry {
         name: reservation::NAME,
         about: "does a migration get the share of a full link that is reserved for it, and no more?",
@@ -69,7 +67,30 @@ pub const EXPERIMENTS: [Entry; 3] = [
         name: overhead::NAME,
         about: "what does a migration through two agents cost, against QEMU migrating by itself?",
     },
+    Entry {
+        name: solive_5::NAME,
+        about: "what does a page cost on its way to a store and back, by batch size?",
+    },
+    Entry {
+        name: tenant::NAME,
+        about: "what does a migration do to an application that has a queue of its own?",
+    },
+    Entry {
+        name: solive::six::NAME,
+        about: "what is reserved while four guests leave, and are they gone sooner for it?",
+    },
+    Entry {
+        name: solive::seven::NAME,
+        about: "does a reservation that follows the link beat one that stays?",
+    },
 ];
+
+/// Whether an experiment stands on `lab/up`, which makes namespaces of its own; the others are run
+/// inside private ones.
+#[must_use]
+pub fn raises_a_cloud(name: &str) -> bool {
+    [solive::six::NAME, solive::seven::NAME].contains(&name)
+}
 
 /// Runs one; `None` when there is none of that name.
 ///
@@ -80,6 +101,9 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         reservation::NAME => Some(reservation::run(setting).await),
         overhead::NAME => Some(overhead::run(setting).await),
         solive_5::NAME => Some(solive_5::run(setting).await),
+        tenant::NAME => Some(tenant::run(setting).await),
+        solive::six::NAME => Some(solive::six::run(setting)),
+        solive::seven::NAME => Some(solive::seven::run(setting)),
         _ => None,
     }
 }
@@ -90,6 +114,9 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
     match record.name.as_str() {
         reservation::NAME => vec![reservation::plot(record)],
         solive_5::NAME => solive_5::plots(record),
+        tenant::NAME => vec![tenant::plot(record)],
+        solive::six::NAME => solive::six::plots(record),
+        solive::seven::NAME => solive::seven::plots(record),
         _ => vec![],
     }
 }

@@ -15,29 +15,24 @@
 //! itself would take the reservation (measured: 1.3 of 75 Mbit/s were left).
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 use std::path::Path;
 use std::time::Duration;
 
-use lifeboat_agent::switch;
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use lifeboat_ovs::openflow::flow::FlowMod;
-use lifeboat_ovs::openflow::{
-    Action, Instruction, Masked, Match, Message, Oxm, PortNo, SwitchHandle,
-};
-use lifeboat_ovs::ovsdb::Client;
-use lifeboat_ovs::qos::{self, Mark, Rates, Reservation};
+use lifeboat_ovs::openflow::{Action, Instruction, Masked, Match, Oxm, PortNo};
 use serde_json::json;
 
 use super::Setting;
 use super::machine::{CpuTime, machine};
 use super::plot::{Ground, Plot, Series, Shape};
 use crate::clock;
-use crate::rig::network::{self, Namespace};
-use crate::rig::program::run as run_program;
-use crate::rig::switch::{Datapath, PATIENCE, Switch};
+use crate::rig::RigError;
+use crate::rig::network::Namespace;
+use crate::rig::rack::{DESTINATION, Rack, SOURCE};
+use crate::rig::switch::Datapath;
 use crate::rig::traffic::{Carrier, Flood, Flow};
-use crate::rig::{RigError, private};
 
 /// Its name.
 pub const NAME: &str = "reservation";
@@ -49,9 +44,6 @@ const LINK_MBIT: u64 = 100;
 const QUEUE: u8 = 7;
 const PAGE_PORT: u16 = 7445;
 const APPLICATION_PORT: u16 = 9000;
-const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-const APPLICATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
-const DESTINATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
 const COOKIE: u64 = 0x1b << 56;
 /// Least CPU time that must have been left over, in percent of all CPUs, and how often to try.
 const IDLE_LEAST: f64 = 10.0;
@@ -153,6 +145,7 @@ fn blank(setting: &Setting<'_>, times: &Times, rated: Rated) -> Record {
             "udp_flood_bits_per_sec": rated.udp_flood(),
             "queue_and_mark": QUEUE,
             "switches": 2,
+            "between_them": "tagged (802.1Q)",
             "runs": times.runs,
             "settle_ms": times.settle.as_millis() as u64,
             "window_ms": times.window.as_millis() as u64,
@@ -196,93 +189,26 @@ pub fn plot(record: &Record) -> Plot {
     }
 }
 
-/// The network, and the two ports of the way.
+/// The network, and what it is shaped to.
 struct Rig {
-    source: Namespace,
-    application: Namespace,
-    destination: Namespace,
-    bridges: [SwitchHandle; 2],
-    database: Client,
+    rack: Rack,
     rated: Rated,
-    _switch: Switch,
 }
 
-/// The ports of the way, in its order.
-const PORTS: [&str; 2] = ["rack-core", "core-dest"];
-
 impl Rig {
-    async fn raise(folder: &Path, rated: Rated) -> Result<Self, RigError> {
-        let at = Namespace::own();
-        let source = Namespace::make("source")?;
-        let application = Namespace::make("application")?;
-        let destination = Namespace::make("destination")?;
-        network::plug(&source, SOURCE, &at, "rack-source")?;
-        network::plug(&application, APPLICATION, &at, "rack-app")?;
-        network::plug(&destination, DESTINATION, &at, "core-dest")?;
-        network::join(&at, "rack-core", "core-rack")?;
-        let switch = Switch::start(&at, folder)?;
-        let rack = switch.bridge("rack", &["rack-source", "rack-app", "rack-core"]).await?;
-        let core = switch.bridge("core", &["core-rack", "core-dest"]).await?;
-        for host in [&source, &application] {
-            run_program(&mut host.command(&format!("ping -q -c2 -i0.2 -W2 {DESTINATION}")))?;
-        }
-        private::switches_are_up()?;
-        let database = switch.database().await?;
-        let rig = Self {
-            source,
-            application,
-            destination,
-            bridges: [rack, core],
-            database,
-            rated,
-            _switch: switch,
-        };
-        rig.prepare_ports().await?;
-        Ok(rig)
-    }
-
     /// What stays for the whole experiment: the queue rows and the classifier. Without flows both
     /// compete in queue 0 for the same link.
-    async fn prepare_ports(&self) -> Result<(), RigError> {
-        let (link, reserved) = (self.rated.link, self.rated.reserved());
-        for port in PORTS {
-            let wanted = Reservation {
-                port: port.to_owned(),
-                queue: QUEUE.into(),
-                rates: Rates { min: reserved, max: Some(link) },
-                mark: Mark {
-                    owner: NAME.to_owned(),
-                    reservation: NAME.to_owned(),
-                    expires: u64::MAX >> 1,
-                },
-                others: Rates { min: link - reserved, max: Some(link) },
-                capacity: link,
-            };
-            let made = qos::reserve(&self.database, &wanted, PATIENCE).await;
-            made.map_err(RigError::refused("a queue"))?;
-        }
-        if Datapath::here() == Datapath::Kernel {
-            // There `set_queue` is enough.
-            return Ok(());
-        }
-        let ports = PORTS.map(str::to_owned);
-        let answers = switch::ensure(&ports).await;
-        match answers.into_iter().find_map(|answer| answer.problem) {
-            Some(problem) => Err(RigError::refused("the classifier")(problem)),
-            None => Ok(()),
-        }
+    async fn raise(folder: &Path, rated: Rated) -> Result<Self, RigError> {
+        let rack = Rack::raise(folder).await?;
+        let (link, reserved) = (rated.link, rated.reserved());
+        rack.queue(NAME, QUEUE.into(), reserved, link - reserved, link).await?;
+        rack.classify().await?;
+        Ok(Self { rack, rated })
     }
 
     async fn set_reserved(&self, reserved: bool) -> Result<(), RigError> {
-        for bridge in &self.bridges {
-            let mut changes = vec![FlowMod::delete_by_cookie(COOKIE, u64::MAX)];
-            if reserved {
-                changes.extend(flows());
-            }
-            let changes = changes.into_iter().map(Message::FlowMod).collect();
-            bridge.change(changes, PATIENCE).await.map_err(RigError::refused("a flow"))?;
-        }
-        Ok(())
+        let flows: &[FlowMod] = if reserved { &flows() } else { &[] };
+        self.rack.flows(COOKIE, flows).await
     }
 
     /// Measures again when the machine had no CPU left: then the link was not full, or the switch
@@ -312,7 +238,7 @@ impl Rig {
     fn measure(&self, case: &Case, run: usize, times: &Times) -> Result<Sample, RigError> {
         let start = |wanted: bool, at: &Namespace, carrier, port, dscp| {
             let flow = Flow { carrier, to: SocketAddrV4::new(DESTINATION, port), dscp };
-            wanted.then(|| Flood::start(at, &self.destination, flow)).transpose()
+            wanted.then(|| Flood::start(at, &self.rack.destination, flow)).transpose()
         };
         let (by, dscp) = case.application.unwrap_or((By::Tcp, 0));
         let carrier = match by {
@@ -321,8 +247,8 @@ impl Rig {
         };
         // The application is there first: the migration has to make its way.
         let wanted = case.application.is_some();
-        let application = start(wanted, &self.application, carrier, APPLICATION_PORT, dscp)?;
-        let migration = start(case.migration, &self.source, Carrier::Tcp, PAGE_PORT, 0)?;
+        let application = start(wanted, &self.rack.application, carrier, APPLICATION_PORT, dscp)?;
+        let migration = start(case.migration, &self.rack.source, Carrier::Tcp, PAGE_PORT, 0)?;
         clock::rest(times.settle);
         let bits = |flood: &Option<Flood>| flood.as_ref().map_or(0.0, Flood::bits_on_the_wire);
         let idle = CpuTime::now();

@@ -1,15 +1,19 @@
 //! Real components, raised and driven: namespaces, Open vSwitch, traffic, QEMU, agents.
 //!
-//! Used by the experiments. Everything is made inside namespaces that [`private`] has entered, so
+//! Used by the experiments. Everything is made inside namespaces that [`private`] has entered (a
+//! [`cloud`] makes its own), so
 //! it vanishes with the process that asked for them, however that ends; nothing here needs to be
 //! undone, and nothing touches the machine's own network or switch.
 
 pub mod agents;
+pub mod cloud;
 pub mod cpu;
 pub mod direct;
+pub mod echo;
 pub mod network;
 pub mod private;
 pub mod program;
+pub mod rack;
 pub mod switch;
 pub mod traffic;
 

@@ -115,6 +115,18 @@ impl Switch {
         Ok(bridge)
     }
 
+    /// Puts ports into a VLAN: what comes in by one of them is tagged wherever it leaves by a port that
+    /// is in none.
+    ///
+    /// # Errors
+    /// When Open vSwitch refuses.
+    pub fn tag(&self, ports: &[&str], vlan: u16) -> Result<(), RigError> {
+        for port in ports {
+            run(vsctl(&self.folder).args(["set", "port", port, &format!("tag={vlan}")]))?;
+        }
+        Ok(())
+    }
+
     async fn openflow(&self, bridge: &str) -> Result<SwitchHandle, RigError> {
         let endpoint = Endpoint::Unix(self.folder.join(format!("{bridge}.mgmt")));
         let settings = openflow::Settings::default();

@@ -1,0 +1,112 @@
+//! SOLive's figure 6: what is reserved after each VM has gone, and what that is worth.
+//!
+//! The paper's finding (V-C): the reservation begins at the urgency, because NO leaves less than that
+//! free, and rises to what is available once NO has gone; so the total migration time depends little
+//! on the urgency, is about 13 % shorter than without reservation (pre-copy), the downtime grows from
+//! 14 to 16 s from urgency 95 to 55, and neither C nor M is slower for it.
+
+use lifeboat_lab::experiment::statistics::ratios;
+use lifeboat_lab::experiment::{Bound, Check, Record};
+
+use super::{Arm, C_PACE, DOWNTIME, M_PACE, RESERVED, TOTAL, WRONG, blank, measure};
+use crate::experiments::Setting;
+use crate::experiments::plot::{Ground, Plot, Point, Series, Shape};
+use crate::rig::RigError;
+
+/// Its name.
+pub const NAME: &str = "solive-6";
+
+const WITHOUT: &str = "no reservation";
+const ARMS: [Arm; 4] = [
+    Arm { name: WITHOUT, words: &["--urgency", "0"] },
+    Arm { name: "urgency 95", words: &["--urgency", "95", "--reservation", "borrow"] },
+    Arm { name: "urgency 75", words: &["--urgency", "75", "--reservation", "borrow"] },
+    Arm { name: "urgency 55", words: &["--urgency", "55", "--reservation", "borrow"] },
+];
+
+/// Runs it.
+///
+/// # Errors
+/// When the cloud cannot be raised, or an evacuation does not end.
+pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
+    let rounds = setting.runs.unwrap_or(if setting.quick { 1 } else { 4 });
+    let arms = if setting.quick { &ARMS[..2] } else { &ARMS[..] };
+    let mut record = blank(&setting, NAME, rounds, arms);
+    record.question =
+        "what is reserved while NO, M, C and NI leave, and is it quicker for it?".to_owned();
+    record.others_show =
+        "SOLive Fig. 6: the urgency until NO has gone, then almost all of the link; \
+                          13 % shorter with reservation (pre-copy); downtime 14 to 16 s"
+            .to_owned();
+    measure(&setting, &mut record, arms, rounds)?;
+    record.checks = checks(&record);
+    Ok(record)
+}
+
+fn checks(record: &Record) -> Vec<Check> {
+    let beside = |arm: &Arm, figure: &str| ratios(&record.pairs(arm.name, WITHOUT, figure));
+    // A first look has fewer arms.
+    let measured = |arm: &&Arm| !record.figures(arm.name, TOTAL).is_empty();
+    let reserved: Vec<&Arm> = ARMS[1..].iter().filter(measured).collect();
+    let mut checks: Vec<Check> = reserved
+        .iter()
+        .map(|arm| {
+            let claim = format!("{}: total time, ratio to no reservation", arm.name);
+            Check::median(&claim, Bound::AtMost(1.0), &beside(arm, TOTAL))
+        })
+        .collect();
+    for (guest, figure) in [("M", M_PACE), ("C", C_PACE)] {
+        let all: Vec<f64> = reserved.iter().flat_map(|arm| beside(arm, figure)).collect();
+        let claim = format!("pace of {guest}, ratio to no reservation");
+        checks.push(Check::median(&claim, Bound::AtLeast(0.95), &all));
+    }
+    let wrong: Vec<f64> = ARMS.iter().flat_map(|arm| record.figures(arm.name, WRONG)).collect();
+    checks.push(Check::worst("wrong bytes reported by a guest", Bound::AtMost(0.0), &wrong));
+    checks
+}
+
+/// The paper's three pictures, (a) and (b) and the pauses.
+#[must_use]
+pub fn plots(record: &Record) -> Vec<Plot> {
+    vec![
+        reserved(record),
+        by_urgency(record, "time", "Total time to empty the host", "seconds", TOTAL),
+        by_urgency(record, "downtime", "Pauses of all four guests together", "seconds", DOWNTIME),
+    ]
+}
+
+fn reserved(record: &Record) -> Plot {
+    let line = |arm: &Arm| {
+        let points = (0..RESERVED.len()).rev().zip(0_u32..);
+        let points = points.filter_map(|(left, at)| {
+            Point::of(f64::from(at), &record.figures(arm.name, RESERVED[left]))
+        });
+        Series { name: arm.name.to_owned(), shape: Shape::Line, points: points.collect() }
+    };
+    Plot {
+        name: format!("{NAME}-reserved"),
+        title: "What is reserved at the source while its guests leave".to_owned(),
+        others_show: "SOLive Fig. 6 (a): the urgency while NO is there, then almost 100 %"
+            .to_owned(),
+        ground: Ground::names("guests on the source", &["4", "3", "2", "1"]),
+        height: "% of the link".to_owned(),
+        series: ARMS[1..].iter().map(line).collect(),
+    }
+}
+
+fn by_urgency(record: &Record, name: &str, title: &str, height: &str, figure: &str) -> Plot {
+    let places = [0.0, 1.0, 2.0];
+    let ours: Vec<(f64, &str)> = places.into_iter().zip(ARMS[1..].iter().map(|a| a.name)).collect();
+    let without = places.map(|at| (at, WITHOUT));
+    Plot {
+        name: format!("{NAME}-{name}"),
+        title: title.to_owned(),
+        others_show: record.others_show.clone(),
+        ground: Ground::names("urgency, % of the link", &["95", "75", "55"]),
+        height: height.to_owned(),
+        series: vec![
+            Series::of(record, "with reservation", Shape::Bars, figure, &ours),
+            Series::of(record, WITHOUT, Shape::Bars, figure, &without),
+        ],
+    }
+}
