@@ -232,6 +232,7 @@ impl Planner {
             full.add(self, source, made);
         }
         full.notes = notes(order, &full);
+        full.notes.extend(self.paced_notes(&full).await);
         full.notes.extend(promised.forecast_note(&order.hosts).filter(|_| !full.goes.is_empty()));
         Ok(full)
     }

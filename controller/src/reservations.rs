@@ -62,17 +62,19 @@ pub fn terms(order: &EvacuationOrder) -> Terms {
     Terms { urgency: order.urgency, kind: order.reservation }
 }
 
-/// What the source of a migration may send at most: what is reserved strictly, or else `capacity`.
+/// What the source of a migration may send at most: what is reserved strictly, or else `capacity`;
+/// and never more than is wanted of a port that can do nothing itself.
 #[must_use]
 pub fn sending_limit(
     kind: ReservationKind,
     reserved: &Reserved,
     capacity: BitsPerSec,
 ) -> BitsPerSec {
-    match kind {
+    let most = match kind {
         ReservationKind::Strict if !reserved.hops.is_empty() => reserved.rate(),
         _ => capacity,
-    }
+    };
+    reserved.paced_rate().map_or(most, |paced| most.min(paced))
 }
 
 /// A migration that sends, and the ports that its pages leave by.
@@ -81,6 +83,8 @@ struct Sending {
     migration: MigrationId,
     source: HostId,
     way: Vec<PortRef>,
+    /// What the source keeps to for ports that can do nothing themselves.
+    paced: Option<BitsPerSec>,
 }
 
 /// An evacuation whose reservations are looked at.
@@ -99,6 +103,7 @@ fn followed(evacuation: &Evacuation) -> Followed {
         migration: leg.migration.clone(),
         source: record.source.clone(),
         way: leg.reserved.hops.iter().map(|hop| hop.at.clone()).collect(),
+        paced: leg.reserved.paced_rate(),
     });
     Followed {
         id: evacuation.id.clone(),
@@ -138,7 +143,7 @@ fn adjustment(rules: &Rules, followed: &Followed, rates: &[PortRate]) -> Adjustm
     Adjustment { evacuation, ports }
 }
 
-/// What a strict migration may send: the least of what its queues have.
+/// What a strict migration may send: the least of what its queues have, and of what it is paced to.
 fn strict_limit(followed: &Followed, sending: &Sending, rates: &[PortRate]) -> Option<BitsPerSec> {
     if followed.order.reservation != ReservationKind::Strict {
         return None;
@@ -146,7 +151,8 @@ fn strict_limit(followed: &Followed, sending: &Sending, rates: &[PortRate]) -> O
     let on_way = rates.iter().filter(|rate| sending.way.contains(&rate.at));
     let queues = on_way.flat_map(|rate| &rate.queues);
     let mine = queues.filter(|queue| queue.evacuation == followed.id);
-    mine.map(|queue| queue.reserved).min()
+    let least = mine.map(|queue| queue.reserved).min()?;
+    Some(sending.paced.map_or(least, |paced| least.min(paced)))
 }
 
 /// Follows the counters with all reservations, for ever.

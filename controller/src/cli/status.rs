@@ -72,7 +72,7 @@ fn text(status: &EvacuationStatus) -> String {
         let rows = status.reservations.iter().map(|held| {
             vec![
                 format!("{}:{}", held.switch, held.port),
-                held.queue.to_string(),
+                if held.queue == 0 { "paced".to_owned() } else { held.queue.to_string() },
                 rate(held.capacity_bits_per_sec),
                 rate(held.reserved_bits_per_sec),
                 rate(held.used_bits_per_sec),

@@ -1,4 +1,5 @@
-//! `lifeboat switches`: every switch and port, with what is reserved and what passes.
+//! `lifeboat switches`: every switch and port, with what is reserved, what passes, and what can be
+//! reserved.
 
 use lifeboat_protocol::controller::{Switch, SwitchesRequest};
 
@@ -34,11 +35,12 @@ pub(super) async fn run(context: &Context) -> Result<u8, CliError> {
                 rate(port.capacity_bits_per_sec),
                 rate(port.reserved_bits_per_sec),
                 if port.rate_known { rate(port.tx_bits_per_sec) } else { "?".to_owned() },
+                if port.peer.is_empty() { String::new() } else { port.ability.clone() },
             ]
         })
     });
     let rows: Vec<Vec<String>> = ports.collect();
-    let head = ["PORT", "LEADS TO", "LINK", "CAPACITY", "RESERVED", "SENDS"];
+    let head = ["PORT", "LEADS TO", "LINK", "CAPACITY", "RESERVED", "SENDS", "CAN DO"];
     print(&format!("\n{}", table(&head, &rows)))?;
     Ok(0)
 }

@@ -17,6 +17,7 @@
 //!   what it did.
 //! - Foreign QoS rows and flows stay untouched.
 
+mod ability;
 mod detached;
 mod switched;
 
@@ -39,6 +40,7 @@ use crate::clock::UnixMs;
 use crate::config::Site;
 use crate::tls::{TlsError, for_switches};
 
+pub use ability::{Ability, PaceOnly};
 pub use detached::Detached;
 pub use switched::{ClassifierError, Classifiers, SwitchNetwork};
 
@@ -101,24 +103,53 @@ pub struct ReservedHop {
     pub at: PortRef,
     /// What the link carries.
     pub capacity: BitsPerSec,
-    /// What is guaranteed to the evacuation, after admission.
+    /// What is guaranteed to the evacuation, after admission; without a queue, what the source keeps
+    /// to.
     pub rate: BitsPerSec,
-    /// The number of its queue on this port.
+    /// The number of its queue on this port; 0 where none can be, see [`Ability::PaceOnly`].
     pub queue: u32,
+}
+
+impl ReservedHop {
+    /// Whether only the source keeps to the rate here.
+    #[must_use]
+    pub const fn is_paced(&self) -> bool {
+        self.queue == 0
+    }
 }
 
 /// A reservation that is installed on every port of its path (seen by a barrier and by `cur_cfg`).
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Reserved {
-    /// The ports in order of the path.
+    /// The ports in order of the path; those without a queue follow the others.
     pub hops: Vec<ReservedHop>,
 }
 
 impl Reserved {
-    /// What is guaranteed from end to end: the least of all ports; nothing without a port.
+    /// What is guaranteed from end to end, or kept to where no queue can be: the least of all ports;
+    /// nothing without a port.
     #[must_use]
     pub fn rate(&self) -> BitsPerSec {
         self.hops.iter().map(|hop| hop.rate).min().unwrap_or(BitsPerSec::ZERO)
+    }
+
+    /// The least rate of the ports where only the source keeps to it; `None` without any.
+    #[must_use]
+    pub fn paced_rate(&self) -> Option<BitsPerSec> {
+        self.hops.iter().filter(|hop| hop.is_paced()).map(|hop| hop.rate).min()
+    }
+
+    /// The same with these ports, where no queue can be.
+    #[must_use]
+    pub fn with_paced(mut self, paced: Vec<Hop>) -> Self {
+        let paced = paced.into_iter();
+        self.hops.extend(paced.map(|Hop { at, capacity, rate }| ReservedHop {
+            at,
+            capacity,
+            rate,
+            queue: 0,
+        }));
+        self
     }
 }
 
@@ -195,6 +226,8 @@ pub struct PortStatus {
     pub up: bool,
     /// What LLDP knows of where it leads; `None` where nobody probes.
     pub sighting: Option<Sighting>,
+    /// What a reservation can do there.
+    pub ability: Ability,
 }
 
 impl PortStatus {

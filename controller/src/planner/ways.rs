@@ -1,13 +1,15 @@
 //! The network as it is now: the configured topology with what the switches report, and the wish
 //! for each port of a way.
 
+use std::collections::BTreeSet;
+
 use lifeboat_policy::reserve::entitled;
 use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::terms::Urgency;
 use lifeboat_protocol::units::BitsPerSec;
 use lifeboat_topology::{Egress, End, PortName, Topology, TopologyError, Way};
 
-use super::Planner;
+use super::{FullPlan, Planner};
 use crate::network::{Hop, PageFlow, PortRef};
 
 /// Why a migration's packets cannot be told from others.
@@ -101,6 +103,27 @@ impl Planner {
         let address = said.page_address.parse();
         let address = address.map_err(|_| PageFlowError::Address { host: destination.clone() })?;
         Ok(PageFlow { source: from.address, destination: address })
+    }
+
+    /// Where a plan's pages leave by ports that can carry no queue: a sentence for each.
+    pub(super) async fn paced_notes(&self, full: &FullPlan) -> Vec<String> {
+        let wanted = full.goes.iter().flat_map(|goes| &goes.hops);
+        let wanted = wanted.filter(|hop| hop.rate > BitsPerSec::ZERO).map(|hop| &hop.at);
+        let ports: BTreeSet<&PortRef> = wanted.collect();
+        let switches = self.network.switches().await;
+        let why = |at: &PortRef| {
+            let status = switches.iter().find(|status| status.name == at.switch)?;
+            let port = status.ports.iter().find(|port| port.name == at.port)?;
+            port.ability.pace_only().map(ToString::to_string)
+        };
+        let note = |at: &&PortRef| {
+            Some(format!(
+                "{at} gets no queue ({}): the source paces its pages instead, and nothing is \
+                 guaranteed there",
+                why(at)?
+            ))
+        };
+        ports.iter().filter_map(note).collect()
     }
 
     /// What is wanted on each port of a way: the urgency's share, with the floor left to others.

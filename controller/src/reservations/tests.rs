@@ -56,6 +56,7 @@ fn followed_on(ways: &[&[&str]], order: EvacuationOrder) -> Followed {
         migration: MigrationId::new(format!("e1-m{n}")).unwrap(),
         source: host("h1"),
         way: way.iter().map(|name| port(name)).collect(),
+        paced: None,
     });
     Followed { id: id(), order, sending: sending.collect() }
 }
@@ -117,4 +118,19 @@ fn only_a_strict_migration_is_told_what_it_may_send() {
     assert_eq!(limit(ReservationKind::Strict, &reserved), mbit(30));
     assert_eq!(limit(ReservationKind::Borrow, &reserved), mbit(100));
     assert_eq!(limit(ReservationKind::Strict, &Reserved::default()), mbit(100));
+}
+
+#[test]
+fn where_a_port_can_do_nothing_the_source_keeps_to_what_is_wanted_of_it() {
+    let queued = ReservedHop { at: port("a"), capacity: mbit(100), rate: mbit(60), queue: 3 };
+    let paced = Hop { at: port("b"), capacity: mbit(100), rate: mbit(40) };
+    let reserved = Reserved { hops: vec![queued] }.with_paced(vec![paced]);
+    for kind in [ReservationKind::Borrow, ReservationKind::Strict] {
+        assert_eq!(sending_limit(kind, &reserved, mbit(100)), mbit(40));
+    }
+    let order = EvacuationOrder { reservation: ReservationKind::Strict, ..half() };
+    let mut strict = followed_on(&[&["a", "b"]], order);
+    strict.sending[0].paced = reserved.paced_rate();
+    let rates = [rate("a", Some(60), 90, 50)];
+    assert_eq!(strict_limit(&strict, &strict.sending[0], &rates), Some(mbit(40)));
 }

@@ -104,6 +104,7 @@ pub(super) fn switch(status: SwitchStatus) -> wire::Switch {
         tx_bits_per_sec: port.transmitted.unwrap_or_default().0,
         rate_known: port.transmitted.is_some(),
         up: port.up,
+        ability: port.ability.to_string(),
     };
     wire::Switch {
         name: status.name.to_string(),

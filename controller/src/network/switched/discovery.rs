@@ -89,6 +89,10 @@ impl Inner {
     async fn probe_switch(&self, switch: &SwitchId, every: Duration) {
         let gone = || locked(&self.sightings).forget(|from| from.switch == *switch);
         let Ok(handle) = self.connections.openflow(switch) else { return gone() };
+        if self.is_foreign(switch).await {
+            // Its controller knows its links, and a flow of ours would be in its pipeline.
+            return gone();
+        }
         let ports = self.probed_ports(switch);
         let mut changes: Vec<Message> =
             self.probe_flows(switch, &ports, every).into_iter().map(Message::FlowMod).collect();

@@ -16,6 +16,7 @@
 //!
 //! Deliberately not here: how much is wanted, for whom, and which way.
 
+mod abilities;
 mod bridge;
 mod classifier;
 mod connections;
@@ -96,6 +97,8 @@ struct Inner {
     saturation: SaturationParameters,
     /// What each switch has for migrations.
     budgets: BTreeMap<SwitchId, BitsPerSec>,
+    /// Whose flows decide on each switch.
+    pipelines: abilities::Pipelines,
     /// Releases that could not reach every switch.
     debts: Mutex<BTreeMap<Debt, Owed>>,
     /// Migrations that asked for nothing, and so have nothing to release anywhere.
@@ -134,6 +137,7 @@ impl SwitchNetwork {
             counters: Mutex::default(),
             saturation: policy.saturation(),
             budgets: budgets(site),
+            pipelines: abilities::Pipelines::default(),
             debts: Mutex::default(),
             empty: Mutex::default(),
             classifiers: OnceLock::new(),

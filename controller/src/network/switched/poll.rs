@@ -49,16 +49,18 @@ pub(super) async fn tend(inner: Arc<Inner>) {
             () = inner.connections.news.notified() => {}
         }
         for switch in inner.connections.take_fresh() {
+            inner.forget_pipeline(&switch);
             inner.mend(&switch).await;
         }
     }
 }
 
-/// Renews leases and pays debts, for ever.
+/// Renews leases, pays debts and looks whose flows decide, for ever.
 pub(super) async fn renew(inner: Arc<Inner>) {
     loop {
         for _ in 0..RENEWAL.as_secs() / DEBTS.as_secs() {
             tokio::time::sleep(DEBTS).await;
+            inner.look_at_pipelines().await;
             if !locked(&inner.debts).is_empty() {
                 let _changing = inner.changing.lock().await;
                 inner.pay_debts().await;

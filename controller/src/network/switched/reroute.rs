@@ -15,7 +15,9 @@ use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
 use super::{Inner, locked};
-use crate::network::{NetworkError, PortRef, ReleaseReport, ReservationRequest, Reserved};
+use crate::network::{
+    Ability, Hop, NetworkError, PortRef, ReleaseReport, ReservationRequest, Reserved,
+};
 
 impl Inner {
     /// See [`crate::network::Network::reroute`].
@@ -27,10 +29,14 @@ impl Inner {
             request;
         hops.retain(|hop| hop.rate > BitsPerSec::ZERO);
         let Some(first) = hops.first() else { return Ok(Reserved::default()) };
-        let link = Self::page_link(&traffic, &first.at.switch)?;
+        let (link, first) = (Self::page_link(&traffic, &first.at.switch)?, first.at.switch.clone());
         let _changing = self.changing.lock().await;
+        let (hops, paced) = self.divide(hops).await?;
+        if let Some(hop) = paced.first() {
+            return Err(Self::unpinnable(hop, &self.ability(&hop.at)));
+        }
         self.check(&hops)?;
-        let queue = self.choose_queue(&evacuation, &first.at.switch).await?;
+        let queue = self.choose_queue(&evacuation, &first).await?;
         let before = locked(&self.ledger).clone();
         let terms = Terms { urgency, kind };
         {
@@ -51,6 +57,15 @@ impl Inner {
                 self.tidy(&evacuation, &migration, new).await;
                 Err(error)
             }
+        }
+    }
+
+    /// On a way that is not the network's own, flows must lead the pages from port to port.
+    fn unpinnable(hop: &Hop, ability: &Ability) -> NetworkError {
+        NetworkError::Unable {
+            switch: hop.at.switch.clone(),
+            doing: "lead pages another way",
+            detail: format!("{} can do {ability}; its own controller has to reroute", hop.at.port),
         }
     }
 

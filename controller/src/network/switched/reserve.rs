@@ -29,12 +29,13 @@ impl Inner {
         let ReservationRequest { evacuation, migration, urgency, kind, mut hops, traffic } =
             request;
         hops.retain(|hop| hop.rate > BitsPerSec::ZERO);
+        let _changing = self.changing.lock().await;
+        let (hops, paced) = self.divide(hops).await?;
         let Some(first) = hops.first() else {
             locked(&self.empty).insert(migration);
-            return Ok(Reserved::default());
+            return Ok(Reserved::default().with_paced(paced));
         };
         let link = Self::page_link(&traffic, &first.at.switch)?;
-        let _changing = self.changing.lock().await;
         self.check(&hops)?;
         let queue = self.choose_queue(&evacuation, &first.at.switch).await?;
         locked(&self.ledger).hold(
@@ -49,7 +50,7 @@ impl Inner {
         match self.install(&evacuation, &hops, &switches).await {
             Ok(reserved) => {
                 tracing::info!(%evacuation, %migration, queue, rate = %reserved.rate(), "reserved");
-                Ok(reserved)
+                Ok(reserved.with_paced(paced))
             }
             Err(error) => {
                 let undone = self.release_locked(&evacuation, Some(&migration)).await;

@@ -74,6 +74,7 @@ impl Inner {
             reserved: shares.into_iter().flat_map(|shares| shares.queues).map(|q| q.rate).sum(),
             transmitted: self.transmitted(&at.switch, number, now),
             sighting: self.sighting(&at),
+            ability: self.ability(&at),
             name: at.port,
             up,
         }

@@ -1,0 +1,66 @@
+//! What a reservation can do at a port, in words for operators.
+//!
+//! Found out by `switched`, shown by `lifeboat switches`, and told by `plan` where it is less than a
+//! queue. Not here: how it is found out.
+
+use std::fmt;
+
+/// What can be done at a port so that a migration gets its share there.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Ability {
+    /// Not asked yet.
+    #[default]
+    Unknown,
+    /// A queue, which the datapath itself leads packets to.
+    Queue,
+    /// A queue, and a classifier beside it that an agent with the role switch installs.
+    ClassifiedQueue,
+    /// It would need that classifier, and no agent is configured that could install it.
+    NoClassifier,
+    /// Nothing at the port itself: the source keeps to the rate.
+    PaceOnly(PaceOnly),
+}
+
+/// Why we install nothing at a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PaceOnly {
+    /// Its link is too fast for a software shaper.
+    TooFast,
+    /// Another controller's flows decide there; what of them says so.
+    ForeignPipeline {
+        /// The first flow that does more than forward as a plain switch.
+        flow: String,
+    },
+}
+
+impl Ability {
+    /// Why only the source can keep to a rate; `None` where the port can do more, or may.
+    #[must_use]
+    pub const fn pace_only(&self) -> Option<&PaceOnly> {
+        match self {
+            Self::PaceOnly(why) => Some(why),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Ability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("?"),
+            Self::Queue => f.write_str("queues"),
+            Self::ClassifiedQueue => f.write_str("queues, by classifier"),
+            Self::NoClassifier => f.write_str("none: no agent with the role switch"),
+            Self::PaceOnly(why) => write!(f, "pacing only: {why}"),
+        }
+    }
+}
+
+impl fmt::Display for PaceOnly {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooFast => f.write_str("25 Gbit/s and more are not shaped in software"),
+            Self::ForeignPipeline { flow } => write!(f, "another controller's {flow}"),
+        }
+    }
+}
