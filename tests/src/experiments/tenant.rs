@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   source      ─┐   migration: 70 of 100 Mbit/s reserved, takes what it gets
-//!   application ─┴─ rack ═100 Mbit/s═ core ─ destination
-//!                    application: 25 Mbit/s of its own, offers 80 % of that, and asks small questions
-//!                    bystanders: what is left, flooded, so that the link is full with or without us
+//!   application ─┼─ rack ═100 Mbit/s═ core ─ destination
+//!   bystander   ─┘  application: 25 Mbit/s of its own, offers 80 % of that, and asks small questions
+//!                   bystander: what is left, flooded, so that the link is full with or without us
 //! ```
 //!
 //! In turn with the migration and without it; everything else stays. What the application gets is
@@ -202,7 +202,7 @@ fn measure(
     let start = |at, carrier, port| {
         Flood::start(at, &rack.destination, Flow { carrier, to: to(port), dscp: 0 })
     };
-    let _bystanders = start(&rack.application, Carrier::Udp(FLOOD), FLOOD_PORT)?;
+    let _bystanders = start(&rack.bystander, Carrier::Udp(FLOOD), FLOOD_PORT)?;
     let application = start(&rack.application, Carrier::Udp(OFFERED), APPLICATION_PORT)?;
     let pages = || start(&rack.source, Carrier::Tcp, PAGE_PORT);
     let migration = migrates.then(pages).transpose()?;

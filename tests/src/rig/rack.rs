@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   source      ─┐                       ┌─ destination
-//!   application ─┴─ rack ═ contested ═ core ─┘     (Open vSwitch; no cable limits it: queues do)
+//!   application ─┼─ rack ═ contested ═ core ─┘     (Open vSwitch; no cable limits it: queues do)
+//!   bystander   ─┘
 //! ```
 //!
 //! The hosts are in a VLAN: frames bear its tag between the bridges, and none on the last port, so that
@@ -30,6 +31,8 @@ use super::{RigError, private};
 pub const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 /// The application's address.
 pub const APPLICATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+/// The bystander's address.
+pub const BYSTANDER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 4);
 /// The destination's address.
 pub const DESTINATION: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
 const VLAN: u16 = 5;
@@ -41,8 +44,11 @@ const PORTS: [&str; 2] = ["rack-core", "core-dest"];
 pub struct Rack {
     /// Where migrations come from.
     pub source: Namespace,
-    /// Where everybody else sends from.
+    /// Where an application sends from.
     pub application: Namespace,
+    /// Where everybody else sends from: a flood that shared the application's own cable would lose it
+    /// packets before any queue.
+    pub bystander: Namespace,
     /// Where all of it goes.
     pub destination: Namespace,
     bridges: [SwitchHandle; 2],
@@ -59,22 +65,25 @@ impl Rack {
         let at = Namespace::own();
         let source = Namespace::make("source")?;
         let application = Namespace::make("application")?;
+        let bystander = Namespace::make("bystander")?;
         let destination = Namespace::make("destination")?;
         network::plug(&source, SOURCE, &at, "rack-source")?;
         network::plug(&application, APPLICATION, &at, "rack-app")?;
+        network::plug(&bystander, BYSTANDER, &at, "rack-other")?;
         network::plug(&destination, DESTINATION, &at, "core-dest")?;
         network::join(&at, "rack-core", "core-rack")?;
         let switch = Switch::start(&at, folder)?;
-        let rack = switch.bridge("rack", &["rack-source", "rack-app", "rack-core"]).await?;
+        let rack =
+            switch.bridge("rack", &["rack-source", "rack-app", "rack-other", "rack-core"]).await?;
         let core = switch.bridge("core", &["core-rack", "core-dest"]).await?;
-        switch.tag(&["rack-source", "rack-app", "core-dest"], VLAN)?;
-        for host in [&source, &application] {
+        switch.tag(&["rack-source", "rack-app", "rack-other", "core-dest"], VLAN)?;
+        for host in [&source, &application, &bystander] {
             run(&mut host.command(&format!("ping -q -c2 -i0.2 -W2 {DESTINATION}")))?;
         }
         private::switches_are_up()?;
         let database = switch.database().await?;
         let bridges = [rack, core];
-        Ok(Self { source, application, destination, bridges, database, _switch: switch })
+        Ok(Self { source, application, bystander, destination, bridges, database, _switch: switch })
     }
 
     /// A queue on every port of the way; what is left of `link` is everybody else's minimum, as far
