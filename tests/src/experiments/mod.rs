@@ -29,6 +29,8 @@ pub struct Setting<'a> {
     pub images: &'a Path,
     /// How often each case is measured, where that is said.
     pub runs: Option<usize>,
+    /// After about how many minutes it ends with what it has by then, where that is said.
+    pub minutes: Option<u64>,
     /// What the contested link carries, in Mbit/s, where that is said: less for a slow machine.
     pub link_mbit: Option<u64>,
     /// Where the samples go while it runs, so that a broken run has not been for nothing.

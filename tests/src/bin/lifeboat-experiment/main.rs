@@ -26,6 +26,9 @@ struct Args {
     /// How often each case is measured (`reservation`, `tenant`, `solive-6`, `solive-7`).
     #[arg(long)]
     runs: Option<usize>,
+    /// After about how many minutes to end, with what was measured by then (`solive-6`, `solive-7`).
+    #[arg(long)]
+    minutes: Option<u64>,
     /// What the contested link carries, in Mbit/s (`reservation`): less for a slow machine.
     #[arg(long, value_parser = clap::value_parser!(u64).range(4..=10_000))]
     link_mbit: Option<u64>,
@@ -101,8 +104,9 @@ async fn run(args: &Args) -> anyhow::Result<Record> {
     fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
     let partial = args.out.join(format!("{}.partial.json", args.name));
     let (folder, images) = (folder.path(), images.as_path());
-    let (runs, link_mbit) = (args.runs, args.link_mbit);
-    let setting = Setting { quick: args.quick, folder, images, runs, link_mbit, partial: &partial };
+    let (runs, minutes, link_mbit) = (args.runs, args.minutes, args.link_mbit);
+    let (quick, partial) = (args.quick, partial.as_path());
+    let setting = Setting { quick, folder, images, runs, minutes, link_mbit, partial };
     let outcome = experiments::run(&args.name, setting).await;
     let record = outcome.context("the experiment has no code")?;
     record.with_context(|| format!("{} could not be measured", args.name))

@@ -36,6 +36,8 @@ const GUESTS: [&str; 4] = ["no", "m", "c", "ni"];
 const LOOK: Duration = Duration::from_millis(400);
 /// More than any run takes on a busy machine.
 const RUN_LIMIT: Duration = Duration::from_secs(300);
+/// What a run takes on a quiet machine: with less time left, none is begun.
+const RUN_USUAL: Duration = Duration::from_secs(100);
 /// Between two runs: guests settle, and counters forget.
 const REST: Duration = Duration::from_secs(3);
 /// How often a host is evacuated until nobody is left on it.
@@ -67,12 +69,16 @@ fn measure(
     rounds: usize,
 ) -> Result<(), RigError> {
     let lab = setting.images.parent().unwrap_or(setting.images);
+    let end = setting.minutes.map(|minutes| clock::now() + Duration::from_secs(minutes * 60));
     let cloud = Cloud::raise(lab, SCENARIO, &setting.folder.join("up.log"))?;
     // The agents have measured by then, and NO has filled its link.
     clock::rest(REST * 2);
     let mut at = 0;
     for round in 0..rounds {
         for turn in 0..arms.len() {
+            if end.is_some_and(|end| clock::now() + RUN_USUAL > end) {
+                return Ok(());
+            }
             let arm = arms[(turn + round) % arms.len()];
             let figures = evacuation(&cloud, at, arm)?;
             record.samples.push(Sample { case: arm.name.to_owned(), run: round, figures });
