@@ -302,13 +302,13 @@ mod tests {
             json!({"migrations": migrations,
                    "reservations": [row("s1-h1", 1), row("h1-up", reserved)]})
         };
-        for (gone, reserved) in [(0, 55), (0, 57), (0, 56), (1, 95), (9, 1)] {
+        for (gone, reserved) in [(0, 25), (0, 75), (0, 50), (1, 95), (9, 1)] {
             watched.look(&look(gone, reserved));
         }
         watched.look(&json!({}));
         assert_eq!(
             watched.figures(),
-            BTreeMap::from([(RESERVED[3], 56.0), (RESERVED[2], 95.0), (USED, 90.0)])
+            BTreeMap::from([(RESERVED[3], 50.0), (RESERVED[2], 95.0), (USED, 90.0)])
         );
     }
 
