@@ -13,6 +13,8 @@
 //! vms_dir = "/etc/lifeboat/vms"
 //! profiles_dir = "/etc/lifeboat/profiles"
 //! memory = "12 GiB"                      # for VMs with QEMU's overhead
+//! disk_dirs = ["/var/lib/lifeboat/disks"] # where disks may arrive; state_dir/disks where left out
+//! disk_retention_hours = 24              # how long a disk is kept whose VM has left
 //!
 //! [qemu]
 //! program = "/usr/bin/qemu-system-x86_64"
@@ -34,6 +36,7 @@ mod intermediary;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::units::{Bytes, text};
@@ -79,6 +82,15 @@ pub enum Listen {
     Unix(PathBuf),
 }
 
+/// What becomes of local disks.
+#[derive(Debug, Clone)]
+pub struct DiskSettings {
+    /// Where disks may arrive; the first is where those are that a definition gives a name only.
+    pub directories: Vec<PathBuf>,
+    /// How long a disk is kept whose VM has left.
+    pub kept_for: Duration,
+}
+
 /// The configuration, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -96,6 +108,8 @@ pub struct Config {
     pub tls_dir: Option<PathBuf>,
     /// Survives reboots.
     pub state_dir: PathBuf,
+    /// For `disk/`.
+    pub disks: DiskSettings,
     /// For `vms/`.
     pub vms: Settings,
     /// For `intermediary/`; of use with that role alone.
@@ -174,6 +188,9 @@ struct RawConfig {
     profiles_dir: PathBuf,
     #[serde(with = "text")]
     memory: Bytes,
+    disk_dirs: Option<Vec<PathBuf>>,
+    #[serde(default = "a_day")]
+    disk_retention_hours: u32,
     qemu: RawQemu,
     ovs: RawOvs,
     #[serde(default)]
@@ -184,6 +201,10 @@ struct RawConfig {
 
 fn hypervisor() -> Vec<AgentRole> {
     vec![AgentRole::Hypervisor]
+}
+
+fn a_day() -> u32 {
+    24
 }
 
 #[derive(Deserialize)]
@@ -263,12 +284,24 @@ impl RawConfig {
         let storages: Vec<Storage> = storages.collect::<Checked<_>>()?;
         let state_dir = absolute("state_dir", self.state_dir)?;
         let intermediary = self.intermediary.check(self.memory, &state_dir, tls_dir.as_deref())?;
+        let directories = match self.disk_dirs {
+            Some(paths) => {
+                let check = |(index, path)| absolute(&format!("disk_dirs[{index}]"), path);
+                paths.into_iter().enumerate().map(check).collect::<Checked<_>>()?
+            }
+            None => vec![state_dir.join("disks")],
+        };
+        let disks = DiskSettings {
+            directories: directories.clone(),
+            kept_for: Duration::from_secs(u64::from(self.disk_retention_hours) * 3600),
+        };
         let vms = Settings {
             vms_dir: absolute("vms_dir", self.vms_dir)?,
             arrived_dir: state_dir.join("vms"),
             run_dir: absolute("run_dir", self.run_dir)?,
             images_dir: absolute("images_dir", self.images_dir)?,
             profiles_dir: absolute("profiles_dir", self.profiles_dir)?,
+            disk_dirs: directories,
             storages,
             qemu: absolute("qemu.program", self.qemu.program)?,
             user,
@@ -287,6 +320,7 @@ impl RawConfig {
             roles: self.roles,
             tls_dir,
             state_dir,
+            disks,
             vms,
             intermediary,
         })

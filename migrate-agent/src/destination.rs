@@ -1,8 +1,8 @@
 //! The destination's side of one migration, from the room made for it to a running guest.
 //!
 //! ```text
-//!   prepare: QEMU up, paused, waiting  ->  link: HELLO, WELCOME
-//!   receive(): STREAM into QEMU -> END -> QEMU stands paused, complete
+//!   prepare: QEMU up, paused, waiting  ->  link: HELLO, WELCOME  (with disks: way made for them)
+//!   receive(): (disks, on connections of their own; QEMU up) STREAM into QEMU -> END -> QEMU stands paused, complete
 //!   settle():  handover::destination decides; its actions are performed; in doubt it asks
 //! ```
 //!
@@ -10,9 +10,11 @@
 //! `registry/` when the controller prepares the destination; the source's link is handed in when
 //! it comes. Until LOADED is durable this side may drop everything; after that, nothing.
 
+pub mod disk;
 mod receiving;
 mod settling;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase, VmDefinition};
@@ -21,12 +23,14 @@ use lifeboat_protocol::terms::Mode;
 use lifeboat_scatter_gather::link::Frame;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::disk::sync::receive::Received;
 use crate::guests::Arrival;
 use crate::handover::destination::{Action, Destination, Event, Outcome, State};
 use crate::link::{FrameReader, FrameWriter, LinkError};
 use crate::progress::Progress;
 use crate::qemu::qmp::Qmp;
 use crate::source::{Context, Failure};
+use disk::ArrivingDisks;
 
 /// How long the source may take to come after the destination was prepared.
 const LINK_LIMIT: Duration = Duration::from_secs(60);
@@ -62,6 +66,8 @@ pub struct DestinationTask {
     reader: Option<FrameReader>,
     /// Who waits on a connection of their own for the outcome of a COMMIT.
     waiting: Option<oneshot::Sender<Frame>>,
+    /// The disks that come along.
+    disks: Option<ArrivingDisks>,
 }
 
 impl DestinationTask {
@@ -76,6 +82,7 @@ impl DestinationTask {
         progress: Progress,
         machine: Destination,
     ) -> Self {
+        let disks = ArrivingDisks::found(&context.rooms, &vm, &definition);
         Self {
             context,
             vm,
@@ -88,19 +95,29 @@ impl DestinationTask {
             writer: None,
             reader: None,
             waiting: None,
+            disks,
         }
     }
 
-    /// Brings QEMU up, paused. Done before the controller hears that the destination is ready.
+    /// What the source's disk connections write to.
+    #[must_use]
+    pub fn received_disks(&self) -> Option<Arc<Received>> {
+        self.disks.as_ref().and_then(ArrivingDisks::received)
+    }
+
+    /// Brings QEMU up, paused; for a VM with disks, makes way for them, and QEMU follows when they
+    /// are here. Done before the controller hears that the destination is ready.
     ///
     /// # Errors
     /// When this host cannot run the VM; nothing is left behind.
     pub async fn prepare(&mut self) -> Result<(), Failure> {
-        let arrival = match self.mode {
-            Mode::PreCopy => Arrival::Stream,
-            Mode::Cold => Arrival::Cold,
-            other => return Err(Failure::Mode(other)),
-        };
+        let arrival = self.arrival()?;
+        let rooms = &self.context.rooms;
+        self.disks = ArrivingDisks::make_way(rooms, &self.vm, &self.definition)?;
+        if self.disks.is_some() {
+            // What can be said now is said now: the disks may take hours.
+            return Ok(self.context.guests.could_arrive(&self.definition)?);
+        }
         match self.bring_up(arrival).await {
             Ok(qmp) => {
                 self.qmp = Some(qmp);
@@ -112,6 +129,14 @@ impl DestinationTask {
                 }
                 Err(failure)
             }
+        }
+    }
+
+    fn arrival(&self) -> Result<Arrival, Failure> {
+        match self.mode {
+            Mode::PreCopy => Ok(Arrival::Stream),
+            Mode::Cold => Ok(Arrival::Cold),
+            other => Err(Failure::Mode(other)),
         }
     }
 

@@ -50,6 +50,9 @@ pub trait Guests: Send + Sync {
     /// Lets the VM's QEMU use a socket that was bound at [`Guests::socket_path`].
     fn grant(&self, vm: &VmId, path: &std::path::Path) -> Result<(), GuestError>;
 
+    /// Whether a VM could arrive as things are: nothing is set aside, nothing is started.
+    fn could_arrive(&self, definition: &VmDefinition) -> Result<(), GuestError>;
+
     /// Counts the memory of an arriving VM as taken, checks that the definition can run here,
     /// keeps it for restarts, and starts the VM's QEMU, paused, with its taps attached.
     fn arrive<'a>(

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{
-    MigrationProgress, Phase, PrepareDestinationReply, PrepareDestinationRequest, Side,
+    DiskRoom, MigrationProgress, Phase, PrepareDestinationReply, PrepareDestinationRequest, Side,
     StartMigrationRequest,
 };
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NameError, VmId};
@@ -23,6 +23,8 @@ use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::destination::{self, DestinationTask};
+use crate::disk::rooms::Room;
+use crate::disk::sync::receive::Received;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::store::StoreError;
@@ -113,6 +115,8 @@ enum Task {
         generation: Generation,
         /// Handed the link once; a second one is turned away.
         linked: bool,
+        /// What connections about its disks write to.
+        disks: Option<Arc<Received>>,
     },
 }
 
@@ -239,11 +243,12 @@ impl Registry {
             machine,
         );
         task.prepare().await?;
+        let disks = task.received_disks();
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
         let entry = Entry {
             vm,
             progress: watching,
-            task: Task::Destination { inputs: to, token, generation, linked: false },
+            task: Task::Destination { inputs: to, token, generation, linked: false, disks },
         };
         self.enlist(migration, entry);
         crate::tasks::spawn("migration, destination", async move { task.run().await });
@@ -311,6 +316,10 @@ impl Registry {
             page_address: request.page_address.clone(),
             token,
             limit: (limit.0 > 0).then_some(limit),
+            disk_limit: (request.disk_limit_bytes_per_sec > 0)
+                .then_some(BytesPerSec(request.disk_limit_bytes_per_sec)),
+            disk_window: (request.disk_window_ms > 0)
+                .then(|| Duration::from_millis(request.disk_window_ms)),
             downtime_limit: match request.downtime_limit_ms {
                 0 => DOWNTIME_DEFAULT,
                 ms => Duration::from_millis(ms.into()),
@@ -338,6 +347,23 @@ impl Registry {
         Ok(progress.borrow().clone())
     }
 
+    /// Changes what a migrating VM may change on its disks (bytes/s; 0: no limit).
+    ///
+    /// # Errors
+    /// As [`Self::set_network_limit`].
+    pub async fn set_disk_limit(
+        &self,
+        migration: &str,
+        bytes_per_sec: u64,
+    ) -> Result<MigrationProgress, RegistryError> {
+        let migration = MigrationId::new(migration)?;
+        let limit = (bytes_per_sec > 0).then_some(BytesPerSec(bytes_per_sec));
+        let (inputs, progress) = self.source_of(&migration)?;
+        // One that has just ended holds its guest back no more.
+        let _ = inputs.send(source::Input::DiskLimit(limit)).await;
+        Ok(progress.borrow().clone())
+    }
+
     fn source_of(
         &self,
         migration: &MigrationId,
@@ -354,6 +380,17 @@ impl Registry {
             }),
             None => Err(RegistryError::UnknownMigration(migration.clone())),
         }
+    }
+
+    /// How much the directories can take in which disks arrive.
+    #[must_use]
+    pub fn disk_rooms(&self) -> Vec<DiskRoom> {
+        let told = |room: Room| DiskRoom {
+            path: room.path.display().to_string(),
+            free_bytes: room.free.0,
+            total_bytes: room.total.0,
+        };
+        self.context.rooms.space().into_iter().map(told).collect()
     }
 
     /// A migration's progress, to read or to watch.

@@ -18,7 +18,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::clock;
 use crate::config::{AgentRole, Config};
+use crate::disk::process::client::Movers;
+use crate::disk::rooms::DiskRooms;
 use crate::handover::store::{Store, StoreError};
 use crate::host::{HostError, QemuProgram, gather};
 use crate::intermediary::{Intermediary, IntermediaryError};
@@ -32,6 +35,9 @@ use crate::vms::{VmError, Vms};
 
 /// How long calls that run may take to end when the agent stops.
 const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// How often it is looked for disks that have been kept long enough.
+const EXPIRE_EVERY: Duration = Duration::from_secs(600);
 
 /// Why the agent could not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +112,11 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         guests: Arc::new(vms.clone()),
         store: store.clone(),
         identity: identity.clone(),
+        movers: movers(&config),
+        rooms: Arc::new(rooms(&config)),
     };
+    let rooms = Arc::clone(&context.rooms);
+    crate::tasks::spawn("disks left behind", expire_disks(Arc::clone(&rooms)));
     let registry = Registry::new(context, &config.page_address);
     registry.recover().await?;
     let listener = Listener::new(pages, identity.clone());
@@ -153,6 +163,27 @@ async fn open_stores(
     Ok(Some(opened))
 }
 
+fn movers(config: &Config) -> Movers {
+    // Programs of one release lie together.
+    let name = "lifeboat-disk";
+    let beside = std::env::current_exe().map(|own| own.with_file_name(name));
+    Movers {
+        run_dir: config.vms.run_dir.clone(),
+        program: beside.unwrap_or_else(|_| name.into()),
+        tls_dir: config.tls_dir.clone(),
+    }
+}
+
+fn rooms(config: &Config) -> DiskRooms {
+    let user = config.vms.user;
+    DiskRooms {
+        directories: config.disks.directories.clone(),
+        owner: (user.uid, user.gid),
+        notes: config.state_dir.join("left-disks"),
+        kept_for: config.disks.kept_for,
+    }
+}
+
 /// Keeps a second agent from this state directory, for as long as the file is open.
 fn lock(state_dir: &Path) -> Result<File, RunError> {
     let failed = |path: &Path, source| RunError::Directory { path: path.to_owned(), source };
@@ -175,6 +206,16 @@ fn is_first_since_boot(state_dir: &Path, boot_id: &str) -> Result<bool, RunError
     }
     std::fs::write(&path, boot_id).map_err(|source| RunError::Directory { path, source })?;
     Ok(true)
+}
+
+/// Deletes what was kept long enough; as long as the agent lives.
+async fn expire_disks(rooms: Arc<DiskRooms>) {
+    let mut look = tokio::time::interval(EXPIRE_EVERY);
+    loop {
+        look.tick().await;
+        let rooms = Arc::clone(&rooms);
+        crate::tasks::blocking(move || rooms.expire(clock::unix_now())).await;
+    }
 }
 
 type Links = tokio::task::JoinHandle<Result<(), LinkError>>;

@@ -2,7 +2,8 @@
 //! the hand-over's machine, which alone decides who owns.
 //!
 //! ```text
-//!   travel():  link up -> QEMU pre-copies into the relay -> pause -> tail -> END -> LOADED
+//!   travel():  disks seen -> link up -> disks into step -> QEMU pre-copies into the relay -> pause -> tail -> END
+//!              -> disks sealed -> LOADED
 //!   settle():  LOADED or the failure goes into handover::source; its actions are performed;
 //!              past COMMIT it asks until it knows
 //! ```
@@ -13,6 +14,7 @@
 
 mod asking;
 mod copying;
+pub mod disk;
 mod guest;
 
 use std::sync::Arc;
@@ -27,6 +29,8 @@ use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock;
+use crate::disk::process::client::Movers;
+use crate::disk::rooms::{DiskRooms, RoomError};
 use crate::guests::{GuestError, Guests};
 use crate::handover::source::{Action, Event, Outcome, Source, State};
 use crate::handover::store::{Store, StoreError};
@@ -35,6 +39,7 @@ use crate::link::{FrameReader, FrameWriter, LinkError};
 use crate::progress::Progress;
 use crate::qemu::qmp::{MigrationStatus, QmpError};
 use crate::tls::TlsIdentity;
+use disk::{DiskFailure, Leaving};
 
 /// How long the destination may take to say WELCOME: its QEMU is already up.
 const WELCOME_LIMIT: Duration = Duration::from_secs(10);
@@ -58,6 +63,10 @@ pub struct Order {
     pub token: [u8; TOKEN_BYTES],
     /// What may be sent; `None`: whatever the link takes.
     pub limit: Option<BytesPerSec>,
+    /// What its guest may change on its disks meanwhile; `None`: whatever it likes.
+    pub disk_limit: Option<BytesPerSec>,
+    /// Its disks have to be in step within this time: it is held back as far as that takes.
+    pub disk_window: Option<Duration>,
     /// What the pause should not exceed.
     pub downtime_limit: Duration,
     /// Most iterations; `None`: the policy's default.
@@ -80,6 +89,8 @@ pub enum Input {
     },
     /// A new limit.
     Limit(Option<BytesPerSec>),
+    /// A new limit for what the guest changes on its disks.
+    DiskLimit(Option<BytesPerSec>),
     /// An operator says that the destination is fenced off. The answer: whether it was taken.
     Claim(oneshot::Sender<bool>),
 }
@@ -95,6 +106,10 @@ pub struct Context {
     pub store: Store,
     /// Its certificates.
     pub identity: Option<TlsIdentity>,
+    /// What brings disks away from it.
+    pub movers: Movers,
+    /// Where disks arrive on it.
+    pub rooms: Arc<DiskRooms>,
 }
 
 /// Why a migration did not come to COMMIT.
@@ -142,6 +157,12 @@ pub enum Failure {
         "pre-copy does not converge: {0}; retry with less load in the guest, more bandwidth, or `--mode cold`"
     )]
     NotConverging(lifeboat_policy::stop::GiveUpReason),
+    /// The disks that leave.
+    #[error(transparent)]
+    Disk(#[from] DiskFailure),
+    /// The disks that arrive.
+    #[error(transparent)]
+    Arrival(#[from] RoomError),
     /// The guest went away by itself.
     #[error("the guest's QEMU has gone")]
     GuestGone,
@@ -182,6 +203,8 @@ pub struct SourceTask {
     words: Option<mpsc::Receiver<Result<Frame, LinkError>>>,
     stop_seen: Option<std::time::Instant>,
     guest_quit_for_cold: bool,
+    /// Its disks, from the swap onto their mount on.
+    disks: Option<Leaving>,
 }
 
 impl SourceTask {
@@ -225,6 +248,7 @@ impl SourceTask {
             words: None,
             stop_seen: None,
             guest_quit_for_cold: false,
+            disks: None,
         }
     }
 
@@ -265,6 +289,10 @@ impl SourceTask {
             self.ask_once().await;
         }
         if let State::Over(outcome) = self.machine.state() {
+            match outcome {
+                Outcome::Confirmed => self.settle_disks_away().await,
+                _ => self.settle_disks_here().await,
+            }
             self.report(outcome);
         }
         self.progress.now()
@@ -304,15 +332,21 @@ impl SourceTask {
 
     async fn settle_failure(&mut self, cancelled: bool) {
         self.tell(Event::GiveUp).await;
+        self.settle_disks_here().await;
         self.progress.enter(if cancelled { Phase::Cancelled } else { Phase::Failed });
     }
 
     /// From nothing to LOADED. Every `?` here ends with the guest running at this host.
     async fn travel(&mut self) -> Result<Generation, Failure> {
         let qmp = self.context.guests.qmp(&self.order.vm).await?;
+        self.watch_disks(&qmp).await?;
         self.connect().await?;
+        self.bring_into_step().await?;
         match self.order.mode {
-            Mode::PreCopy => self.copy_memory(&qmp).await?,
+            Mode::PreCopy => {
+                self.copy_memory(&qmp).await?;
+                self.seal().await?;
+            }
             Mode::Cold => self.stop_for_cold(&qmp).await?,
             other => return Err(Failure::Mode(other)),
         }

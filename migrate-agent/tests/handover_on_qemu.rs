@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use lifeboat_agent::disk::process::client::Movers;
+use lifeboat_agent::disk::rooms::DiskRooms;
 use lifeboat_agent::guests::{Arrival, GuestError, Guests};
 use lifeboat_agent::handover::Record;
 use lifeboat_agent::handover::store::Store;
@@ -127,6 +129,10 @@ impl Guests for Bare {
         Ok(())
     }
 
+    fn could_arrive(&self, _: &VmDefinition) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn arrive<'a>(
         &'a self,
         definition: &'a VmDefinition,
@@ -182,6 +188,17 @@ async fn host(name: &str, directory: &Path) -> Host {
         guests: guests.clone(),
         store: store.clone(),
         identity: None,
+        movers: Movers {
+            run_dir: directory.join("run"),
+            program: env!("CARGO_BIN_EXE_lifeboat-disk").into(),
+            tls_dir: None,
+        },
+        rooms: Arc::new(DiskRooms {
+            directories: vec![],
+            owner: (0, 0),
+            notes: directory.join("left-disks"),
+            kept_for: Duration::from_secs(1),
+        }),
     };
     let registry = Registry::new(context, &address);
     let serving = registry.clone().serve_links(Listener::new(listener, None));

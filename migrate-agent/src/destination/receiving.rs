@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::disk::ArrivingDisks;
 use super::{DestinationTask, Input};
 use crate::clock;
 use crate::link::io::frame_name;
@@ -54,17 +55,16 @@ impl DestinationTask {
         reader: &mut FrameReader,
         writer: &mut FrameWriter,
     ) -> Result<(), Failure> {
-        let mut to_qemu = match self.mode {
-            Mode::Cold => None,
-            _ => {
-                let path = self.stream_socket()?;
-                Some(UnixStream::connect(&path).await.map_err(Failure::Socket)?)
-            }
-        };
+        let mut to_qemu = self.open_stream().await?;
         writer.send(&Frame::Welcome).await?;
-        self.progress.enter(Phase::MemoryCopy);
+        let first = if self.disks.is_some() { Phase::DiskBulk } else { Phase::MemoryCopy };
+        self.progress.enter(first);
         let mut arrived = Arrived::default();
         let ended = self.take_stream(reader, writer, &mut to_qemu, &mut arrived).await?;
+        if self.qmp.is_none() {
+            // A cold one with disks: they are all here now.
+            self.bring_up_late(writer).await?;
+        }
         self.show(&mut arrived);
         self.progress.enter(Phase::Switchover);
         let whole = Ended { total: arrived.bytes, digest: arrived.digest.digest() };
@@ -79,6 +79,35 @@ impl DestinationTask {
             socket.shutdown().await.map_err(Failure::Socket)?;
         }
         self.wait_until_loaded(writer).await
+    }
+
+    /// QEMU's end of the stream; `None` where there is none, or no QEMU yet.
+    async fn open_stream(&self) -> Result<Option<UnixStream>, Failure> {
+        if self.mode == Mode::Cold || self.qmp.is_none() {
+            return Ok(None);
+        }
+        let path = self.stream_socket()?;
+        Ok(Some(UnixStream::connect(&path).await.map_err(Failure::Socket)?))
+    }
+
+    /// Brings QEMU up with disks that have arrived; the source hears of this side meanwhile.
+    async fn bring_up_late(&mut self, writer: &mut FrameWriter) -> Result<(), Failure> {
+        if let Some(disks) = &self.disks {
+            disks.name().await?;
+        }
+        let qmp = {
+            let coming = self.bring_up(self.arrival()?);
+            tokio::pin!(coming);
+            let mut ack = tokio::time::interval(ACK_EVERY);
+            loop {
+                tokio::select! {
+                    qmp = &mut coming => break qmp?,
+                    _ = ack.tick() => writer.send(&Frame::Ack(0)).await?,
+                }
+            }
+        };
+        self.qmp = Some(qmp);
+        Ok(())
     }
 
     async fn take_stream(
@@ -109,6 +138,11 @@ impl DestinationTask {
             heard_at = clock::now();
             match frame {
                 Frame::Stream(bytes) => {
+                    if to_qemu.is_none() && self.qmp.is_none() && self.mode != Mode::Cold {
+                        self.bring_up_late(writer).await?;
+                        *to_qemu = self.open_stream().await?;
+                        self.progress.enter(Phase::MemoryCopy);
+                    }
                     let Some(socket) = to_qemu else {
                         return Err(unexpected(&Frame::Stream(bytes)));
                     };
@@ -127,7 +161,9 @@ impl DestinationTask {
     fn show(&mut self, arrived: &mut Arrived) {
         let rate = arrived.meter.read(clock::now(), arrived.bytes);
         let bytes = arrived.bytes;
+        let of_disks = self.disks.as_ref().map_or(0, ArrivingDisks::arrived);
         self.progress.update(|progress| {
+            progress.disk_bytes_sent = of_disks;
             progress.bytes_sent = bytes;
             progress.rate_bits_per_sec = rate;
         });
@@ -161,7 +197,9 @@ impl DestinationTask {
         let mut since_word = 0;
         loop {
             poll.tick().await;
-            if self.is_loaded(&qmp).await? {
+            // Memory and disks: whoever says LOADED may be told to run with both.
+            let sealed = self.disks.as_ref().is_none_or(ArrivingDisks::are_sealed);
+            if sealed && self.is_loaded(&qmp).await? {
                 return Ok(());
             }
             since_word += 1;

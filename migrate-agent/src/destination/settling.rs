@@ -223,7 +223,12 @@ impl DestinationTask {
                 let reason = self.progress.now().reason;
                 self.answer(Frame::Refused(reason)).await;
             }
-            Action::DiscardGuest => self.context.guests.end(&self.vm, true).await?,
+            Action::DiscardGuest => {
+                self.context.guests.end(&self.vm, true).await?;
+                if let Some(disks) = &self.disks {
+                    disks.discard().await?;
+                }
+            }
             // `settle` asks for as long as the machine is in doubt.
             Action::Ask => {}
         }
@@ -247,6 +252,13 @@ impl DestinationTask {
             Some(qmp) if !qmp.is_closed() => qmp.clone(),
             _ => return Event::NotStarted,
         };
+        if let Some(disks) = &self.disks
+            && let Err(error) = disks.settle().await
+        {
+            // Its QEMU was not told anything yet.
+            tracing::error!(error = crate::vms::chain(&error), "its disks cannot be kept");
+            return Event::NotStarted;
+        }
         let mut events = qmp.events();
         let deadline = clock::now() + RESUME_LIMIT;
         loop {

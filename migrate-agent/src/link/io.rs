@@ -103,6 +103,11 @@ impl FrameReader {
         }
     }
 
+    /// The stream beneath, for what is not ours; what was read already comes first.
+    pub fn into_stream(self) -> impl AsyncRead + Send + Sync + Unpin + 'static {
+        io::Cursor::new(self.buffer).chain(self.from)
+    }
+
     /// The next frame, if it comes within `limit`.
     ///
     /// # Errors
@@ -125,6 +130,11 @@ impl FrameWriter {
     /// A writer to `to`.
     pub fn new(to: impl AsyncWrite + Send + Sync + Unpin + 'static) -> Self {
         Self { to: Box::new(to), buffer: BytesMut::with_capacity(1024) }
+    }
+
+    /// The stream beneath, for what is not ours.
+    pub fn into_stream(self) -> impl AsyncWrite + Send + Sync + Unpin + 'static {
+        self.to
     }
 
     /// Writes one frame and flushes it.

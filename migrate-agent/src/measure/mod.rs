@@ -9,6 +9,7 @@
 mod estimate;
 mod memory;
 
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use lifeboat_protocol::agent::VmMeasurement;
@@ -20,7 +21,8 @@ use crate::qemu::launch;
 use crate::qemu::procfs::{self, TICKS_PER_SECOND};
 use crate::qemu::ram::{Ram, RamError};
 use crate::tasks;
-use crate::vms::{VmError, Vms, taps};
+use crate::vms::definition::{Definition, Disk};
+use crate::vms::{Settings, VmError, Vms, taps};
 
 /// The window where none is asked for.
 const WINDOW_DEFAULT: Duration = Duration::from_secs(2);
@@ -99,7 +101,17 @@ pub async fn measure(vms: &Vms, vm: &VmId, window_ms: u32) -> Result<VmMeasureme
         disk_read_bytes_per_sec: per_sec(|c| c.disk_read),
         window_ms: u32::try_from(seen.window.as_millis()).unwrap_or(u32::MAX),
         sampled_pages: seen.changes.sampled,
+        disk_bytes: local_disk_bytes(vms.settings(), &definition),
     })
+}
+
+/// What the files of its local disks take: holes are not moved.
+fn local_disk_bytes(settings: &Settings, definition: &Definition) -> u64 {
+    let local = definition.disks.iter().filter(|disk| disk.shared_storage.is_none());
+    let taken = |disk: &Disk| {
+        std::fs::metadata(settings.image_of(disk)).map_or(0, |data| data.blocks() * 512)
+    };
+    local.map(taken).sum()
 }
 
 async fn counters(

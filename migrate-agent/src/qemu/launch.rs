@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 
 use lifeboat_protocol::units::Bytes;
 
+use super::qcow2::Backing;
 use super::run_dir::RunDir;
+use super::swap::backing_node;
 
 /// First PCI slot of the disks and of the NICs; 8 slots each. Lower slots belong to the chipset.
 const DISK_SLOT_FIRST: usize = 0x08;
@@ -75,6 +77,8 @@ pub struct DiskSpec {
     pub format: &'static str,
     /// The guest cannot write to it.
     pub read_only: bool,
+    /// What it is an overlay of.
+    pub backing: Option<Backing>,
 }
 
 /// All that a command line depends on. Its values are checked before they come here (`vms/`);
@@ -187,6 +191,13 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         .set("node-name", format!("disk{index}"))
         .set("file", format!("file{index}"))
         .set("read-only", on_off(disk.read_only));
+    let format = match &disk.backing {
+        Some(backing) => {
+            backing_arguments(line, index, backing);
+            format.set("backing", backing_node(index))
+        }
+        None => format,
+    };
     line.options("-blockdev", format);
     // `werror=stop`: a guest that meets a broken disk waits for it rather than lose a write.
     let device = Options::first("virtio-blk-pci")
@@ -196,6 +207,24 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         .set("werror", "stop")
         .set("rerror", "stop");
     line.options("-device", device);
+}
+
+/// A node with a name: a swap of the overlay has to name it. What is beneath it in turn, QEMU opens
+/// by itself.
+fn backing_arguments(line: &mut CommandLine, index: usize, backing: &Backing) {
+    let file = format!("{}-file", backing_node(index));
+    let options = Options::new()
+        .set("driver", "file")
+        .set("node-name", &file)
+        .set_path("filename", &backing.path)
+        .set("read-only", "on");
+    line.options("-blockdev", options);
+    let options = Options::new()
+        .set("driver", &backing.format)
+        .set("node-name", backing_node(index))
+        .set("file", file)
+        .set("read-only", "on");
+    line.options("-blockdev", options);
 }
 
 /// Offloads are off, for the tap was opened without their header: with them a guest leaves its
@@ -366,7 +395,8 @@ mod tests {
         evil.name = "a,debug-threads=on".to_owned();
         evil.machine = "pc,dump-guest-core=on".to_owned();
         evil.nics[0].mac = "x,romfile=/etc/shadow".to_owned();
-        evil.disks.push(DiskSpec { path: "/d/a,b=c".into(), format: "raw", read_only: true });
+        let path = "/d/a,b=c".into();
+        evil.disks.push(DiskSpec { path, format: "raw", read_only: true, backing: None });
         let words = words(&evil);
         assert_eq!(after(&words, "-name"), ["guest=a,,debug-threads=on"]);
         assert_eq!(after(&words, "-machine"), ["pc,,dump-guest-core=on"]);
@@ -374,6 +404,24 @@ mod tests {
         assert_eq!(
             after(&words, "-blockdev")[0],
             "driver=file,node-name=file0,filename=/d/a,,b=c,read-only=on"
+        );
+    }
+
+    #[test]
+    fn what_an_overlay_lies_on_is_a_node_of_its_own() {
+        let mut with_disk = spec();
+        let backing = Some(Backing { path: "/d/base".into(), format: "raw".to_owned() });
+        let path = "/d/over".into();
+        with_disk.disks.push(DiskSpec { path, format: "qcow2", read_only: false, backing });
+        let words = words(&with_disk);
+        let nodes = after(&words, "-blockdev");
+        assert_eq!(
+            nodes[1..],
+            [
+                "driver=file,node-name=backing0-file,filename=/d/base,read-only=on",
+                "driver=raw,node-name=backing0,file=backing0-file,read-only=on",
+                "driver=qcow2,node-name=disk0,file=file0,read-only=off,backing=backing0"
+            ]
         );
     }
 

@@ -7,6 +7,7 @@ pub mod foreign;
 pub mod launch;
 pub mod process;
 pub mod procfs;
+pub mod qcow2;
 pub mod qmp;
 pub mod ram;
 pub mod run_dir;

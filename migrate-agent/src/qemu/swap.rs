@@ -111,6 +111,18 @@ impl DiskNodes {
         self
     }
 
+    /// With the backing node that `launch` gave it, if it has one: a reopen has to name it again.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn with_its_backing(self, qmp: &Qmp) -> Result<Self, QmpError> {
+        let backing = backing_node(self.number);
+        match has_node(qmp, &backing).await? {
+            true => Ok(self.with_format_option("backing", backing.into())),
+            false => Ok(self),
+        }
+    }
+
     fn file_node(&self, side: Side) -> String {
         match side {
             Side::Native => format!("file{}", self.number),
@@ -123,12 +135,8 @@ impl DiskNodes {
     /// # Errors
     /// As [`Qmp::execute`].
     pub async fn side(&self, qmp: &Qmp) -> Result<Side, QmpError> {
-        let arguments = json!({"flat": true});
-        let nodes = qmp.execute("query-named-block-nodes", arguments, DEADLINE).await?;
-        let mount = self.file_node(Side::Mount);
-        let is_mount = |node: &Value| node["node-name"].as_str() == Some(&mount);
-        let found = nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_mount));
-        Ok(if found { Side::Mount } else { Side::Native })
+        let on_mount = has_node(qmp, &self.file_node(Side::Mount)).await?;
+        Ok(if on_mount { Side::Mount } else { Side::Native })
     }
 
     /// Moves the disk to `to`, where its image is `path`. Returns how long QEMU took, all three
@@ -177,6 +185,19 @@ impl DiskNodes {
         options.insert("file".to_owned(), self.file_node(side).into());
         json!({"options": [options]})
     }
+}
+
+/// What `launch` calls the node that disk `number` is an overlay of.
+#[must_use]
+pub fn backing_node(number: usize) -> String {
+    format!("backing{number}")
+}
+
+async fn has_node(qmp: &Qmp, name: &str) -> Result<bool, QmpError> {
+    let arguments = json!({"flat": true});
+    let nodes = qmp.execute("query-named-block-nodes", arguments, DEADLINE).await?;
+    let is_it = |node: &Value| node["node-name"].as_str() == Some(name);
+    Ok(nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_it)))
 }
 
 #[cfg(test)]

@@ -2,11 +2,13 @@
 
 use lifeboat_protocol::ids::Generation;
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose, Standing};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{Registry, Task};
 use crate::destination;
+use crate::disk::sync::receive::{Received, receive};
 use crate::handover::Record;
 use crate::link::io::frame_name;
 use crate::link::{FrameReader, FrameWriter, LinkError, Listener};
@@ -60,6 +62,7 @@ impl Registry {
             Purpose::Migrate => self.take_migration(hello, reader, writer).await,
             Purpose::AskDestination => self.answer_source(hello, reader, writer).await,
             Purpose::AskSource => self.answer_destination(&hello, writer).await,
+            Purpose::Disk => self.take_disks(&hello, reader, writer).await,
         }
     }
 
@@ -79,6 +82,44 @@ impl Registry {
         Ok(())
     }
 
+    /// A connection about the disks of a VM that arrives; served to its end.
+    async fn take_disks(
+        &self,
+        hello: &Hello,
+        reader: FrameReader,
+        mut writer: FrameWriter,
+    ) -> Result<(), LinkError> {
+        let Some(received) = self.expected_disks(hello) else {
+            let reason = "no disks of such a migration are expected here".to_owned();
+            tracing::warn!(migration = %hello.migration, host = %hello.host, "unexpected disks");
+            return writer.send(&Frame::Refused(reason)).await;
+        };
+        writer.send(&Frame::Welcome).await?;
+        let stream = (reader.into_stream(), writer.into_stream());
+        if let Err(error) = receive(received, stream).await {
+            let error = crate::vms::chain(&error);
+            tracing::warn!(migration = %hello.migration, error, "a connection about disks ends");
+        }
+        Ok(())
+    }
+
+    fn expected_disks(&self, hello: &Hello) -> Option<Arc<Received>> {
+        let entries = self.entries();
+        let entry = entries.by_id.get(&hello.migration)?;
+        let is_from = entry.progress.borrow().source_host == hello.host.as_str();
+        match &entry.task {
+            Task::Destination { token, generation, disks, .. }
+                if is_from
+                    && entry.vm == hello.vm
+                    && *generation == hello.generation
+                    && same(token, &hello.token) =>
+            {
+                disks.clone()
+            }
+            _ => None,
+        }
+    }
+
     fn expected(&self, hello: &Hello) -> Option<tokio::sync::mpsc::Sender<destination::Input>> {
         let mut entries = self.entries();
         let entry = entries.by_id.get_mut(&hello.migration)?;
@@ -86,7 +127,7 @@ impl Registry {
             return None;
         }
         match &mut entry.task {
-            Task::Destination { inputs, token, generation, linked }
+            Task::Destination { inputs, token, generation, linked, .. }
                 if !*linked && *generation == hello.generation && same(token, &hello.token) =>
             {
                 *linked = true;

@@ -1,6 +1,8 @@
 //! After a restart of the agent: every record that is not settled is taken up again, before any
 //! command or link is served.
 
+use std::collections::BTreeMap;
+
 use lifeboat_protocol::agent::{MigrationProgress, Side, VmDefinition};
 use lifeboat_protocol::ids::{Generation, HostId, VmId};
 use lifeboat_protocol::terms::Mode;
@@ -13,6 +15,7 @@ use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::source::Source;
 use crate::progress::Progress;
+use crate::source::disk::bring_home;
 use crate::source::{Order, SourceTask};
 
 impl Registry {
@@ -38,10 +41,34 @@ impl Registry {
                 }
             }
         }
+        self.recover_disks(&records);
         for (vm, record) in records {
             self.take_up(vm, &record);
         }
         Ok(())
+    }
+
+    /// Unfinished images without a promise go; movers without a hand-over are brought to their end.
+    /// A hand-over that is taken up brings its own.
+    fn recover_disks(&self, records: &BTreeMap<VmId, Record>) {
+        let promised =
+            |record: &Record| matches!(record, Record::Loaded { .. } | Record::Owner { .. });
+        self.context.rooms.sweep(|vm| records.get(vm).is_some_and(promised));
+        for vm in self.context.movers.all() {
+            let (context, record) = (self.context.clone(), records.get(&vm).cloned());
+            match record {
+                Some(Record::Owner { resumed: true, .. }) => {
+                    crate::tasks::spawn("disks of before", async move {
+                        if let Err(error) = bring_home(&context, &vm).await {
+                            let error = crate::vms::chain(&error);
+                            tracing::error!(%vm, error, "its disks stay on their mount");
+                        }
+                    });
+                }
+                Some(_) => {}
+                None => tracing::warn!(%vm, "a disk process of a VM that no record covers"),
+            }
+        }
     }
 
     fn take_up(&self, vm: VmId, record: &Record) {
@@ -79,6 +106,8 @@ impl Registry {
             page_address,
             token: [0; TOKEN_BYTES],
             limit: None,
+            disk_limit: None,
+            disk_window: None,
             downtime_limit: DOWNTIME_DEFAULT,
             iterations_max: None,
             deadline: None,
@@ -119,8 +148,13 @@ impl Registry {
             progress,
             machine,
         );
-        let task_entry =
-            Task::Destination { inputs: to, token: [0; TOKEN_BYTES], generation, linked: true };
+        let task_entry = Task::Destination {
+            inputs: to,
+            token: [0; TOKEN_BYTES],
+            generation,
+            linked: true,
+            disks: None,
+        };
         self.enlist(migration, Entry { vm, progress: watching, task: task_entry });
         crate::tasks::spawn("migration, destination", async move { task.take_up(actions).await });
     }

@@ -35,10 +35,7 @@ impl Service {
         request: StartMigrationRequest,
     ) -> Result<MigrationReply, Status> {
         let vm = vm_named(request.vm.clone())?;
-        let view = self.rooms.vms.view(&vm).map_err(|error| status::of_vm(&error))?;
-        if let Some(tied) = view.definition.tied() {
-            return Err(Status::failed_precondition(tied.to_string()));
-        }
+        self.rooms.vms.view(&vm).map_err(|error| status::of_vm(&error))?;
         let started = self.rooms.registry.start_migration(&request).await;
         started.map(moved).map_err(|error| status::of_registry(&error))
     }
@@ -46,6 +43,15 @@ impl Service {
     pub(super) async fn limited(&self, request: SetLimitRequest) -> Result<MigrationReply, Status> {
         let registry = &self.rooms.registry;
         let limited = registry.set_network_limit(&request.migration, request.bytes_per_sec).await;
+        limited.map(moved).map_err(|error| status::of_registry(&error))
+    }
+
+    pub(super) async fn disk_limited(
+        &self,
+        request: SetLimitRequest,
+    ) -> Result<MigrationReply, Status> {
+        let registry = &self.rooms.registry;
+        let limited = registry.set_disk_limit(&request.migration, request.bytes_per_sec).await;
         limited.map(moved).map_err(|error| status::of_registry(&error))
     }
 

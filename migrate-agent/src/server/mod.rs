@@ -253,10 +253,8 @@ impl Agent for Service {
         &self,
         request: Request<SetLimitRequest>,
     ) -> Result<Response<MigrationReply>, Status> {
-        self.command(request.into_inner(), |_, _| async move {
-            Err::<MigrationReply, _>(Status::unimplemented(
-                "disks do not move in this release, so there is no disk rate to limit",
-            ))
+        self.command(request.into_inner(), |this, request| async move {
+            this.disk_limited(request).await
         })
         .await
     }

@@ -64,6 +64,7 @@ impl Service {
             store_memory_free_bytes: stores.free,
             store_obstacle: stores.obstacle,
             post_copy_obstacle: userfault::obstacle(settings.user, &version).unwrap_or_default(),
+            disk_rooms: rooms.registry.disk_rooms(),
         }
     }
 

@@ -39,9 +39,9 @@ pub(super) fn of_vm(error: &VmError) -> Status {
         VmError::Definition(_) => Code::InvalidArgument,
         VmError::DoesNotRun(_)
         | VmError::Ownership(_)
-        | VmError::Tied(_)
         | VmError::File(_)
         | VmError::HostFile(_)
+        | VmError::Overlay(_)
         | VmError::SocketPath { .. } => Code::FailedPrecondition,
         VmError::Directory { .. }
         | VmError::Tap(_)

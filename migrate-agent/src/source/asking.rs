@@ -34,7 +34,7 @@ impl SourceTask {
             Some(Input::Cancel { answer, .. }) => {
                 let _ = answer.send(false);
             }
-            Some(Input::Limit(_)) => {}
+            Some(Input::Limit(_) | Input::DiskLimit(_)) => {}
             None => tokio::time::sleep(ASK_EVERY).await,
         }
     }

@@ -15,6 +15,7 @@ use lifeboat_scatter_gather::link::{Ended, Frame};
 use tokio::net::UnixListener;
 use tokio::sync::broadcast;
 
+use super::disk::DiskFailure;
 use super::{Failure, Input, SourceTask};
 use crate::clock;
 use crate::link::io::frame_name;
@@ -37,6 +38,10 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 const STREAM_END_LIMIT: Duration = Duration::from_secs(30);
 /// LOADED may take this long besides the time that the rest takes on the wire.
 const LOADED_LIMIT: Duration = Duration::from_secs(20);
+/// Memory keeps at least this part of the limit beside the guest's writes to its disks.
+const MEMORY_SHARE_LEAST: u64 = 4;
+/// So near its end the first pass may be the last.
+const NEARLY_THERE: Duration = Duration::from_secs(1);
 /// A sign of life is sent this often where nothing else is.
 const PING_EVERY: Duration = Duration::from_millis(500);
 
@@ -69,6 +74,8 @@ struct Watch {
     going: bool,
     /// Questions in a row that QEMU has not answered.
     unanswered: u32,
+    /// Every write to the disks is on both sides; also where there are none.
+    disks_in_step: bool,
 }
 
 impl SourceTask {
@@ -127,7 +134,11 @@ impl SourceTask {
     ) -> Result<(), Failure> {
         let mut watch = self.watch();
         qmp.migrate_set_parameters(MigrateParameters {
-            downtime_limit_ms: Some(limit_ms(&watch.criteria)),
+            // With disks QEMU does not go by itself: whether they are in step is asked first.
+            downtime_limit_ms: match self.has_disks() {
+                true => Some(HOLD_MS),
+                false => Some(limit_ms(&watch.criteria)),
+            },
             max_bandwidth_bytes: None,
         })
         .await?;
@@ -164,8 +175,11 @@ impl SourceTask {
             };
             watch.unanswered = 0;
             self.show(&info, &pump.relay, &mut watch);
+            self.heed_disks(&info, &pump.relay, &mut watch).await?;
             match info.status {
-                MigrationStatus::PreSwitchover => return Ok(()),
+                MigrationStatus::PreSwitchover => {
+                    return Ok(self.disks_must_be_in_step().await?);
+                }
                 MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::Device => {}
                 _ => return Err(qemu_failure(&info)),
             }
@@ -188,7 +202,33 @@ impl SourceTask {
             criteria,
             going: false,
             unanswered: 0,
+            disks_in_step: true,
         }
+    }
+
+    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of the
+    /// limit. Towards the end the guest's own limit is lifted, because the pause waits for every write.
+    async fn heed_disks(
+        &mut self,
+        info: &MigrateInfo,
+        relay: &Relay,
+        watch: &mut Watch,
+    ) -> Result<(), Failure> {
+        let Some(figures) = self.disk_figures().await? else { return Ok(()) };
+        watch.disks_in_step = figures.in_step;
+        if self.stop_seen.is_none()
+            && let Some(limit) = self.limit
+        {
+            relay.set_limit(Some(
+                (limit - figures.mirrored).max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST)),
+            ));
+        }
+        let Some(ram) = &info.ram else { return Ok(()) };
+        let soon = (ram.mbps * 1e6 / 8.0 * NEARLY_THERE.as_secs_f64()) as u64;
+        if ram.dirty_sync_count >= 2 || (ram.mbps > 0.0 && ram.remaining <= soon) {
+            self.lift_disk_limit().await?;
+        }
+        Ok(())
     }
 
     fn stopped(&mut self, event: &QmpEvent, relay: &Relay) {
@@ -230,6 +270,13 @@ impl SourceTask {
     ) -> Result<(), Failure> {
         let Some(ram) = &info.ram else { return Ok(()) };
         if ram.dirty_sync_count == watch.pass || watch.going {
+            return Ok(());
+        }
+        if !watch.disks_in_step {
+            if watch.began.elapsed() > watch.criteria.max_time {
+                return Err(DiskFailure::OutOfStep.into());
+            }
+            // Whatever the memory's state is, it is not time to go; the next look decides.
             return Ok(());
         }
         watch.pass = ram.dirty_sync_count;
@@ -375,7 +422,7 @@ impl SourceTask {
     }
 
     /// An input while the guest runs.
-    async fn take_input(
+    pub(super) async fn take_input(
         &mut self,
         input: Option<Input>,
         at_work: Option<(&Qmp, &Relay)>,
@@ -389,6 +436,7 @@ impl SourceTask {
                 self.limit = limit;
                 if let Some((qmp, relay)) = at_work {
                     relay.set_limit(limit);
+                    self.tell_limits().await?;
                     let bytes = limit.map_or(0, |limit| limit.0);
                     let parameters = MigrateParameters {
                         downtime_limit_ms: None,
@@ -398,6 +446,7 @@ impl SourceTask {
                 }
                 Ok(())
             }
+            Some(Input::DiskLimit(limit)) => Ok(self.limit_disks(limit).await?),
             Some(Input::Claim(answer)) => {
                 let _ = answer.send(false);
                 Ok(())
@@ -422,6 +471,8 @@ impl SourceTask {
                 relay.set_limit(limit);
                 Ok(())
             }
+            // Nothing is written any more that it could hold back.
+            Some(Input::DiskLimit(_)) => Ok(()),
             Some(Input::Claim(answer)) => {
                 let _ = answer.send(false);
                 Ok(())
@@ -432,7 +483,7 @@ impl SourceTask {
 }
 
 /// The next word of the destination; for ever where there is no link.
-async fn heard(
+pub(super) async fn heard(
     words: &mut Option<tokio::sync::mpsc::Receiver<Result<Frame, LinkError>>>,
 ) -> Result<Frame, LinkError> {
     match words {
@@ -442,7 +493,7 @@ async fn heard(
 }
 
 /// What a word means that has no place before LOADED.
-fn unwelcome(word: Result<Frame, LinkError>) -> Failure {
+pub(super) fn unwelcome(word: Result<Frame, LinkError>) -> Failure {
     match word {
         Ok(Frame::Abort(reason) | Frame::Refused(reason)) => Failure::Refused(reason),
         Ok(other) => LinkError::Unexpected { got: frame_name(&other), wanted: "LOADED" }.into(),

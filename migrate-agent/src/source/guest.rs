@@ -23,6 +23,7 @@ impl SourceTask {
     pub(super) async fn stop_for_cold(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         self.progress.enter(Phase::Switchover);
         let mut events = qmp.events();
+        self.lift_disk_limit().await?;
         self.stop_seen = Some(clock::now());
         qmp.system_powerdown().await?;
         let deadline = clock::now() + POWER_DOWN_GRACE;
@@ -43,6 +44,9 @@ impl SourceTask {
         } else {
             qmp.stop().await?;
         }
+        self.disks_must_be_in_step().await?;
+        // Before END: it is what has the destination's QEMU open them.
+        self.seal().await?;
         if let Some(writer) = &mut self.writer {
             writer.send(&Frame::End(Ended { total: 0, digest: xxh3_64(&[]) })).await?;
         }
@@ -52,8 +56,11 @@ impl SourceTask {
     /// Whatever QEMU was doing for the migration ends, and the guest runs again.
     pub(super) async fn resume_guest(&mut self) -> Result<(), Failure> {
         let vm = self.order.vm.clone();
+        // Before it runs: what was sealed would fail its writes.
+        self.free_disks().await;
         if !self.context.guests.lives(&vm) {
             if self.guest_quit_for_cold {
+                self.settle_disks_here().await;
                 self.context.guests.start_again(&vm).await?;
                 return Ok(());
             }

@@ -87,7 +87,8 @@ pub struct Nic {
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
-    /// Absolute, without `..`.
+    /// Absolute, without `..`; or a plain name, which each host looks up in its first directory for
+    /// disks. Those of a shared storage are absolute.
     pub path: PathBuf,
     /// How it is stored.
     pub format: DiskFormat,
@@ -117,43 +118,7 @@ impl DiskFormat {
     }
 }
 
-/// Why a VM cannot leave its host, whatever the destination.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Tied {
-    /// Its disk would stay behind.
-    #[error(
-        "VM `{vm}` has a writable local disk, {path}: put it on a storage that both hosts declare (shared_storage), or leave the VM where it is"
-    )]
-    WritableLocalDisk {
-        /// The VM.
-        vm: VmId,
-        /// The disk.
-        path: PathBuf,
-    },
-    /// As above, though nothing is written to it.
-    #[error(
-        "VM `{vm}` has a local disk, {path}: put it on a storage that both hosts declare (shared_storage)"
-    )]
-    LocalDisk {
-        /// The VM.
-        vm: VmId,
-        /// The disk.
-        path: PathBuf,
-    },
-}
-
 impl Definition {
-    /// Why it cannot leave its host; `None` when nothing in its definition holds it.
-    #[must_use]
-    pub fn tied(&self) -> Option<Tied> {
-        let disk = self.disks.iter().find(|disk| disk.shared_storage.is_none())?;
-        let (vm, path) = (self.name.clone(), disk.path.clone());
-        Some(match disk.read_only {
-            true => Tied::LocalDisk { vm, path },
-            false => Tied::WritableLocalDisk { vm, path },
-        })
-    }
-
     /// What QEMU itself needs beside the guest's memory, as set aside for an arrival: its code and
     /// heap (64 MiB cover an idle 7.2 with virtio devices, measured at about 45), its thread
     /// stacks and translation cache (32 MiB a CPU; emulation's cache can take more), and the
@@ -473,24 +438,27 @@ fn disks(raw: Vec<RawDisk>) -> Result<Vec<Disk>, DefinitionError> {
             "qcow2" => DiskFormat::Qcow2,
             other => return Err(key("format")(form(other, wanted))),
         };
-        Ok(Disk {
-            path: disk_path(&raw.path).map_err(key("path"))?,
-            format,
-            read_only: raw.read_only,
-            shared_storage: optional_name(raw.shared_storage).map_err(key("shared_storage"))?,
-        })
+        let storage = optional_name(raw.shared_storage).map_err(key("shared_storage"))?;
+        let path = disk_path(&raw.path, storage.is_none()).map_err(key("path"))?;
+        Ok(Disk { path, format, read_only: raw.read_only, shared_storage: storage })
     };
     raw.into_iter().enumerate().map(check).collect()
 }
 
-fn disk_path(text: &str) -> Result<PathBuf, Problem> {
+fn disk_path(text: &str, may_be_a_name: bool) -> Result<PathBuf, Problem> {
     let path = Path::new(text);
     let mut parts = path.components();
-    let ok = parts.next() == Some(Component::RootDir)
-        && parts.all(|part| matches!(part, Component::Normal(_)))
-        && !text.chars().any(char::is_control)
-        && text.len() <= 4095;
-    if ok { Ok(path.into()) } else { Err(form(text, "an absolute path without `..`")) }
+    let whole = match parts.next() {
+        Some(Component::RootDir) => parts.all(|part| matches!(part, Component::Normal(_))),
+        Some(Component::Normal(_)) => may_be_a_name && parts.next().is_none(),
+        _ => false,
+    };
+    let ok = whole && !text.chars().any(char::is_control) && text.len() <= 4095;
+    match may_be_a_name {
+        _ if ok => Ok(path.into()),
+        true => Err(form(text, "an absolute path without `..`, or a plain name")),
+        false => Err(form(text, "an absolute path without `..`")),
+    }
 }
 
 #[cfg(test)]

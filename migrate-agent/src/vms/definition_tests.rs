@@ -83,7 +83,7 @@ fn what_does_not_pass_names_its_key() {
             r.disks.push(RawDisk { path, ..disk("", false) });
         }),
         ("disk[0].path", |r| {
-            r.disks.push(RawDisk { path: "srv".to_owned(), ..disk("", false) });
+            r.disks.push(RawDisk { path: "srv".to_owned(), ..disk("san", false) });
         }),
         ("disk[0].format", |r| {
             r.disks.push(RawDisk { format: "vvfat".to_owned(), ..disk("", false) });
@@ -100,13 +100,16 @@ fn what_does_not_pass_names_its_key() {
 }
 
 #[test]
-fn a_local_disk_ties_a_vm_to_its_host_and_a_shared_one_does_not() {
-    let tied = |disks: Vec<RawDisk>| Raw { disks, ..raw() }.check().unwrap().tied();
-    assert_eq!(tied(vec![]), None);
-    assert_eq!(tied(vec![disk("nfs1", false)]), None);
-    assert!(matches!(tied(vec![disk("", true)]), Some(Tied::LocalDisk { .. })));
-    let said = tied(vec![disk("nfs1", false), disk("", false)]).unwrap().to_string();
-    assert!(said.contains("writable local disk") && said.contains("/srv/disks/a.raw"), "{said}");
+fn a_local_disk_may_be_a_plain_name_and_nothing_between_that_and_a_path() {
+    let with = |path: &str| {
+        let mut raw = raw();
+        raw.disks.push(RawDisk { path: path.to_owned(), ..disk("", false) });
+        raw.check()
+    };
+    assert_eq!(with("data.qcow2").unwrap().disks[0].path, Path::new("data.qcow2"));
+    for bad in ["", ".", "..", "a/b", "./a", "/a/../b", "a\n"] {
+        assert!(with(bad).is_err(), "{bad:?}");
+    }
 }
 
 #[test]

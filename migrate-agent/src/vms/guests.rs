@@ -19,12 +19,16 @@ fn while_doing(vm: &VmId, doing: &'static str) -> impl Fn(VmError) -> GuestError
     move |error| GuestError { vm: vm.clone(), doing, source: Box::new(error) }
 }
 
+/// An unusable name is told by the definition's own check; an error needs some name.
+fn name_of(definition: &VmDefinition) -> VmId {
+    VmId::new(definition.name.as_str())
+        .or_else(|_| VmId::new("unnamed"))
+        .unwrap_or_else(|_| unreachable!("a constant that is a name"))
+}
+
 impl Vms {
     async fn take_in(&self, message: &VmDefinition, arrival: Arrival) -> Result<Qmp, VmError> {
         let definition = Definition::try_from(message.clone())?;
-        if let Some(tied) = definition.tied() {
-            return Err(tied.into());
-        }
         self.must_not_run(&definition.name)?;
         let begin = match arrival {
             Arrival::Stream => Begin::Incoming,
@@ -72,16 +76,23 @@ impl Guests for Vms {
         })
     }
 
+    fn could_arrive(&self, definition: &VmDefinition) -> Result<(), GuestError> {
+        let vm = name_of(definition);
+        let could = || {
+            let definition = Definition::try_from(definition.clone())?;
+            self.must_not_run(&definition.name)?;
+            self.must_fit(&definition)
+        };
+        could().map_err(while_doing(&vm, "take it in"))
+    }
+
     fn arrive<'a>(
         &'a self,
         definition: &'a VmDefinition,
         arrival: Arrival,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>> {
         Box::pin(async move {
-            // An unusable name is told by the definition's own check; the error needs some name.
-            let vm = VmId::new(definition.name.as_str())
-                .or_else(|_| VmId::new("unnamed"))
-                .unwrap_or_else(|_| unreachable!("a constant that is a name"));
+            let vm = name_of(definition);
             self.take_in(definition, arrival).await.map_err(while_doing(&vm, "take it in"))
         })
     }

@@ -9,11 +9,12 @@ use std::time::Duration;
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::Bytes;
 
-use super::definition::{Definition, Image, Nic};
+use super::definition::{Definition, Disk, DiskFormat, Image, Nic};
 use super::running::Running;
 use super::{Known, VmError, VmView, Vms, chain, files, host_files, taps};
 use crate::qemu::launch::{Begin, DiskSpec, LaunchSpec, NicSpec, command_line};
 use crate::qemu::process::QemuProcess;
+use crate::qemu::qcow2;
 use crate::qemu::qmp::{Qmp, RunState};
 use crate::qemu::run_dir::{RunDir, SOCKET_PATH_BYTES_MAX};
 use crate::qemu::tap;
@@ -60,6 +61,16 @@ impl Vms {
             Ok(running) => Err(VmError::Runs { vm: vm.clone(), pid: running.process.pid() }),
             Err(_) => Ok(()),
         }
+    }
+
+    /// Whether it could be started here as things are; nothing is set aside.
+    pub(super) fn must_fit(&self, definition: &Definition) -> Result<(), VmError> {
+        let (needed, free) = (definition.footprint(), self.memory_free());
+        if needed > free {
+            let (vm, total) = (definition.name.clone(), self.settings.memory);
+            return Err(VmError::Memory { vm, needed, free, total });
+        }
+        self.spec(definition, Begin::Boot).map(drop)
     }
 
     /// Sets a VM's memory aside and keeps others from it.
@@ -166,11 +177,20 @@ impl Vms {
         // The taps are opened when they have been made.
         let nic = |nic: &Nic| NicSpec { mac: nic.mac.clone(), tap: -1, mtu: nic.mtu };
         let nics = definition.nics.iter().map(nic);
-        let disks = definition.disks.iter().map(|disk| DiskSpec {
-            path: disk.path.clone(),
-            format: disk.format.as_str(),
-            read_only: disk.read_only,
-        });
+        let disk = |disk: &Disk| {
+            let path = settings.image_of(disk);
+            Ok::<_, VmError>(DiskSpec {
+                format: disk.format.as_str(),
+                read_only: disk.read_only,
+                // The overlay of a VM that is to arrive is not here yet; asked again at its launch.
+                backing: match disk.format == DiskFormat::Qcow2 && path.exists() {
+                    true => qcow2::backing_of(&path)?,
+                    false => None,
+                },
+                path,
+            })
+        };
+        let disks = definition.disks.iter().map(disk).collect::<Result<_, _>>()?;
         Ok(LaunchSpec {
             name: definition.name.to_string(),
             memory: definition.memory,
@@ -182,7 +202,7 @@ impl Vms {
             initrd: image(&definition.initrd)?,
             kernel_arguments: definition.kernel_arguments.clone(),
             nics: nics.collect(),
-            disks: disks.collect(),
+            disks,
             profile_arguments,
             begin,
         })

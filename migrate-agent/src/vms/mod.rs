@@ -35,9 +35,10 @@ use lifeboat_protocol::units::Bytes;
 use crate::programs::ProgramError;
 use crate::qemu::launch::Accelerator;
 use crate::qemu::process::{ProcessError, QemuProcess, User};
+use crate::qemu::qcow2::Qcow2Error;
 use crate::qemu::qmp::{QmpError, RunState};
 use crate::qemu::run_dir::RunDir;
-use definition::{Definition, DefinitionError, Tied};
+use definition::{Definition, DefinitionError, Disk};
 use files::VmFileError;
 use host_files::{HostFileError, Storage};
 use ownership::{Ownership, OwnershipRefusal};
@@ -57,6 +58,8 @@ pub struct Settings {
     pub images_dir: PathBuf,
     /// Argument profiles.
     pub profiles_dir: PathBuf,
+    /// Where disks arrive; the first is where those are that a definition gives a name only.
+    pub disk_dirs: Vec<PathBuf>,
     /// Storages that other hosts reach too.
     pub storages: Vec<Storage>,
     /// The QEMU program.
@@ -69,6 +72,14 @@ pub struct Settings {
     pub ovs: taps::Ovs,
     /// For VMs, with QEMU's overhead.
     pub memory: Bytes,
+}
+
+impl Settings {
+    /// Where a disk's image is on this host.
+    #[must_use]
+    pub fn image_of(&self, disk: &Disk) -> PathBuf {
+        crate::disk::rooms::place(&self.disk_dirs, &disk.path)
+    }
 }
 
 /// Why something could not be done with a VM.
@@ -108,9 +119,6 @@ pub enum VmError {
     /// This host may not start it.
     #[error(transparent)]
     Ownership(#[from] OwnershipRefusal),
-    /// It cannot move.
-    #[error(transparent)]
-    Tied(#[from] Tied),
     /// Its definition is not allowed.
     #[error("the definition is refused: {0}")]
     Definition(#[from] DefinitionError),
@@ -120,6 +128,9 @@ pub enum VmError {
     /// An image, profile or storage.
     #[error(transparent)]
     HostFile(#[from] HostFileError),
+    /// What an overlay lies on.
+    #[error(transparent)]
+    Overlay(#[from] Qcow2Error),
     /// A directory or file of ours.
     #[error("cannot use {}", path.display())]
     Directory {

@@ -36,6 +36,8 @@ pub enum Purpose {
     AskDestination,
     /// The destination asks the source.
     AskSource,
+    /// Carries the VM's disks: after WELCOME, frames about disks, and no more of these.
+    Disk,
 }
 
 /// The first frame of a connection.
@@ -217,6 +219,7 @@ fn encode_hello(hello: &Hello, to: &mut BytesMut) {
         Purpose::Migrate => 1,
         Purpose::AskDestination => 2,
         Purpose::AskSource => 3,
+        Purpose::Disk => 4,
     });
     to.put_u64(hello.generation.0);
     to.put_slice(&hello.token);
@@ -325,6 +328,7 @@ fn decode_hello(mut rest: Bytes) -> Result<Hello, FrameError> {
         1 => Purpose::Migrate,
         2 => Purpose::AskDestination,
         3 => Purpose::AskSource,
+        4 => Purpose::Disk,
         _ => return Err(malformed()),
     };
     let generation = Generation(rest.get_u64());

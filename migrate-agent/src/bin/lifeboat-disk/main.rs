@@ -1,8 +1,9 @@
 //! `lifeboat-disk`: the processes behind a mount of disk images, apart from the agent so that a guest
 //! outlives it.
 //!
-//! The agent starts `hold` once per host and `serve` once per migration; both can be run by hand.
-//! Deliberately not here: the transfer to another host, which is the agent's.
+//! The agent starts `hold` and `move` once for each VM that leaves with its disks. `serve` is for
+//! whoever wants a tracked mount of images by hand. All it does is in `disk::fuse` and
+//! `disk::process`; deliberately nothing of it is here.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use lifeboat_agent::disk::fuse::{PassThrough, Server, holder, holder::HolderError};
+use lifeboat_agent::disk::process::mover;
 
 /// Serves disk images through FUSE, and keeps their mounts alive.
 #[derive(Debug, Parser)]
@@ -28,6 +30,15 @@ enum Command {
         /// The socket to listen on.
         #[arg(long)]
         socket: PathBuf,
+        /// End when the last mount that was held is forgotten.
+        #[arg(long)]
+        until_forgotten: bool,
+    },
+    /// Serves one VM's images, and sends them to another host. The agent steers it.
+    Move {
+        /// The file beside which its sockets are.
+        #[arg(long)]
+        setting: PathBuf,
     },
     /// Serves the images of a directory at a mount point, until it is unmounted.
     Serve(Serve),
@@ -51,9 +62,15 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");
     logs.with_env_filter(filter.unwrap_or_else(|_| "info".into())).init();
     let outcome = match Arguments::parse().command {
-        Command::Hold { socket } => match holder::hold(&socket) {
-            Err(error) => Err(error).context(format!("cannot hold at {}", socket.display())),
-        },
+        Command::Hold { socket, until_forgotten } => {
+            let ends = match until_forgotten {
+                true => holder::Ends::WithTheLastMount,
+                false => holder::Ends::Never,
+            };
+            let held = holder::hold(&socket, ends);
+            held.with_context(|| format!("cannot hold at {}", socket.display()))
+        }
+        Command::Move { setting } => move_disks(&setting),
         Command::Serve(arguments) => serve(&arguments),
     };
     match outcome {
@@ -63,6 +80,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn move_disks(setting: &std::path::Path) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    Ok(runtime.block_on(mover::run(setting, || tracing::info!("serving")))?)
 }
 
 fn serve(arguments: &Serve) -> anyhow::Result<()> {

@@ -135,25 +135,44 @@ struct Entry {
 
 type Entries = Arc<Mutex<HashMap<String, Entry>>>;
 
-/// Holds, at the socket `path`, which it makes; never returns but with an error.
+/// When a holder ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ends {
+    /// By a signal only.
+    Never,
+    /// When it has forgotten the last mount that it held.
+    WithTheLastMount,
+}
+
+/// Holds, at the socket `path`, which it makes, until it `ends`.
 ///
 /// # Errors
 /// When it cannot listen there.
-pub fn hold(path: &Path) -> Result<std::convert::Infallible, io::Error> {
-    let listener = seqpacket()?;
+pub fn hold(path: &Path, ends: Ends) -> Result<(), io::Error> {
+    let listener = Arc::new(seqpacket()?);
     rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&listener, 16)?;
     let entries = Entries::default();
     let mut clients = 0;
     loop {
-        let connection = match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC) {
+        let connection = match rustix::net::accept_with(&*listener, SocketFlags::CLOEXEC) {
             Ok(connection) => connection,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
+            // Shut down by the client that had the last mount forgotten.
+            Err(Errno::INVAL) if ends == Ends::WithTheLastMount => return Ok(()),
             Err(errno) => return Err(errno.into()),
         };
         clients += 1;
         let (entries, client) = (Arc::clone(&entries), clients);
-        let serve = move || serve_client(&entries, client, &connection);
+        let listener = Arc::clone(&listener);
+        let serve = move || {
+            let held = !lock(&entries).is_empty();
+            let parked = serve_client(&entries, client, &connection);
+            if ends == Ends::WithTheLastMount && (held || parked) && lock(&entries).is_empty() {
+                // Nobody will come any more; if it cannot be told, it waits for nobody.
+                let _ = rustix::net::shutdown(&*listener, rustix::net::Shutdown::Both);
+            }
+        };
         // Without a thread the connection is closed: the client sees it and goes without.
         drop(std::thread::Builder::new().name(format!("client-{client}")).spawn(serve));
     }
@@ -163,8 +182,11 @@ fn lock(entries: &Entries) -> MutexGuard<'_, HashMap<String, Entry>> {
     entries.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn serve_client(entries: &Entries, client: u64, connection: &OwnedFd) {
+/// Serves one connection to its end. Whether anything was held meanwhile.
+fn serve_client(entries: &Entries, client: u64, connection: &OwnedFd) -> bool {
+    let mut held = false;
     while let Ok(Some((verb, name, descriptors))) = receive(connection) {
+        held |= verb == b'P';
         if answer(entries, client, connection, (verb, &name, descriptors)).is_err() {
             break;
         }
@@ -174,6 +196,7 @@ fn serve_client(entries: &Entries, client: u64, connection: &OwnedFd) {
             entry.served_by = None;
         }
     }
+    held
 }
 
 fn answer(
@@ -260,7 +283,7 @@ mod tests {
     fn holder(directory: &Path) -> std::path::PathBuf {
         let path = directory.join("holder");
         let own = path.clone();
-        std::thread::spawn(move || hold(&own));
+        std::thread::spawn(move || hold(&own, Ends::Never));
         while !path.exists() {
             clock::pause_thread(Duration::from_millis(1));
         }
@@ -293,6 +316,28 @@ mod tests {
         assert_eq!(&bytes, b"alive");
         serving.forget().unwrap();
         assert!(matches!(Serving::take(&socket, "vm"), Err(HolderError::Unknown(_))));
+    }
+
+    #[test]
+    fn a_holder_of_one_vms_mounts_ends_with_the_last_of_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("holder");
+        let own = path.clone();
+        let holding = std::thread::spawn(move || hold(&own, Ends::WithTheLastMount));
+        while !path.exists() {
+            clock::pause_thread(Duration::from_millis(1));
+        }
+        let (_outside, inside) = UnixStream::pair().unwrap();
+        let parts = || (inside.as_fd(), inside.as_fd());
+        // Somebody who only asks does not end it.
+        assert!(matches!(Serving::take(&path, "a"), Err(HolderError::Unknown(_))));
+        let one = Serving::park(&path, "a", parts()).unwrap();
+        let other = Serving::park(&path, "b", parts()).unwrap();
+        one.forget().unwrap();
+        drop(other);
+        let (other, ..) = take_when_free(&path, "b");
+        other.forget().unwrap();
+        holding.join().unwrap().unwrap();
     }
 
     #[test]

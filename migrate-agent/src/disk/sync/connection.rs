@@ -48,7 +48,17 @@ struct Task {
     number: u64,
     /// Ended by itself only: broken off, it could leave half a frame on the stream.
     writes_blocks: bool,
-    handle: JoinHandle<()>,
+    /// Held for its end.
+    _handle: Ending,
+}
+
+/// A task that ends with its owner, also when that is dropped half way.
+struct Ending(JoinHandle<()>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Serves `own` over one connection, until all is there or it ends.
@@ -67,10 +77,10 @@ where
     let (signals, heard) = mpsc::unbounded_channel();
     let (to_control, frames) = mpsc::unbounded_channel();
     let pace = Arc::new(Pace::new(rate));
-    let writer = write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace));
-    let readers = [control.0, bulk.0].map(|reader| {
+    let _writer = Ending(write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace)));
+    let _readers = [control.0, bulk.0].map(|reader| {
         let (mirror, to) = (Arc::clone(&own.mirror), signals.clone());
-        tasks::spawn("disk frames", read(FrameReader::new(reader), mirror, to))
+        Ending(tasks::spawn("disk frames", read(FrameReader::new(reader), mirror, to)))
     });
     let work = Arc::new(Work {
         mirror: Arc::clone(&own.mirror),
@@ -86,11 +96,7 @@ where
     let (task, sealing, last_heard) = (None, None, clock::now());
     let mut connection =
         Connection { own, work, signals, heard, task, tasks: 0, sealing, last_heard };
-    let outcome = connection.serve(commands, progress).await;
-    connection.task.iter().for_each(|task| task.handle.abort());
-    readers.iter().for_each(JoinHandle::abort);
-    writer.abort();
-    outcome
+    connection.serve(commands, progress).await
 }
 
 /// One connection, from its begin to its end.
@@ -309,9 +315,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 self.own.mirror.give_up();
             }
             Action::SendUnseal => {
-                if let Some(seal) = self.task.take_if(|task| !task.writes_blocks) {
-                    seal.handle.abort();
-                }
+                drop(self.task.take_if(|task| !task.writes_blocks));
                 self.own.mirror.arm(self.work.control.clone());
                 for number in 0..self.own.images.len() {
                     self.work.say(Frame::new(Kind::Unseal, number as u16));
@@ -331,18 +335,18 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     ) where
         F: Future<Output = Ended> + Send + 'static,
     {
-        match &self.task {
-            Some(before) if before.writes_blocks => return,
-            Some(before) => before.handle.abort(),
-            None => {}
+        if self.task.as_ref().is_some_and(|before| before.writes_blocks) {
+            return;
         }
+        // Ends a seal that is going on.
+        self.task = None;
         self.tasks += 1;
         let (number, work, signals) = (self.tasks, Arc::clone(&self.work), self.signals.clone());
         let handle = tasks::spawn("disk pass", async move {
             let ended = task(work).await;
             let _ = signals.send(Signal::Ended(number, ended));
         });
-        self.task = Some(Task { number, writes_blocks, handle });
+        self.task = Some(Task { number, writes_blocks, _handle: Ending(handle) });
     }
 }
 

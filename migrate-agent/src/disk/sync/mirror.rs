@@ -19,6 +19,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct Mirror {
     ledger: Arc<Ledger<Request>>,
     deadline: Duration,
     broken: watch::Sender<bool>,
+    /// The VM is this host's for good: nothing is sent or sealed any more.
+    retired: AtomicBool,
 }
 
 impl Mirror {
@@ -85,6 +88,7 @@ impl Mirror {
             ledger: Arc::default(),
             deadline,
             broken: watch::Sender::new(false),
+            retired: AtomicBool::new(false),
         }
     }
 
@@ -122,8 +126,17 @@ impl Mirror {
         self.set(Mode::Sealed);
     }
 
+    /// From now on changes are marked only, whatever a task that has not noticed its end yet still
+    /// asks for: the VM stays at this host.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::SeqCst);
+        self.disarm();
+    }
+
     fn set(&self, mode: Mode) {
-        *self.mode.write().unwrap_or_else(PoisonError::into_inner) = mode;
+        let mut now = self.mode.write().unwrap_or_else(PoisonError::into_inner);
+        // Looked at under the lock: who was late sees it, or is overwritten by `retire`.
+        *now = if self.retired.load(Ordering::SeqCst) { Mode::Marking } else { mode };
     }
 
     /// Everything that is on its way counts as dirty again, and is answered.

@@ -29,6 +29,8 @@ use crate::disk::track::SegmentSize;
 
 /// Bytes that may be on their way: a window for 1 Gbit/s at 60 ms.
 const WINDOW: u64 = 8 << 20;
+/// Blocks from one flush of a pass to the next.
+const FLUSH_EVERY: u64 = 64;
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -58,17 +60,39 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     /// acknowledged. Returns how many are left.
     pub(super) async fn pass(&self) -> Result<u64, PassError> {
         self.announce_lengths();
-        let mut last = Version(0);
+        let (mut last, mut unflushed) = (Version(0), 0);
         for (disk, range) in self.ranges(false) {
             for block in range {
                 if self.stopped.load(Ordering::Acquire) {
                     break;
                 }
-                last = self.send_if_dirty(disk, block).await?.unwrap_or(last);
+                let Some(version) = self.send_if_dirty(disk, block).await? else { continue };
+                last = version;
+                unflushed += 1;
+                if unflushed == FLUSH_EVERY {
+                    last = self.flush(disk).await?;
+                    unflushed = 0;
+                }
+            }
+        }
+        if last != Version(0) {
+            for disk in 0..self.images.len() {
+                last = self.flush(disk as u16).await?;
             }
         }
         self.mirror.ledger().until_settled(last).await;
         Ok(self.left())
+    }
+
+    /// Makes what was sent durable as it goes, on the blocks' own stream: kept for the seal it would
+    /// all be waited for by a paused guest, and on the other stream by its writes.
+    async fn flush(&self, disk: u16) -> Result<Version, PassError> {
+        let ledger = self.mirror.ledger();
+        let version = ledger.enter(Pending { disk, range: 0..0, bytes: 0, waiting: None });
+        let settled = ledger.settled();
+        let frame = Frame { version, settled, ..Frame::new(Kind::Flush, disk) };
+        self.bulk.lock().await.write(&frame).await?;
+        Ok(version)
     }
 
     /// Sends everything that is dirty, what the destination asks for first, until it has all.

@@ -27,6 +27,20 @@ fn migratefs_three_phases_follow_each_other() {
 }
 
 #[test]
+fn a_dirty_pass_that_gains_nothing_is_the_last_before_both_sides_go_in_step() {
+    let mut way = Phases::new(WHOLE, false);
+    way.apply(Event::Connected);
+    for left in [1000, 400, 399] {
+        assert_eq!(way.apply(Event::PassOver { left }), [Action::BeginPass]);
+        assert_eq!(way.phase(), Phase::Dirty);
+    }
+    assert_eq!(way.apply(Event::PassOver { left: 399 }), [Action::Mirror(true), Action::BeginPass]);
+    assert_eq!(way.phase(), Phase::Synchronous);
+    // And not sealed before all of it is drained.
+    assert_eq!(way.apply(Event::Seal), [Action::Veto(Veto::BlocksLeft)]);
+}
+
+#[test]
 fn livefs_five_phases_follow_each_other() {
     let mut way = Phases::new(EARLY, true);
     assert_eq!(way.apply(Event::Connected), []);

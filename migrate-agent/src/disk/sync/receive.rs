@@ -14,6 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
@@ -41,6 +42,8 @@ pub enum ReceiveError {
     /// Something is in the way at the destination.
     #[error("cannot make the image {path}; if it is left from an earlier attempt, remove it")]
     Create {
+        /// The disk's number.
+        disk: u16,
         /// Where.
         path: PathBuf,
         /// Why.
@@ -71,6 +74,21 @@ pub enum ReceiveError {
     /// Its blocks have an impossible size.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// The VM is this host's: nobody else writes to its disks.
+    #[error("the source still sends for disk {0}, which is this host's now")]
+    Closed(u16),
+}
+
+impl ReceiveError {
+    /// What the source is told: the disk and an errno. `None` when it would help nobody.
+    fn for_the_source(&self) -> Option<(u16, i32)> {
+        match self {
+            Self::Write { disk, source } | Self::Create { disk, source, .. } => {
+                Some((*disk, source.raw_os_error().unwrap_or(libc::EIO)))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// An image that takes nothing in while this exists: for whoever has to look at it undisturbed.
@@ -90,6 +108,8 @@ struct Disk {
     held: (Mutex<usize>, Condvar),
     file: File,
     incoming: Mutex<Incoming>,
+    /// The source has sealed, and all of it is durable here.
+    sealed: AtomicBool,
 }
 
 impl Disk {
@@ -112,6 +132,7 @@ pub struct Received {
     wants: Mutex<Option<mpsc::UnboundedSender<Frame>>>,
     /// Counts what has arrived, for whoever waits for a block.
     arrivals: watch::Sender<u64>,
+    closed: AtomicBool,
 }
 
 impl Received {
@@ -120,7 +141,8 @@ impl Received {
     pub fn new(paths: Vec<PathBuf>) -> Arc<Self> {
         let disks = Mutex::new(paths.iter().map(|_| None).collect());
         let arrivals = watch::Sender::new(0);
-        Arc::new(Self { paths, disks, wants: Mutex::default(), arrivals })
+        let (wants, closed) = Default::default();
+        Arc::new(Self { paths, disks, wants, arrivals, closed })
     }
 
     fn disks(&self) -> MutexGuard<'_, Vec<Option<Arc<Disk>>>> {
@@ -131,6 +153,38 @@ impl Received {
         let disks = self.disks();
         let disk = disks.get(usize::from(number)).and_then(Option::as_ref);
         disk.map(Arc::clone).ok_or(ReceiveError::NoSuchDisk(number))
+    }
+
+    /// Whether every disk is sealed, and durable here: only then may this side promise to run the VM.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        let is_sealed = |disk: &Option<Arc<Disk>>| {
+            disk.as_ref().is_some_and(|disk| disk.sealed.load(Ordering::SeqCst))
+        };
+        self.disks().iter().all(is_sealed)
+    }
+
+    /// The VM is about to run here with all of its disks: whatever a source still sends is refused
+    /// once this returns.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        // Whoever looked before that still holds this.
+        self.disks().iter().flatten().for_each(|disk| drop(disk.incoming()));
+    }
+
+    fn must_be_open(&self, number: u16) -> Result<(), ReceiveError> {
+        match self.closed.load(Ordering::SeqCst) {
+            true => Err(ReceiveError::Closed(number)),
+            false => Ok(()),
+        }
+    }
+
+    /// Bytes of the images that are there by now: what their files take.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let blocks = |disk: &Arc<Disk>| disk.file.metadata().map_or(0, |data| data.blocks());
+        self.disks().iter().flatten().map(|disk| blocks(disk) * 512).sum()
     }
 
     /// Changes whenever something has arrived.
@@ -240,10 +294,12 @@ impl Received {
         }
         let block = BlockSize::new(frame.offset)?;
         let path = self.paths[usize::from(number)].clone();
-        let file = create(&path, length).map_err(|source| ReceiveError::Create { path, source })?;
+        let file = create(&path, length);
+        let failed = |source| ReceiveError::Create { disk: number, path, source };
+        let file = file.map_err(failed)?;
         let incoming = Mutex::new(Incoming::new(block, length));
-        let held = Default::default();
-        *slot = Some(Arc::new(Disk { held, file, incoming }));
+        let (held, sealed) = Default::default();
+        *slot = Some(Arc::new(Disk { held, file, incoming, sealed }));
         Ok(())
     }
 }
@@ -303,10 +359,9 @@ where
         };
         let (own, to) = (Arc::clone(&received), answers.clone());
         if let Err(error) = tasks::blocking(move || own.apply(&frame, &to)).await {
-            if let ReceiveError::Write { disk, source } = &error {
-                let errno = source.raw_os_error().unwrap_or(libc::EIO).unsigned_abs();
-                let version = Version(errno.into());
-                let _ = answers.send(Frame { version, ..Frame::new(Kind::Failed, *disk) });
+            if let Some((disk, errno)) = error.for_the_source() {
+                let version = Version(errno.unsigned_abs().into());
+                let _ = answers.send(Frame { version, ..Frame::new(Kind::Failed, disk) });
             }
             break Err(error);
         }
@@ -340,16 +395,20 @@ impl Received {
         disk.wait_until_free();
         match frame.kind {
             Kind::Data | Kind::Zeroes => self.content(&disk, frame)?,
-            Kind::Resize => {
-                resize(&disk, frame)?;
-            }
+            Kind::Resize => self.resize(&disk, frame)?,
             Kind::Flush => disk.file.sync_data().map_err(failed)?,
             Kind::Seal => {
                 let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
                 disk.incoming().seal(&runs);
                 disk.file.sync_all().map_err(failed)?;
+                disk.sealed.store(true, Ordering::SeqCst);
             }
-            Kind::Unseal => disk.incoming().unseal(),
+            Kind::Unseal => {
+                let mut incoming = disk.incoming();
+                self.must_be_open(frame.disk)?;
+                disk.sealed.store(false, Ordering::SeqCst);
+                incoming.unseal();
+            }
             Kind::AskMap => return send_map(&disk, frame.disk, answers).map_err(failed),
             // What only a destination says: from a source it means nothing.
             _ => return Err(StreamError::from(FrameError::Contradiction).into()),
@@ -366,6 +425,7 @@ impl Received {
         let range = frame.range();
         // Held while it is written: a newer update must not land between the look and the write.
         let mut incoming = disk.incoming();
+        self.must_be_open(frame.disk)?;
         if range.end > incoming.length() {
             // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
             if range.end > LONGEST {
@@ -387,20 +447,21 @@ impl Received {
         }
         Ok(())
     }
-}
 
-fn resize(disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
-    let length = frame.offset;
-    if length > LONGEST {
-        return Err(ReceiveError::Length { disk: frame.disk, length });
+    fn resize(&self, disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
+        let length = frame.offset;
+        if length > LONGEST {
+            return Err(ReceiveError::Length { disk: frame.disk, length });
+        }
+        let mut incoming = disk.incoming();
+        self.must_be_open(frame.disk)?;
+        if length != incoming.length() {
+            let failed = |source| ReceiveError::Write { disk: frame.disk, source };
+            disk.file.set_len(length).map_err(failed)?;
+            incoming.resize(length);
+        }
+        Ok(())
     }
-    let mut incoming = disk.incoming();
-    if length != incoming.length() {
-        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
-        disk.file.set_len(length).map_err(failed)?;
-        incoming.resize(length);
-    }
-    Ok(())
 }
 
 /// Makes a hole; where the file system has none, zeroes.

@@ -1,0 +1,502 @@
+//! The disks of a VM that leaves: onto the mount, into step with the destination, sealed; and back,
+//! or away, when it is decided.
+//!
+//! ```text
+//!   watch_disks       mover up -> QEMU swapped on: every write is seen from here on
+//!   bring_into_step   bulk, dirty -> every write on both sides
+//!   disk_figures      while memory moves: still in step? how fast? (a mover that was killed is replaced)
+//!   seal              QEMU writes nothing more -> the destination has all, durably
+//!   free_disks        the guest stays: whatever was sealed is this host's again, before it resumes
+//!   settle_disks      after the end: swapped off and unmounted here; or, handed over, left behind
+//! ```
+//!
+//! The order of disk and memory, and why the seal may be last: docs/decisions/0031. Deliberately not
+//! here: who owns the VM (`handover/`), and the transfer itself (`disk::process`).
+
+use std::time::Duration;
+
+use lifeboat_policy::disk::{Need, SLOWEST, Verdict, Writes, verdict};
+use lifeboat_protocol::agent::Phase;
+use lifeboat_protocol::ids::{MigrationId, VmId};
+use lifeboat_protocol::units::{Bytes, BytesPerSec};
+use lifeboat_scatter_gather::link::Frame;
+
+use super::copying::{heard, unwelcome};
+use super::{Context, Failure, SourceTask};
+use crate::clock;
+use crate::disk::local::{LocalDisk, local_disks};
+use crate::disk::process::client::{ANSWER_LIMIT, Mover, MoverClientError};
+use crate::disk::process::control::{Destination, Limits, Report, Request, Stage};
+use crate::disk::rooms::RoomError;
+use crate::progress::RateMeter;
+use crate::qemu::qmp::{Qmp, QmpError};
+use crate::qemu::swap::{DiskNodes, Side, SwapError};
+
+/// The mover is asked this often how far it is.
+const POLL: Duration = Duration::from_millis(100);
+/// A sign of life for the destination's agent meanwhile.
+const PING_EVERY: Duration = Duration::from_millis(500);
+/// A paused guest waits for the seal at most so long.
+const SEAL_LIMIT: Duration = Duration::from_secs(10);
+/// Blocks that were sent are written again as fast as they are sent: that is not waited for longer.
+const NO_PROGRESS_LIMIT: Duration = Duration::from_secs(120);
+/// How often it is asked anew what the guest may write for the date.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// A mover that dies again and again is given up.
+const REPLACED_MOST: u32 = 8;
+
+/// What goes wrong with disks at the source.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskFailure {
+    /// The mover.
+    #[error(transparent)]
+    Mover(#[from] MoverClientError),
+    /// QEMU.
+    #[error(transparent)]
+    Swap(#[from] SwapError),
+    /// QEMU's monitor.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The transfer ended for good.
+    #[error("the disks cannot be sent: {0}")]
+    Transfer(String),
+    /// A write was not answered in time, or the connection is gone: the hand-over is vetoed.
+    #[error("the disks fell out of step with the destination's just before the switchover")]
+    OutOfStep,
+    /// It takes longer than it may.
+    #[error("the disks were not in step after {} s", .0.as_secs())]
+    Late(Duration),
+    /// It would never come to an end.
+    #[error(
+        "the guest writes to its disks as fast as the link carries them: hold it back (`--by TIME` does), or reserve more"
+    )]
+    Outrun,
+    /// The images here.
+    #[error(transparent)]
+    Room(#[from] RoomError),
+    /// The mover has gone too often.
+    #[error("the disk process ended {REPLACED_MOST} times")]
+    Unstable,
+}
+
+/// The VM's disks while it leaves.
+pub(super) struct Leaving {
+    mover: Mover,
+    /// What the guest may change per second; `None`: whatever it likes.
+    limit: Option<BytesPerSec>,
+    /// The limit has been lifted for the pause: QEMU's `stop` waits for every request.
+    lifted: bool,
+    replaced: u32,
+    mirrored: RateMeter,
+    sent: RateMeter,
+}
+
+/// How the disks are doing while memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Figures {
+    /// Every write is on both sides.
+    pub(super) in_step: bool,
+    /// What guests' writes take of the link, now.
+    pub(super) mirrored: BytesPerSec,
+    /// What all of it takes of the link, now.
+    sent: BytesPerSec,
+    /// Bytes that are not at the destination.
+    left: u64,
+    /// Every block has been sent once.
+    bulk_is_over: bool,
+}
+
+impl SourceTask {
+    fn local_disks(&self) -> Vec<LocalDisk> {
+        let definition = self.context.guests.definition(&self.order.vm);
+        let directories = &self.context.rooms.directories;
+        definition.map_or_else(Vec::new, |definition| local_disks(&definition, directories))
+    }
+
+    /// Has every write to the VM's local disks pass through a mover; nothing where it has none.
+    pub(super) async fn watch_disks(&mut self, qmp: &Qmp) -> Result<(), Failure> {
+        let disks = self.local_disks();
+        if disks.is_empty() {
+            return Ok(());
+        }
+        self.progress.enter(Phase::DiskBulk);
+        // An earlier attempt may have left QEMU on its mount.
+        self.bring_disks_home().await?;
+        let mover = self.context.movers.start(&self.order.vm, &disks).await;
+        let mover = mover.map_err(DiskFailure::from)?;
+        self.disks = Some(Leaving {
+            mover,
+            limit: self.order.disk_limit,
+            lifted: false,
+            replaced: 0,
+            mirrored: RateMeter::default(),
+            sent: RateMeter::default(),
+        });
+        loop {
+            match self.swap_all(qmp, Side::Mount).await {
+                Err(DiskFailure::Mover(error)) => self.reach_again(error).await?,
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
+    /// Brings them into step with the destination's.
+    pub(super) async fn bring_into_step(&mut self) -> Result<(), Failure> {
+        if self.disks.is_none() {
+            return Ok(());
+        }
+        self.send_anew().await?;
+        self.until_in_step().await
+    }
+
+    async fn swap_all(&mut self, qmp: &Qmp, to: Side) -> Result<(), DiskFailure> {
+        let Some(leaving) = &mut self.disks else { return Ok(()) };
+        swap_all(&mut leaving.mover, qmp, to).await
+    }
+
+    async fn send_disks(&mut self) -> Result<(), DiskFailure> {
+        let order = &self.order;
+        let to = Destination {
+            page_address: order.page_address.clone(),
+            host: order.destination.clone(),
+            own_host: self.context.host.clone(),
+            migration: order.migration.clone(),
+            vm: order.vm.clone(),
+            generation: self.machine.next_generation(),
+            token: order.token.to_vec(),
+            compares: false,
+        };
+        let Some(leaving) = &mut self.disks else { return Ok(()) };
+        let limits = leaving.limits(self.limit);
+        let shown = limits.disk.unwrap_or(0);
+        self.progress.update(|progress| progress.disk_limit_bytes_per_sec = shown);
+        leaving.mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await?;
+        leaving.mover.ask(&Request::Send(to), ANSWER_LIMIT).await?;
+        Ok(())
+    }
+
+    async fn until_in_step(&mut self) -> Result<(), Failure> {
+        let (began, mut pinged, mut asked) = (clock::now(), clock::now(), clock::now());
+        // The least that was ever left once all blocks were sent, and since when.
+        let (mut least, mut since) = (u64::MAX, clock::now());
+        let mut poll = tokio::time::interval(POLL);
+        poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = poll.tick() => {}
+                input = self.inputs.recv() => {
+                    self.take_input(input, None).await?;
+                    continue;
+                }
+                word = heard(&mut self.words) => return Err(unwelcome(word)),
+            }
+            let Some(figures) = self.disk_figures().await? else { return Ok(()) };
+            if figures.in_step {
+                return Ok(());
+            }
+            if let Some(window) = self.order.disk_window
+                && asked.elapsed() >= ASK_EVERY
+            {
+                asked = clock::now();
+                self.keep_date(&figures, window.saturating_sub(began.elapsed())).await?;
+            }
+            if figures.left < least || !figures.bulk_is_over {
+                (least, since) = (figures.left, clock::now());
+            }
+            if since.elapsed() > NO_PROGRESS_LIMIT {
+                return Err(DiskFailure::Outrun.into());
+            }
+            if pinged.elapsed() >= PING_EVERY {
+                pinged = clock::now();
+                self.ping().await?;
+            }
+            if let Some(limit) = self.order.deadline.filter(|limit| began.elapsed() > *limit) {
+                return Err(DiskFailure::Late(limit).into());
+            }
+        }
+    }
+
+    /// Asks inequality (1) again, with what is left of disks and time now: what was estimated wrongly
+    /// before is corrected so. Where date and promise cannot both be kept, the promise is.
+    async fn keep_date(&mut self, figures: &Figures, window: Duration) -> Result<(), DiskFailure> {
+        let definition = self.context.guests.definition(&self.order.vm).unwrap_or_default();
+        let promised = BytesPerSec(definition.promised_disk_bytes_per_sec);
+        let need = Need {
+            left: Bytes(figures.left),
+            network: self.limit.unwrap_or(figures.sent),
+            vmm_time: Duration::ZERO,
+            window,
+            spread: 1.0,
+        };
+        if need.network == BytesPerSec::ZERO {
+            // Nothing has been sent yet, and no limit says what could be.
+            return Ok(());
+        }
+        let limit = match verdict(&need, Writes { wanted: None, promised }) {
+            Verdict::Free => None,
+            Verdict::Limit(rate) => Some(rate),
+            Verdict::Conflict(_) => Some(promised.max(SLOWEST)),
+        };
+        let now = self.disks.as_ref().and_then(|leaving| leaving.limit);
+        // A change of a twentieth is not worth telling.
+        let near = |a: BytesPerSec, b: BytesPerSec| a.0.abs_diff(b.0) <= b.0 / 20;
+        match (limit, now) {
+            (Some(limit), Some(now)) if near(limit, now) => Ok(()),
+            (limit, now) if limit == now => Ok(()),
+            (limit, _) => self.limit_disks(limit).await,
+        }
+    }
+
+    async fn ping(&mut self) -> Result<(), Failure> {
+        match &mut self.writer {
+            Some(writer) => Ok(writer.send(&Frame::Ping(0)).await?),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether this VM has disks that go along.
+    pub(super) fn has_disks(&self) -> bool {
+        self.disks.is_some()
+    }
+
+    /// How the disks are doing; told to whoever watches, too. `None` where there are none.
+    pub(super) async fn disk_figures(&mut self) -> Result<Option<Figures>, DiskFailure> {
+        let report = match &mut self.disks {
+            Some(leaving) => leaving.mover.report().await,
+            None => return Ok(None),
+        };
+        let report = match report {
+            Ok(report) if report.stage != Stage::Idle => report,
+            Ok(_) => return self.send_anew().await,
+            Err(error) => {
+                self.reach_again(error).await?;
+                return self.send_anew().await;
+            }
+        };
+        if let Some(reason) = report.failed {
+            return Err(DiskFailure::Transfer(reason));
+        }
+        let (Some(leaving), now) = (&mut self.disks, clock::now()) else { return Ok(None) };
+        let mirrored = BytesPerSec(leaving.mirrored.read(now, report.mirrored) / 8);
+        let rate = leaving.sent.read(now, report.sent);
+        let in_step = report.stage == Stage::Synchronous && report.dirty == 0;
+        let left = report.left;
+        let bulk_is_over = report.stage != Stage::Bulk;
+        self.show_disks(&report, rate);
+        let sent = BytesPerSec(rate / 8);
+        Ok(Some(Figures { in_step, mirrored, sent, left, bulk_is_over }))
+    }
+
+    /// To a mover that knows nothing of the transfer.
+    async fn send_anew(&mut self) -> Result<Option<Figures>, DiskFailure> {
+        match self.send_disks().await {
+            // Gone again: the next look finds out.
+            Ok(()) | Err(DiskFailure::Mover(MoverClientError::Gone(_))) => {}
+            Err(error) => return Err(error),
+        }
+        let (left, none) = (u64::MAX, BytesPerSec::ZERO);
+        let (mirrored, sent) = (none, none);
+        Ok(Some(Figures { in_step: false, mirrored, sent, left, bulk_is_over: false }))
+    }
+
+    fn show_disks(&mut self, report: &Report, rate: u64) {
+        let limit = self.limit.map_or(0, |limit| limit.bits_per_sec().0);
+        self.progress.update(|progress| {
+            progress.disk_bytes_left = report.left;
+            progress.disk_bytes_per_sec = rate / 8;
+            progress.disk_bytes_sent = report.sent;
+            if progress.phase() == Phase::DiskBulk {
+                progress.rate_bits_per_sec = rate;
+                progress.limit_bits_per_sec = limit;
+            }
+        });
+    }
+
+    /// A mover has gone: its mounts are held, and the guest's requests wait. The next one takes both
+    /// over.
+    async fn reach_again(&mut self, error: MoverClientError) -> Result<(), DiskFailure> {
+        let gone = matches!(error, MoverClientError::Gone(_) | MoverClientError::Silent { .. });
+        let Some(leaving) = self.disks.as_mut().filter(|_| gone) else { return Err(error.into()) };
+        tracing::warn!(%error, "the mover is replaced");
+        leaving.replaced += 1;
+        if leaving.replaced > REPLACED_MOST {
+            return Err(DiskFailure::Unstable);
+        }
+        if let Some(mover) = self.context.movers.reach(&self.order.vm).await? {
+            leaving.mover = mover;
+        }
+        Ok(())
+    }
+
+    /// Sets what the guest may change per second.
+    pub(super) async fn limit_disks(
+        &mut self,
+        limit: Option<BytesPerSec>,
+    ) -> Result<(), DiskFailure> {
+        if let Some(leaving) = &mut self.disks {
+            leaving.limit = limit;
+        }
+        self.progress.update(|progress| {
+            progress.disk_limit_bytes_per_sec = limit.map_or(0, |limit| limit.0);
+        });
+        self.tell_limits().await
+    }
+
+    /// Tells the mover both limits anew.
+    pub(super) async fn tell_limits(&mut self) -> Result<(), DiskFailure> {
+        let network = self.limit;
+        let Some(leaving) = &mut self.disks else { return Ok(()) };
+        let limits = leaving.limits(network);
+        match leaving.mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await {
+            Ok(_) => Ok(()),
+            // The next look replaces it, and the limits are told again.
+            Err(MoverClientError::Gone(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Lets the guest write as it likes: QEMU is about to pause it, which waits for every request
+    /// that a limit holds back.
+    pub(super) async fn lift_disk_limit(&mut self) -> Result<(), DiskFailure> {
+        match &mut self.disks {
+            Some(leaving) if !leaving.lifted => leaving.lifted = true,
+            _ => return Ok(()),
+        }
+        self.tell_limits().await
+    }
+
+    /// The last cheap veto: the guest is paused, and nothing has been lost by stopping.
+    pub(super) async fn disks_must_be_in_step(&mut self) -> Result<(), DiskFailure> {
+        match self.disk_figures().await? {
+            Some(Figures { in_step: false, .. }) => Err(DiskFailure::OutOfStep),
+            _ => Ok(()),
+        }
+    }
+
+    /// QEMU writes nothing more. Returns when the destination has everything durably; the
+    /// destination's agent hears of this side meanwhile.
+    pub(super) async fn seal(&mut self) -> Result<(), Failure> {
+        let Some(leaving) = &mut self.disks else { return Ok(()) };
+        let began = clock::now();
+        let sealed = leaving.mover.ask(&Request::Seal, SEAL_LIMIT);
+        tokio::pin!(sealed);
+        let mut ping = tokio::time::interval(PING_EVERY);
+        let sealed = loop {
+            tokio::select! {
+                sealed = &mut sealed => break sealed,
+                _ = ping.tick() => if let Some(writer) = &mut self.writer {
+                    writer.send(&Frame::Ping(0)).await?;
+                }
+            }
+        };
+        sealed.map_err(DiskFailure::from)?;
+        let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(took_ms, "disks sealed");
+        self.progress.update(|progress| progress.disk_bytes_left = 0);
+        Ok(())
+    }
+
+    /// The guest stays, and is about to be resumed: nothing is sealed any more, nobody waits for the
+    /// destination. Also after a restart of this agent, which finds the mover by its socket.
+    pub(super) async fn free_disks(&mut self) {
+        if let Err(error) = self.stop_mover().await {
+            // The guest is resumed all the same: what it then waits for is told here.
+            tracing::error!(%error, "the disks could not be taken back from the mover");
+        }
+    }
+
+    async fn stop_mover(&mut self) -> Result<(), DiskFailure> {
+        if let Some(leaving) = &mut self.disks
+            && leaving.mover.ask(&Request::Stop, ANSWER_LIMIT).await.is_ok()
+        {
+            return Ok(());
+        }
+        if let Some(mut mover) = self.context.movers.reach(&self.order.vm).await? {
+            mover.ask(&Request::Stop, ANSWER_LIMIT).await?;
+        }
+        Ok(())
+    }
+
+    /// After the end, with the guest here: QEMU goes back to the images themselves, and the mover
+    /// ends. A guest that cannot be swapped back runs on through the mount, and is told of.
+    pub(super) async fn settle_disks_here(&mut self) {
+        if let Err(error) = self.bring_disks_home().await {
+            tracing::error!(error = crate::vms::chain(&error), "the disks stay on their mount");
+        }
+    }
+
+    async fn bring_disks_home(&mut self) -> Result<(), DiskFailure> {
+        self.disks = None;
+        bring_home(&self.context, &self.order.vm).await
+    }
+
+    /// After the end, with the guest at the destination: its QEMU is gone here, its images are kept
+    /// for a while under other names.
+    pub(super) async fn settle_disks_away(&mut self) {
+        self.disks = None;
+        let order = &self.order;
+        if let Err(error) = leave_behind(&self.context, &order.vm, &order.migration).await {
+            tracing::error!(error = crate::vms::chain(&error), "the disks keep their names here");
+        }
+    }
+}
+
+impl Leaving {
+    fn limits(&self, network: Option<BytesPerSec>) -> Limits {
+        let disk = self.limit.filter(|_| !self.lifted);
+        Limits { network: network.map(|rate| rate.0), disk: disk.map(|rate| rate.0) }
+    }
+}
+
+/// Swaps every disk that the guest can write; the others stay where they are, nothing changes them.
+async fn swap_all(mover: &mut Mover, qmp: &Qmp, to: Side) -> Result<(), DiskFailure> {
+    let setting = mover.setting().clone();
+    for (place, disk) in setting.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only) {
+        let nodes = DiskNodes::launched(disk.number, &disk.format).with_its_backing(qmp).await?;
+        let (natively, through) = setting.paths(disk);
+        let path = if to == Side::Mount { through } else { natively };
+        if nodes.side(qmp).await? == to {
+            continue;
+        }
+        let place = u16::try_from(place).unwrap_or(u16::MAX);
+        mover.ask(&Request::BeginSwap { disk: place }, ANSWER_LIMIT).await?;
+        let swapped = nodes.swap(qmp, to, &path).await;
+        // What QEMU says of itself: an answer that was lost proves nothing.
+        let on_mount = nodes.side(qmp).await? == Side::Mount;
+        mover.ask(&Request::EndSwap { disk: place, on_mount }, ANSWER_LIMIT).await?;
+        let took_us = u64::try_from(swapped?.as_micros()).unwrap_or(u64::MAX);
+        tracing::info!(disk = disk.number, ?to, took_us, "disk swapped");
+    }
+    Ok(())
+}
+
+/// Brings the disks of a guest that is here back to their images, and ends its mover; nothing where
+/// there is none. Also for what an agent before this one left when it ended.
+pub(crate) async fn bring_home(context: &Context, vm: &VmId) -> Result<(), DiskFailure> {
+    let Some(mut mover) = context.movers.reach(vm).await? else {
+        // At most a directory, of one that was never begun.
+        return Ok(context.movers.forget(vm)?);
+    };
+    mover.ask(&Request::Stop, ANSWER_LIMIT).await?;
+    if context.guests.lives(vm)
+        && let Ok(qmp) = context.guests.qmp(vm).await
+    {
+        swap_all(&mut mover, &qmp, Side::Native).await?;
+    }
+    Ok(mover.finish().await?)
+}
+
+/// Ends the mover of a guest that runs elsewhere, and keeps its images under other names for a while.
+pub(crate) async fn leave_behind(
+    context: &Context,
+    vm: &VmId,
+    migration: &MigrationId,
+) -> Result<(), DiskFailure> {
+    let Some(mover) = context.movers.reach(vm).await? else { return Ok(()) };
+    let images = mover.setting().writable_images();
+    mover.finish().await?;
+    let (rooms, vm, migration) = (context.rooms.clone(), vm.clone(), migration.clone());
+    let now = clock::unix_now();
+    let left = move || rooms.leave(&vm, &migration, &images, now);
+    Ok(crate::tasks::blocking(left).await?)
+}
