@@ -6,6 +6,7 @@
 //! operator's `plan`. Deliberately not here: the decisions themselves (`policy/`), and acting on
 //! them.
 
+mod deadline;
 mod experience;
 mod facts;
 mod measure;
@@ -16,18 +17,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::plan::{Move, Plan, PlanError, PlanRequest, plan};
 use lifeboat_policy::predict::Range;
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 
 use crate::agents::Agents;
-use crate::clock::UnixMs;
+use crate::clock::{self, UnixMs};
 use crate::config::Site;
-use crate::evacuation::{Choice, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord};
+use crate::evacuation::{
+    Choice, DiskDate, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord,
+};
 use crate::inventory::Inventory;
 use crate::network::{Hop, Network};
 
+pub use deadline::DiskPromise;
 pub use ways::PageFlowError;
 
 /// The modes that the agents can carry out.
@@ -134,6 +139,12 @@ pub struct Goes {
     pub why_now: String,
     /// From the end of the one before it to its first page.
     pub between: Duration,
+    /// All that was measured.
+    pub figures: MeasuredVm,
+    /// What its owner was promised for its disks.
+    pub disk_promise: DiskPromise,
+    /// How its guest is held back for the date; `None`: not at all.
+    pub disk_date: Option<DiskDate>,
 }
 
 impl Goes {
@@ -231,8 +242,10 @@ impl Planner {
             }
             full.add(self, source, made);
         }
+        let held_back = full.keep_date(order);
         full.notes = notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
+        full.notes.extend(held_back);
         full.notes.extend(promised.forecast_note(&order.hosts).filter(|_| !full.goes.is_empty()));
         Ok(full)
     }
@@ -264,6 +277,7 @@ impl Planner {
             };
             let mut full = FullPlan::default();
             full.add(self, source, made);
+            full.keep_date(order);
             for goes in &full.goes {
                 let tried = here.get(&goes.step.vm).map_or(&[][..], |tried| tried.as_slice());
                 match self.untried(order, source, promised, goes, tried).await {
@@ -304,6 +318,7 @@ impl Planner {
         let made = self.plan_host(order, source, promised, &only, &left).await;
         let mut full = FullPlan::default();
         full.add(self, source, made.map_err(|error| error.to_string())?);
+        full.keep_date(order);
         let stays = full.stays.first().map(Stays::sentence);
         full.goes.into_iter().next().ok_or_else(|| stays.unwrap_or_default())
     }
@@ -345,7 +360,20 @@ impl FullPlan {
             let why_here = facts.why_here(&step.destination);
             let why_now = facts.why_now(&step.vm, step.way.capacity());
             let (source, between) = (source.clone(), facts.inventory.between);
-            self.goes.push(Goes { source, step, hops, measured, why_here, why_now, between });
+            // What the plan speaks of was measured for it.
+            let Some((figures, disk_promise)) = facts.of(&step.vm) else { continue };
+            self.goes.push(Goes {
+                source,
+                step,
+                hops,
+                measured,
+                why_here,
+                why_now,
+                between,
+                figures,
+                disk_promise,
+                disk_date: None,
+            });
         }
         self.stays.extend(stuck);
         self.stays.extend(plan.left_behind.into_iter().map(|left| facts::stays(source, &left)));
@@ -354,6 +382,13 @@ impl FullPlan {
             Some(before) => before.join(&own, |a, b| a.saturating_add(*b)),
             None => own,
         });
+    }
+
+    /// Holds guests that write to disks back as far as the order's date demands it.
+    fn keep_date(&mut self, order: &EvacuationOrder) -> Vec<String> {
+        let Some(deadline) = order.deadline else { return Vec::new() };
+        let total = self.total.as_ref().map_or(Duration::ZERO, |total| total.likely);
+        deadline::keep(&mut self.goes, total, clock::now(), deadline)
     }
 
     fn speaks_of(&self, vm: &VmId) -> bool {
@@ -368,6 +403,7 @@ fn chosen(goes: &Goes) -> Choice {
         mode: goes.step.mode,
         hops: goes.hops.clone(),
         prediction: goes.prediction(),
+        disk_date: goes.disk_date,
     };
     Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
 }

@@ -6,7 +6,7 @@
 
 use lifeboat_protocol::agent::VmMeasurement;
 use lifeboat_protocol::ids::{NameError, VmId};
-use lifeboat_protocol::units::{BitsPerSec, Bytes, Pages, PagesPerSec};
+use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec, Pages, PagesPerSec};
 use serde::Serialize;
 
 /// One VM's figures, all from the same short window.
@@ -27,6 +27,10 @@ pub struct MeasuredVm {
     pub network_out: BitsPerSec,
     /// What it receives, bit/s.
     pub network_in: BitsPerSec,
+    /// What its local disks take: they go along.
+    pub disk: Bytes,
+    /// What it writes to its disks.
+    pub disk_writes: BytesPerSec,
     /// Relative error of pages and rates, as the agent states it: 0.1 means 10 % either way.
     pub error: f64,
 }
@@ -46,6 +50,8 @@ impl TryFrom<&VmMeasurement> for MeasuredVm {
             working_set: Pages(measured.working_set_pages).min(memory),
             network_out: BitsPerSec(measured.network_out_bits_per_sec),
             network_in: BitsPerSec(measured.network_in_bits_per_sec),
+            disk: Bytes(measured.disk_bytes),
+            disk_writes: BytesPerSec(measured.disk_write_bytes_per_sec),
             error: measured.dirty_rate_error,
         })
     }

@@ -134,7 +134,7 @@ fn effective_pages(rule: Rule, vm: &MeasuredVm, bandwidth: BitsPerSec) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lifeboat_protocol::units::{Pages, PagesPerSec};
+    use lifeboat_protocol::units::{Bytes, BytesPerSec, Pages, PagesPerSec};
     use proptest::prelude::*;
 
     /// The paper's link.
@@ -150,6 +150,8 @@ mod tests {
             working_set: Pages(pages),
             network_out: BitsPerSec(out * 100_000),
             network_in: BitsPerSec(into * 100_000),
+            disk: Bytes::ZERO,
+            disk_writes: BytesPerSec::ZERO,
             error: 0.0,
         }
     }

@@ -15,8 +15,8 @@ mod obstacle;
 
 pub use compatible::incompatibilities;
 pub use facts::{
-    Bridge, CpuNeed, DiskNeed, HostFacts, HostState, NicNeed, Overhead, QemuVersion,
-    QemuVersionError, VlanRange, VmNeeds,
+    Bridge, CpuNeed, DiskNeed, DiskRoom, HostFacts, HostState, LocalDisks, NicNeed, Overhead,
+    QemuVersion, QemuVersionError, VlanRange, VmNeeds,
 };
 pub use obstacle::{Obstacle, VmObstacle};
 
@@ -87,6 +87,24 @@ struct Room<'a> {
     facts: &'a HostFacts,
     memory: Bytes,
     link_in: BitsPerSec,
+    disks: Vec<DiskRoom>,
+}
+
+impl Room<'_> {
+    /// A plain name is looked up in a host's first room, as the agents do.
+    fn disk_room(&self, path: &str) -> Option<&DiskRoom> {
+        match path.starts_with('/') {
+            true => self.disks.iter().find(|room| room.holds(path)),
+            false => self.disks.first(),
+        }
+    }
+
+    /// Rooms may share a file system: what is given away counts in each.
+    fn take_disks(&mut self, taken: Bytes) {
+        for room in &mut self.disks {
+            room.free = room.free - taken;
+        }
+    }
 }
 
 fn place_with(question: &Question<'_>, taste: Taste) -> Placement {
@@ -108,7 +126,8 @@ fn place_with(question: &Question<'_>, taste: Taste) -> Placement {
 fn room<'a>(facts: &'a HostFacts, question: &Question<'_>) -> Room<'a> {
     let arriving =
         facts.arrivals.iter().map(|(memory, vcpus)| question.overhead.total(*memory, *vcpus));
-    Room { facts, memory: facts.memory_free - arriving.sum(), link_in: facts.spare_in }
+    let (memory, disks) = (facts.memory_free - arriving.sum(), facts.disk_rooms.clone());
+    Room { facts, memory, link_in: facts.spare_in, disks }
 }
 
 fn give(
@@ -138,6 +157,7 @@ fn give(
     };
     best.memory = best.memory - needed;
     best.link_in = best.link_in - vm.network_in;
+    best.take_disks(vm.local_disks.bytes);
     places.insert(vm.id.clone(), best.facts.id.clone());
     None
 }
@@ -161,9 +181,6 @@ fn vm_obstacles(vm: &VmNeeds) -> Vec<VmObstacle> {
     let mut obstacles = Vec::new();
     if let Some(owner) = &vm.foreign_owner {
         obstacles.push(VmObstacle::ForeignOwner { owner: owner.clone() });
-    }
-    if vm.disk == DiskNeed::Local {
-        obstacles.push(VmObstacle::LocalDisk);
     }
     obstacles
 }
@@ -198,7 +215,25 @@ fn obstacles(
     if vm.network_in > room.link_in {
         found.push(Obstacle::LinkRoom { needed: vm.network_in, spare: room.link_in });
     }
+    found.extend(disk_obstacles(&vm.local_disks, room));
     found.extend(incompatibilities(vm, host));
+    found
+}
+
+fn disk_obstacles(disks: &LocalDisks, room: &Room<'_>) -> Vec<Obstacle> {
+    let mut found = Vec::new();
+    for path in &disks.paths {
+        let obstacle = match room.disk_room(path) {
+            None => Obstacle::DiskPlace { path: path.clone() },
+            Some(room) if disks.bytes > room.free => {
+                Obstacle::DiskRoom { needed: disks.bytes, free: room.free, room: room.path.clone() }
+            }
+            Some(_) => continue,
+        };
+        if !found.contains(&obstacle) {
+            found.push(obstacle);
+        }
+    }
     found
 }
 

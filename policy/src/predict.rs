@@ -10,6 +10,11 @@
 //! exceeds B.) It ends when what is left fits into the pause that is wanted, or at a cap; then the
 //! remainder is sent in the pause.
 //!
+//! Local disks go first: their bytes at what the guest's own writes leave of the bandwidth (MigrateFS,
+//! inequality (1)); after that these writes go to both sides, and memory has what they leave. A guest
+//! that writes as fast as the link carries never gets there: it is counted as held to nine tenths, and
+//! as not converging.
+//!
 //! **The error** is carried, not hidden: [`Range`] holds the figure computed with pages and dirty
 //! rate lowered, and the bandwidth raised, by what the measurement says it may be off by; as
 //! measured; and the other way round. The model's own error is not in it; the report shows that
@@ -41,6 +46,9 @@ const ZERO_PAGE: u64 = 9;
 /// Bytes that a full Ethernet frame of TCP has on the wire for each byte of payload: 1514 for 1448
 /// (timestamps on).
 const FRAMING: f64 = 1514.0 / 1448.0;
+
+/// A guest that writes faster than this share of the bandwidth is counted as held to it.
+const WRITES_SHARE_MOST: f64 = 0.9;
 
 /// What one migration will take.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -89,7 +97,8 @@ impl<T> Range<T> {
 #[must_use]
 pub fn pre_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteria) -> Prediction {
     let page_bytes = (PAGE_BYTES + PAGE_HEADER) as f64 * FRAMING;
-    let rate = bandwidth.0.max(1) as f64;
+    let disk = disk_copy(vm, bandwidth);
+    let rate = (bandwidth - disk.writes).0.max(1) as f64;
     let memory_pages = vm.memory.pages().0.max(vm.non_zero.0);
     let zero_bytes = (memory_pages - vm.non_zero.0) as f64 * ZERO_PAGE as f64 * FRAMING;
     let wanted = criteria.downtime.saturating_sub(criteria.fixed_pause).as_secs_f64();
@@ -107,8 +116,41 @@ pub fn pre_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteria
         }
     };
     let downtime = span(left / rate).saturating_add(criteria.fixed_pause);
-    let total_time = span(seconds).saturating_add(downtime);
-    Prediction { iterations, total_time, downtime, bytes: Bytes((sent + left) as u64), converges }
+    let total_time = span(seconds).saturating_add(disk.time).saturating_add(downtime);
+    let bytes = Bytes((sent + left) as u64) + disk.bytes;
+    let converges = converges && disk.converges;
+    Prediction { iterations, total_time, downtime, bytes, converges }
+}
+
+/// What a VM's local disks take before its memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskCopy {
+    /// Until they are in step.
+    pub time: Duration,
+    /// What they hold, framing included.
+    pub content: Bytes,
+    /// All that goes on the wire until then.
+    pub bytes: Bytes,
+    /// What the guest's writes take of the link from then on.
+    pub writes: BytesPerSec,
+    /// Whether they get there without holding the guest back.
+    pub converges: bool,
+}
+
+/// The copy of a VM's local disks at `bandwidth` on the wire.
+#[must_use]
+pub fn disk_copy(vm: &MeasuredVm, bandwidth: BytesPerSec) -> DiskCopy {
+    if vm.disk == Bytes::ZERO {
+        let (none, writes) = (Bytes::ZERO, BytesPerSec::ZERO);
+        let time = Duration::ZERO;
+        return DiskCopy { time, content: none, bytes: none, writes, converges: true };
+    }
+    let writes = vm.disk_writes.min(bandwidth.scale(WRITES_SHARE_MOST));
+    let left = Bytes((vm.disk.0 as f64 * FRAMING) as u64);
+    let time = left.time_at(bandwidth - writes).unwrap_or(Duration::MAX);
+    let sent_twice = Bytes((writes.0 as f64 * time.as_secs_f64()) as u64);
+    let converges = writes == vm.disk_writes;
+    DiskCopy { time, content: left, bytes: left + sent_twice, writes, converges }
 }
 
 /// Distinct pages dirtied in `seconds`.
@@ -194,18 +236,19 @@ impl Default for ColdTimes {
     }
 }
 
-/// A cold migration: no memory moves, and the whole of it is downtime. Times may be half or twice
-/// as long.
+/// A cold migration: no memory moves, and what is not its disks is downtime. Times may be half or
+/// twice as long.
 #[must_use]
-pub fn cold(times: ColdTimes) -> Range<Prediction> {
+pub fn cold(times: ColdTimes, vm: &MeasuredVm, bandwidth: BytesPerSec) -> Range<Prediction> {
+    let disk = disk_copy(vm, bandwidth);
     let with = |factor: f64| {
         let downtime = (times.stop.saturating_add(times.start)).mul_f64(factor);
         Prediction {
             iterations: 0,
-            total_time: downtime,
+            total_time: downtime.saturating_add(disk.time),
             downtime,
-            bytes: Bytes::ZERO,
-            converges: true,
+            bytes: disk.bytes,
+            converges: disk.converges,
         }
     };
     Range { low: with(0.5), likely: with(1.0), high: with(2.0) }

@@ -158,12 +158,18 @@ pub(super) fn migration_line(migration: &MigrationStatus) -> String {
         line = format!("{line} {} > {}", migration.source, migration.destination);
     }
     if migration.rate_bits_per_sec > 0 {
-        line = format!(
-            "{line}, {}, {} left, iteration {}",
-            rate(migration.rate_bits_per_sec),
-            size(migration.bytes_remaining),
-            migration.iteration
-        );
+        line = format!("{line}, {}", rate(migration.rate_bits_per_sec));
+        if migration.iteration > 0 {
+            let left = size(migration.bytes_remaining);
+            line = format!("{line}, {left} left, iteration {}", migration.iteration);
+        }
+    }
+    if migration.disk_bytes_left > 0 {
+        line = format!("{line}, {} of disks left", size(migration.disk_bytes_left));
+    }
+    if migration.disk_limit_bytes_per_sec > 0 {
+        let limit = migration.disk_limit_bytes_per_sec.saturating_mul(8);
+        line = format!("{line}, its writes held to {}", rate(limit));
     }
     if !matches!(migration.phase.as_str(), "moved" | "left-behind" | "lost" | "uncertain") {
         let left = to_go(migration.time_to_go_ms, migration.time_to_go_known);

@@ -286,6 +286,14 @@ impl Hands {
             network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,
+            disk_limit_bytes_per_sec: leg
+                .disk_date
+                .and_then(|date| date.limit)
+                .map_or(0, |limit| limit.0),
+            // A date that has passed is still one: the least that a guest can be held to.
+            disk_window_ms: leg
+                .disk_date
+                .map_or(0, |date| date.in_step_by.since(clock::now()).max(1)),
             deadline_ms: left.map_or(0, |deadline| deadline.since(clock::now())),
             ..StartMigrationRequest::default()
         };

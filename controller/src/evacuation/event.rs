@@ -9,7 +9,7 @@ use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
 
-use super::vm::{Leg, Prediction, VmRecord};
+use super::vm::{DiskDate, Leg, Prediction, VmRecord};
 use crate::network::{Hop, Reserved};
 
 /// Where the source is to send the pages, and the secret that opens the door. Passed through, never
@@ -51,6 +51,8 @@ pub struct PlannedLeg {
     pub hops: Vec<Hop>,
     /// How long it should take.
     pub prediction: Prediction,
+    /// How its guest is held back for the date; `None`: not at all.
+    pub disk_date: Option<DiskDate>,
 }
 
 /// What the agents agree to have happened to a migration.

@@ -21,6 +21,7 @@ pub(super) fn new_leg(migration: MigrationId, planned: PlannedLeg, now: UnixMs) 
         hops: planned.hops,
         reserved: Reserved::default(),
         prediction: planned.prediction,
+        disk_date: planned.disk_date,
         started: now,
         committed: false,
         uncertain_since: None,

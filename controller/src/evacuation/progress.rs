@@ -9,6 +9,8 @@ use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use super::machine::Evacuation;
 use super::vm::{VmPhase, VmRecord};
 
+/// Share of the bar that disks fill, where there are any; memory goes on from there.
+const DISKS_END: f64 = 0.60;
 /// Share of the bar that the first pass over the memory fills.
 const FIRST_PASS: f64 = 0.80;
 /// Where all further iterations together end; each fills half of what is left.
@@ -26,7 +28,8 @@ const COMMITTED: f64 = 0.98;
 #[must_use]
 pub fn done_share(progress: &MigrationProgress, before: f64) -> f64 {
     let now = match progress.phase() {
-        Phase::Unspecified | Phase::Setup | Phase::DiskBulk => 0.0,
+        Phase::Unspecified | Phase::Setup => 0.0,
+        Phase::DiskBulk => DISKS_END * disks_copied(progress),
         Phase::MemoryCopy => copied(progress),
         Phase::Switchover => SWITCHOVER,
         Phase::Committing | Phase::Uncertain => COMMITTED,
@@ -35,6 +38,11 @@ pub fn done_share(progress: &MigrationProgress, before: f64) -> f64 {
         Phase::Failed | Phase::Cancelled | Phase::Lost => before,
     };
     now.max(before).clamp(0.0, 1.0)
+}
+
+fn disks_copied(progress: &MigrationProgress) -> f64 {
+    let all = progress.disk_bytes_sent.saturating_add(progress.disk_bytes_left);
+    progress.disk_bytes_sent as f64 / all.max(1) as f64
 }
 
 fn copied(progress: &MigrationProgress) -> f64 {

@@ -46,6 +46,7 @@ pub(crate) fn choice(name: &str, to: &str) -> Box<Choice> {
             bytes: 1 << 20,
             ..Prediction::default()
         },
+        disk_date: None,
     };
     Box::new(Choice { vm: vm(name), source: host("h1"), leg })
 }

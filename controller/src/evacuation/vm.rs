@@ -5,6 +5,7 @@
 use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::units::BytesPerSec;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMs;
@@ -114,6 +115,15 @@ pub struct Prediction {
     pub between_ms: u64,
 }
 
+/// How the guest is held back for the date.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskDate {
+    /// What it may change on its disks at first.
+    pub limit: Option<BytesPerSec>,
+    /// When they have to be in step.
+    pub in_step_by: UnixMs,
+}
+
 /// One attempt to move one VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Leg {
@@ -129,6 +139,9 @@ pub struct Leg {
     pub reserved: Reserved,
     /// What the plan said.
     pub prediction: Prediction,
+    /// How its guest is held back for the date; `None`: not at all.
+    #[serde(default)]
+    pub disk_date: Option<DiskDate>,
     /// When it was chosen.
     pub started: UnixMs,
     /// Whether COMMIT was seen to be under way: from then on only proof says where the VM is.

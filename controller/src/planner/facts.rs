@@ -6,14 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::placement::{
-    Bridge, CpuNeed, DiskNeed, HostFacts, HostState, NicNeed, Overhead, QemuVersion, Unplaced,
-    VmNeeds,
+    Bridge, CpuNeed, DiskNeed, DiskRoom, HostFacts, HostState, LocalDisks, NicNeed, Overhead,
+    QemuVersion, Unplaced, VmNeeds,
 };
-use lifeboat_protocol::agent::{HostDescription, VmDefinition, VmMeasurement, VmStatus};
+use lifeboat_protocol::agent::{self, HostDescription, VmDefinition, VmMeasurement, VmStatus};
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::units::{BitsPerSec, Bytes, Pages, PagesPerSec};
+use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec, Pages, PagesPerSec};
 
-use super::{Promised, Stays};
+use super::{DiskPromise, Promised, Stays};
 use crate::inventory::{HostEntry, is};
 
 /// `7.2.22` or `10.0.2 (Debian ...)` to its first two numbers; 0.0 for what is none, which is older
@@ -59,7 +59,12 @@ pub(super) fn host_facts(
         bridges: said.bridges.iter().map(bridge).collect(),
         storage,
         profiles: set(&said.profiles),
+        disk_rooms: said.disk_rooms.iter().map(disk_room).collect(),
     }
+}
+
+fn disk_room(said: &agent::DiskRoom) -> DiskRoom {
+    DiskRoom { path: said.path.clone(), free: Bytes(said.free_bytes) }
 }
 
 fn set(names: &[String]) -> BTreeSet<String> {
@@ -110,6 +115,7 @@ pub(super) fn vm_needs(
         devices: devices(definition),
         nics: nics.collect(),
         disk: disk_need(definition),
+        local_disks: local_disks(definition, measured.disk),
         foreign_owner: None,
         profile: Some(definition.profile.clone()).filter(|name| !name.is_empty()),
     }
@@ -132,16 +138,21 @@ fn devices(definition: &VmDefinition) -> BTreeSet<String> {
 }
 
 fn disk_need(definition: &VmDefinition) -> DiskNeed {
-    if definition.disks.iter().any(|disk| !disk.read_only && disk.shared_storage.is_empty()) {
-        return DiskNeed::Local;
-    }
-    let shared: BTreeSet<String> = definition
-        .disks
-        .iter()
-        .map(|disk| disk.shared_storage.clone())
-        .filter(|name| !name.is_empty())
-        .collect();
+    let storages = definition.disks.iter().map(|disk| disk.shared_storage.clone());
+    let shared: BTreeSet<String> = storages.filter(|name| !name.is_empty()).collect();
     if shared.is_empty() { DiskNeed::None } else { DiskNeed::Shared(shared) }
+}
+
+/// What its owner was promised for its disks.
+pub(super) fn disk_promise(definition: &VmDefinition) -> DiskPromise {
+    let rate = BytesPerSec(definition.promised_disk_bytes_per_sec);
+    DiskPromise { rate, unthrottled: definition.forbid_throttling }
+}
+
+/// The disks that go along, which take so many `bytes` together.
+fn local_disks(definition: &VmDefinition, bytes: Bytes) -> LocalDisks {
+    let local = definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
+    LocalDisks { paths: local.map(|disk| disk.path.clone()).collect(), bytes }
 }
 
 /// The agent's figures in the policy's units.
@@ -155,6 +166,8 @@ pub(super) fn measured_vm(vm: &VmId, memory: Bytes, said: &VmMeasurement) -> Mea
         working_set: Pages(said.working_set_pages).min(memory.pages()),
         network_out: BitsPerSec(said.network_out_bits_per_sec),
         network_in: BitsPerSec(said.network_in_bits_per_sec),
+        disk: Bytes(said.disk_bytes),
+        disk_writes: BytesPerSec(said.disk_write_bytes_per_sec),
         error: if error.is_finite() { error.clamp(0.0, 1.0) } else { 1.0 },
     }
 }
@@ -197,18 +210,18 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_counts_by_who_reaches_it_and_who_writes_it() {
-        let disk = |read_only, storage: &str| Disk {
-            read_only,
+    fn a_disk_stays_on_storage_that_both_reach_or_goes_along() {
+        let disk = |path: &str, storage: &str| Disk {
+            path: path.to_owned(),
             shared_storage: storage.to_owned(),
             ..Disk::default()
         };
-        let need = |disks| disk_need(&VmDefinition { disks, ..VmDefinition::default() });
-        assert_eq!(need(vec![]), DiskNeed::None);
-        assert_eq!(need(vec![disk(true, "")]), DiskNeed::None);
-        assert_eq!(need(vec![disk(false, "")]), DiskNeed::Local);
-        let shared = DiskNeed::Shared(BTreeSet::from(["nfs".to_owned()]));
-        assert_eq!(need(vec![disk(false, "nfs"), disk(true, "")]), shared);
+        let definition = |disks| VmDefinition { disks, ..VmDefinition::default() };
+        assert_eq!(disk_need(&definition(vec![])), DiskNeed::None);
+        let both = definition(vec![disk("/san/a", "nfs"), disk("/d/b", "")]);
+        assert_eq!(disk_need(&both), DiskNeed::Shared(BTreeSet::from(["nfs".to_owned()])));
+        let local = local_disks(&both, Bytes(7));
+        assert_eq!((local.paths, local.bytes), (BTreeSet::from(["/d/b".to_owned()]), Bytes(7)));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Gathers what one host's plan is made from: its VMs measured now, every host's description, what
 //! is promised elsewhere, which shared storage is proven where.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::placement::VmObstacle;
 use lifeboat_policy::plan::{Inventory as PolicyInventory, PlannedVm};
 use lifeboat_policy::predict::{ColdTimes, Experience};
@@ -15,7 +16,7 @@ use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 
-use super::{MODES, Planner, PlannerError, Promised, Stays, facts};
+use super::{DiskPromise, MODES, Planner, PlannerError, Promised, Stays, facts};
 use crate::clock;
 use crate::evacuation::EvacuationOrder;
 use crate::inventory::{HostEntry, name_of, owns};
@@ -31,6 +32,7 @@ const FRESH: Duration = Duration::from_secs(10);
 /// What a plan was made from, kept to explain it.
 pub(super) struct Gathered {
     pub(super) inventory: PolicyInventory,
+    promises: BTreeMap<VmId, DiskPromise>,
 }
 
 impl Planner {
@@ -51,7 +53,7 @@ impl Planner {
         let (movable, mut stuck) = sort(order, source, &entry, &description, wanted);
         let begun = clock::now();
         let asked = movable.iter().map(|(vm, status)| self.measured(source, vm, status, promised));
-        let mut vms = Vec::new();
+        let (mut vms, mut promises) = (Vec::new(), BTreeMap::new());
         for ((vm, status), measured) in movable.iter().zip(join_all(asked).await) {
             let definition = status.definition.clone().unwrap_or_default();
             match measured {
@@ -59,6 +61,7 @@ impl Planner {
                     let memory = Bytes(definition.memory_bytes);
                     let measured = facts::measured_vm(vm, memory, &said);
                     let needs = facts::vm_needs(vm, status, &definition, &description, &measured);
+                    promises.insert(VmId::clone(vm), facts::disk_promise(&definition));
                     vms.push(PlannedVm { needs, measured });
                 }
                 Err(reason) => stuck.push(stays(source, vm, reason)),
@@ -83,7 +86,7 @@ impl Planner {
             experience: Experience::default(),
             between: SETTING_UP.saturating_add(measuring.max(self.window())),
         };
-        Ok((Gathered { inventory }, stuck))
+        Ok((Gathered { inventory, promises }, stuck))
     }
 
     /// Asks every connected agent at once: what the last poll said may be a second old, and a VM may
@@ -219,6 +222,13 @@ impl Gathered {
         found.map_or((0, 0), |planned| {
             (planned.measured.non_zero.bytes().0, planned.measured.dirty_rate.0)
         })
+    }
+
+    /// All that was measured of a VM, and what its owner was promised for its disks.
+    pub(super) fn of(&self, vm: &VmId) -> Option<(MeasuredVm, DiskPromise)> {
+        let planned = self.inventory.vms.iter().find(|planned| planned.needs.id == *vm)?;
+        let promise = self.promises.get(vm).copied().unwrap_or_default();
+        Some((planned.measured.clone(), promise))
     }
 
     /// Why this destination: what it has free.

@@ -64,7 +64,7 @@ impl Planner {
 fn needed(vms: &[PlannedVm]) -> BTreeSet<String> {
     let shared = vms.iter().filter_map(|vm| match &vm.needs.disk {
         DiskNeed::Shared(names) => Some(names.clone()),
-        DiskNeed::None | DiskNeed::Local => None,
+        DiskNeed::None => None,
     });
     shared.flatten().collect()
 }

@@ -75,17 +75,42 @@ pub struct NicNeed {
     pub vlan: Option<u16>,
 }
 
-/// What a guest's disks need.
+/// What those of a guest's disks need that do not go along.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskNeed {
-    /// No disk, or none that it may write.
+    /// None of its disks lies on such storage.
     None,
     /// Storage that several hosts reach, by the name that they know it by. A host counts only with
     /// a proof (a probe file).
     Shared(BTreeSet<String>),
-    /// A disk that it writes and that only the source has.
-    Local,
+}
+
+/// The disks that only the source has, and that go along.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct LocalDisks {
+    /// Their images, the same at every host: paths, or plain names.
+    pub paths: BTreeSet<String>,
+    /// What they take together; holes take nothing.
+    pub bytes: Bytes,
+}
+
+/// A directory of a host in which disks may arrive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DiskRoom {
+    /// Which.
+    pub path: String,
+    /// What is free of its file system.
+    pub free: Bytes,
+}
+
+impl DiskRoom {
+    /// Whether the image `path` lies in it.
+    #[must_use]
+    pub fn holds(&self, path: &str) -> bool {
+        let rest = path.strip_prefix(self.path.trim_end_matches('/'));
+        rest.is_some_and(|rest| rest.starts_with('/'))
+    }
 }
 
 /// What one VM needs.
@@ -111,6 +136,8 @@ pub struct VmNeeds {
     pub nics: Vec<NicNeed>,
     /// Its disks.
     pub disk: DiskNeed,
+    /// Its disks that go along.
+    pub local_disks: LocalDisks,
     /// The root-owned profile of extra QEMU arguments that it was started with, if any.
     pub profile: Option<String>,
     /// Who else manages it (libvirt, Proxmox, an HA manager), if anybody does.
@@ -180,6 +207,8 @@ pub struct HostFacts {
     pub profiles: BTreeSet<String>,
     /// The shared storage that was proven to be reachable there.
     pub storage: BTreeSet<String>,
+    /// Where disks may arrive.
+    pub disk_rooms: Vec<DiskRoom>,
 }
 
 /// What a QEMU process needs besides the guest's memory: something for itself, something that grows

@@ -20,11 +20,6 @@ pub enum VmObstacle {
         /// Who.
         owner: String,
     },
-    /// Its disk cannot follow it.
-    #[error(
-        "it writes to a disk that only this host has, and disks are not moved yet; put the disk on storage that both hosts reach, or shut the VM down"
-    )]
-    LocalDisk,
 }
 
 /// What speaks against one host as the destination of one VM.
@@ -137,6 +132,24 @@ pub enum Obstacle {
     Storage {
         /// Those that are missing.
         missing: BTreeSet<String>,
+    },
+    /// A disk may not be made there.
+    #[error(
+        "it takes in no disk at {path}; add the directory to `disk_dirs` in its agent.toml, and make it"
+    )]
+    DiskPlace {
+        /// The disk.
+        path: String,
+    },
+    /// The disks do not fit.
+    #[error("{needed} of disks are to be moved, {free} are free in {room}")]
+    DiskRoom {
+        /// What they take.
+        needed: Bytes,
+        /// What is free, less what this plan has given away already.
+        free: Bytes,
+        /// Where.
+        room: String,
     },
 }
 

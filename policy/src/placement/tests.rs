@@ -26,6 +26,7 @@ pub(crate) fn needs(name: &str, mib: u64) -> VmNeeds {
         devices: set(&["virtio-net-pci"]),
         nics: vec![NicNeed { bridge: "br0".to_owned(), mtu: 1500, vlan: Some(7) }],
         disk: DiskNeed::None,
+        local_disks: LocalDisks::default(),
         profile: None,
         foreign_owner: None,
     }
@@ -48,6 +49,7 @@ pub(crate) fn facts(name: &str, free_mib: u64) -> HostFacts {
         bridges: BTreeMap::from([("br0".to_owned(), bridge)]),
         profiles: set(&["fast-net"]),
         storage: set(&["nfs1"]),
+        disk_rooms: vec![DiskRoom { path: "/disks".to_owned(), free: Bytes::from_mib(100) }],
     }
 }
 
@@ -121,6 +123,27 @@ fn every_obstacle_is_named() {
     assert_eq!(against(|_, v| v.disk = DiskNeed::Shared(set(&["nfs1", "nfs2"]))), [missing]);
 }
 
+fn with_disk(name: &str, path: &str, mib: u64) -> VmNeeds {
+    let local_disks = LocalDisks { paths: set(&[path]), bytes: Bytes::from_mib(mib) };
+    VmNeeds { local_disks, ..needs(name, 256) }
+}
+
+#[test]
+fn disks_go_where_there_is_a_place_and_room_for_them() {
+    let said = |path: &str, mib| against(|_, v| *v = with_disk("a", path, mib));
+    assert_eq!(said("/disks/a", 100), []);
+    assert_eq!(said("a", 100), []);
+    let free = Bytes::from_mib(100);
+    let (needed, room) = (Bytes::from_mib(101), "/disks".to_owned());
+    assert_eq!(said("/disks/a", 101), [Obstacle::DiskRoom { needed, free, room }]);
+    let path = || "/disks2/a".to_owned();
+    assert_eq!(said("/disks2/a", 1), [Obstacle::DiskPlace { path: path() }]);
+    // What the first one gets is gone for the second.
+    let vms = [with_disk("a", "/disks/a", 60), with_disk("b", "/disks/b", 60)];
+    let placement = ask(&vms, &[facts("h2", 2000)], &[]);
+    assert_eq!((placement.places.len(), placement.unplaced.len()), (1, 1));
+}
+
 #[test]
 fn all_obstacles_are_named_at_once() {
     let found = against(|h, _| {
@@ -135,12 +158,11 @@ fn all_obstacles_are_named_at_once() {
 fn a_vm_that_must_not_move_says_why_and_asks_no_host() {
     let mut foreign = needs("a", 1);
     foreign.foreign_owner = Some("libvirt".to_owned());
-    foreign.disk = DiskNeed::Local;
     let placement = ask(&[foreign], &[facts("h2", 1000)], &[]);
     let unplaced = &placement.unplaced[0];
     assert!(unplaced.hosts.is_empty());
     let owner = "libvirt".to_owned();
-    assert_eq!(unplaced.vm_obstacles, [VmObstacle::ForeignOwner { owner }, VmObstacle::LocalDisk]);
+    assert_eq!(unplaced.vm_obstacles, [VmObstacle::ForeignOwner { owner }]);
 }
 
 #[test]

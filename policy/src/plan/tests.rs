@@ -2,11 +2,13 @@
 //! the source.
 
 use lifeboat_protocol::ids::SwitchId;
-use lifeboat_protocol::units::{Bytes, Pages, PagesPerSec};
+use lifeboat_protocol::units::{Bytes, BytesPerSec, Pages, PagesPerSec};
 use lifeboat_topology::{Attachment, End, LinkSpec, PortName};
 
 use super::*;
-use crate::placement::{Bridge, CpuNeed, DiskNeed, HostState, Obstacle, QemuVersion, VmObstacle};
+use crate::placement::{
+    Bridge, CpuNeed, DiskNeed, HostState, LocalDisks, Obstacle, QemuVersion, VmObstacle,
+};
 
 fn host(name: &str) -> HostId {
     HostId::new(name).unwrap()
@@ -60,6 +62,7 @@ fn planned(name: &str, dirty: u64, out: u64, into: u64) -> PlannedVm {
         devices: set(&[]),
         nics: Vec::new(),
         disk: DiskNeed::None,
+        local_disks: LocalDisks::default(),
         profile: None,
         foreign_owner: None,
     };
@@ -71,6 +74,8 @@ fn planned(name: &str, dirty: u64, out: u64, into: u64) -> PlannedVm {
         working_set: Pages(5_000),
         network_out: mbit(out),
         network_in: mbit(into),
+        disk: Bytes::ZERO,
+        disk_writes: BytesPerSec::ZERO,
         error: 0.1,
     };
     PlannedVm { needs, measured }
@@ -92,6 +97,7 @@ fn facts(name: &str) -> HostFacts {
         bridges: BTreeMap::<String, Bridge>::new(),
         profiles: set(&[]),
         storage: set(&[]),
+        disk_rooms: Vec::new(),
     }
 }
 
@@ -172,10 +178,11 @@ fn a_destination_that_no_way_leads_to_is_left_out_with_the_cut_named() {
 #[test]
 fn a_vm_that_cannot_move_does_not_stop_the_others() {
     let mut inventory = inventory();
-    inventory.vms[0].needs.disk = DiskNeed::Local;
+    let owner = "libvirt".to_owned();
+    inventory.vms[0].needs.foreign_owner = Some(owner.clone());
     let plan = plan(&request(), &inventory, &network()).unwrap();
     assert_eq!(plan.moves.len(), 3);
-    assert_eq!(plan.left_behind[0].vm_obstacles, [VmObstacle::LocalDisk]);
+    assert_eq!(plan.left_behind[0].vm_obstacles, [VmObstacle::ForeignOwner { owner }]);
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn predict(
     terms: &HostTerms,
 ) -> Range<Prediction> {
     match departure.mode {
-        Mode::Cold => cold(terms.cold),
+        Mode::Cold => cold(terms.cold, departure.vm, bandwidth.bytes_per_sec()),
         // What waits at the source or in stores is absorbed by the same pre-copy first, so its time
         // is the upper bound for the other two.
         Mode::Auto | Mode::PreCopy | Mode::PostCopy | Mode::ScatterGather => {

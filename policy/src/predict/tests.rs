@@ -17,6 +17,8 @@ fn vm(id: &str, pages: u64, dirty: u64, working_set: u64) -> MeasuredVm {
         working_set: Pages(working_set),
         network_out: BitsPerSec::ZERO,
         network_in: BitsPerSec::ZERO,
+        disk: Bytes::ZERO,
+        disk_writes: BytesPerSec::ZERO,
         error: 0.1,
     }
 }
@@ -72,7 +74,7 @@ fn equation_2_is_the_model_while_the_working_set_is_far_away() {
 
 #[test]
 fn a_cold_migration_moves_no_memory_and_is_all_downtime() {
-    let one = cold(ColdTimes::default()).likely;
+    let one = cold(ColdTimes::default(), &vm("a", 1, 0, 0), RATE).likely;
     assert_eq!((one.bytes, one.downtime), (Bytes::ZERO, Duration::from_secs(30)));
 }
 
@@ -151,4 +153,21 @@ proptest! {
         let range = pre_copy_range(&one, BytesPerSec(rate), 0.1, &StopCriteria::default());
         prop_assert!(range.likely.total_time >= range.likely.downtime);
     }
+}
+
+#[test]
+fn disks_go_first_at_what_the_guests_writes_leave() {
+    let without = pre_copy(&vm("a", 10_000, 0, 0), RATE, &StopCriteria::default());
+    let with = |writes| {
+        let disk = Bytes(1_000_000_000);
+        let vm = MeasuredVm { disk, disk_writes: BytesPerSec(writes), ..vm("a", 10_000, 0, 0) };
+        pre_copy(&vm, RATE, &StopCriteria::default())
+    };
+    let disk = (with(0).total_time - without.total_time).as_secs_f64();
+    assert!((disk - 1e9 * FRAMING / 25e6).abs() < 0.1, "{disk}");
+    let disk = (with(5_000_000).total_time - without.total_time).as_secs_f64();
+    assert!(disk > 1e9 * FRAMING / 20e6, "{disk}");
+    assert!(with(5_000_000).converges);
+    // Who writes as fast as the link carries never gets there unless held back.
+    assert!(!with(25_000_000).converges);
 }
