@@ -7,12 +7,14 @@ are written with their units, as an operator would.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Mapping
 
 from .model import Host, Link, Plug, Vm
 from .network import BRIDGE, CONTROLLER_IP, HOST_PORT, Cloud
 from .ovs import OVSDB_PORT
+from .shell import run
 from .state import BUILD, RUN
 
 AGENT_PORT = 7444
@@ -32,6 +34,8 @@ def write_all(cloud: Cloud) -> None:
         _write(RUN / host.name / "agent.toml", agent(host))
     _write(RUN / FABRIC / "agent.toml", fabric_agent())
     for vm in cloud.scenario.vms:
+        if vm.disk:
+            make_disk(vm)
         _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm))
     _write(RUN / "lab.toml", controller(cloud))
 
@@ -57,7 +61,7 @@ def fabric_agent() -> str:
 
 
 def _agent(name: str, management: str, folder: Path, ovs: Path, own: Mapping[str, Any]) -> str:
-    for sub in ("state", "vms", "qemu", "profiles"):
+    for sub in ("state", "vms", "qemu", "profiles", "disks"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     top = {
         "host": name,
@@ -68,6 +72,7 @@ def _agent(name: str, management: str, folder: Path, ovs: Path, own: Mapping[str
         "images_dir": str(BUILD),
         "vms_dir": str(folder / "vms"),
         "profiles_dir": str(folder / "profiles"),
+        "disk_dirs": [str(folder / "disks")],
         **own,
     }
     # Emulated: nested virtualisation runs no stock kernel on every machine that has /dev/kvm.
@@ -145,7 +150,23 @@ def definition(vm: Vm) -> str:
         "promised_network": _rate(vm.rate),
         "autostart": True,
     }
-    return _pairs(top) + _toml(*nics)
+    # A plain name: each host has its own directory of disks.
+    disks = [("[disk]", {"path": disk_name(vm), "format": "qcow2"})] if vm.disk else []
+    return _pairs(top) + _toml(*nics, *disks)
+
+
+def disk_name(vm: Vm) -> str:
+    """What a VM's local disk is called on every host."""
+    return f"{vm.name}.qcow2"
+
+
+def make_disk(vm: Vm) -> None:
+    """A local disk: an overlay of a base that all hosts have, as they have the kernel."""
+    base, overlay = RUN / f"{vm.name}-base.raw", RUN / vm.host / "disks" / disk_name(vm)
+    base.write_bytes(os.urandom(vm.disk))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), str(overlay))
+    # QEMU runs as an unprivileged user.
+    overlay.chmod(0o666)
 
 
 def tls_dir(role: str, name: str) -> str:

@@ -79,6 +79,7 @@ class Vm:
     memory: int
     nics: tuple[Nic, ...]
     rate: int
+    disk: int
     arguments: str
 
 
@@ -121,6 +122,6 @@ def _plug(given: dict[str, Any]) -> Plug:
 
 
 def _vm(given: dict[str, Any]) -> Vm:
-    wanted = ("name", "host", "role", "memory", "rate", "arguments")
+    wanted = ("name", "host", "role", "memory", "rate", "disk", "arguments")
     nics = tuple(Nic(**nic) for nic in given["nics"])
     return Vm(nics=nics, **{key: given[key] for key in wanted})

@@ -114,7 +114,8 @@ def _check_tools() -> None:
 def _binaries(given: Optional[Path], network_only: bool) -> Path:
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     folders = [given.resolve()] if given else [target / "release", target / "debug"]
-    wanted = ["lifeboat-lab"] if network_only else ["lifeboat-lab", "lifeboat-agent", "lifeboat"]
+    wanted = ["lifeboat-lab"] if network_only else [
+        "lifeboat-lab", "lifeboat-agent", "lifeboat-disk", "lifeboat"]
     there = [folder for folder in folders if all((folder / name).exists() for name in wanted)]
     if not there:
         raise LabError(f"{', '.join(wanted)}: not all in {' or '.join(map(str, folders))}. Build "

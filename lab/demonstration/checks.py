@@ -17,6 +17,8 @@ from .waiting import on_the_way, waited
 DOWNTIME_MOST_MS = 300.0
 ALIVE_STATES = ("running", "paused", "sending", "incoming", "uncertain", "in doubt", "crashed")
 SHOWN = 6
+# What a guest writes and compares at a time.
+BLOCK_BYTES = 4096
 
 
 @dataclass
@@ -100,6 +102,18 @@ def read_again(evidence: Evidence) -> list[str]:
         if passes < 1:
             faults.append(f"{guest.name}: {passes:.0%} of its memory was read and compared since "
                           "it arrived")
+    return faults
+
+
+def disks_read_again(evidence: Evidence) -> list[str]:
+    """A local disk came along: the guest has compared all of it since, and goes on writing."""
+    faults = []
+    for guest in (guest for guest in evidence.guests if guest.disk):
+        account = evidence.accounts.get(guest.name)
+        written, compared = account.disk_since_arrival() if account else (0, 0)
+        if compared * BLOCK_BYTES < guest.disk or not written:
+            faults.append(f"{guest.name}: {compared} of {guest.disk // BLOCK_BYTES} blocks of its "
+                          f"disk were compared since it arrived, and {written} written")
     return faults
 
 
@@ -230,6 +244,7 @@ QUESTIONS: tuple[tuple[str, Callable[[Evidence], list[str]]], ...] = (
     ("the source holds no QEMU any more", source_is_empty),
     ("no guest ever reported a wrong byte", no_wrong_byte),
     ("every page was read and compared again since it arrived", read_again),
+    ("every block of a local disk was read and compared again, too", disks_read_again),
     ("every guest is in its first life, and was never set back", same_life),
     ("every heartbeat gap is accounted for", gaps_accounted_for),
     ("every checked TCP connection survived", connections_survived),

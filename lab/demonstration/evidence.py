@@ -25,6 +25,8 @@ class Guest:
     name: str
     role: str
     nics: int
+    # Bytes of its local disk that it writes and compares; 0 where it has none.
+    disk: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cloud.shell import CommandFailed
 from cloud.state import LAB, ROOT, RUN, LabError
 
 from . import telling
-from .checks import Check, judge
+from .checks import BLOCK_BYTES, Check, judge
 from .evidence import Evidence, Guest
 from .spoil import SPOILS
 from .standing import Standing
@@ -134,7 +134,7 @@ class Demo:
         vms = [vm for vm in scenario.vms if vm.host == self.args.host]
         if not vms:
             raise LabError(f"the scenario has no VM on {self.args.host}: name another --host")
-        guests = [Guest(vm.name, vm.role, len(vm.nics)) for vm in vms]
+        guests = [Guest(vm.name, vm.role, len(vm.nics), vm.disk) for vm in vms]
         evidence = Evidence(self.args.host, guests, reserves=self.args.urgency != "0")
         listeners = {vm.name: Listener(vm) for vm in vms}
         self.wait_for_everybody(listeners)
@@ -194,12 +194,12 @@ class Demo:
         return held, self.standing.ask("report", newest["evacuation"])
 
     def after_it(self, evidence: Evidence, listeners: dict[str, Listener]) -> None:
-        """Lets the guests read their whole memory again; then spoils something, if asked to."""
+        """Lets the guests read their whole memory and disks again; then spoils something, if asked to."""
         moved = {guest.name for guest in evidence.guests if evidence.destination(guest.name)}
         listeners = {name: one for name, one in listeners.items() if name in moved}
-        self.say(f"{len(moved)} guests read and compare all of their memory once more")
+        self.say(f"{len(moved)} guests read and compare all that they have once more")
         try:
-            until("guests", READ_AGAIN_SECONDS, lambda: _unread(accounts(listeners, evidence)))
+            until("guests", READ_AGAIN_SECONDS, lambda: _unread(evidence, accounts(listeners, evidence)))
         except LabError:
             pass  # the checks will say it, with all the rest
         if self.args.spoil:
@@ -237,8 +237,11 @@ def _not_ready(listeners: dict[str, Listener]) -> str:
     return f"{', '.join(missing)} not booted; see lab/run/HOST/agent.log" if missing else ""
 
 
-def _unread(said: dict[str, Any]) -> str:
-    unread = [name for name, account in said.items() if account.passes_since_arrival() < 1]
+def _unread(evidence: Evidence, said: dict[str, Any]) -> str:
+    disks = {guest.name: guest.disk for guest in evidence.guests}
+    unread = [name for name, account in said.items()
+              if account.passes_since_arrival() < 1
+              or account.disk_since_arrival()[1] * BLOCK_BYTES < disks[name]]
     return f"{', '.join(unread)} not read through" if unread else ""
 
 

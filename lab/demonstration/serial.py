@@ -12,6 +12,7 @@ from typing import Iterable, Optional
 
 READY = re.compile(r"LIFEBOAT-READY name=(\S+) role=(\S+) boot=([0-9a-f]+) pages=(\d+)")
 TICK = re.compile(r"LIFEBOAT-TICK (\d+) (\S+) pages=(\d+) .*?checked=(\d+) errors=(\d+)")
+DISK = re.compile(r" disk_writes=(\d+) disk_checks=(\d+)")
 CORRUPT = "LIFEBOAT-CORRUPT"
 
 
@@ -24,6 +25,8 @@ class Tick:
     pages: int
     checked: int
     errors: int
+    # Blocks written and compared on its local disk; None where it has none.
+    disk: Optional[tuple[int, int]] = None
 
 
 @dataclass
@@ -52,7 +55,10 @@ class Account:
                 self.boots.append(found[3])
             elif found := TICK.search(line):
                 second, verdict, pages, checked, errors = found.groups()
-                self.ticks.append(Tick(int(second), verdict, int(pages), int(checked), int(errors)))
+                on_disk = DISK.search(line)
+                disk = (int(on_disk[1]), int(on_disk[2])) if on_disk else None
+                self.ticks.append(Tick(int(second), verdict, int(pages), int(checked), int(errors),
+                                       disk))
             elif CORRUPT in line:
                 self.alarms.append(line.strip())
 
@@ -83,3 +89,11 @@ class Account:
         if len(ticks) < 2 or ticks[0].pages == 0:
             return 0.0
         return (ticks[-1].checked - ticks[0].checked) / ticks[0].pages
+
+    def disk_since_arrival(self) -> tuple[int, int]:
+        """Blocks written and compared on its local disk since it arrived."""
+        counts = [tick.disk for tick in self.after if tick.disk]
+        if not counts:
+            return 0, 0
+        (written, compared), (now_written, now_compared) = counts[0], counts[-1]
+        return now_written - written, now_compared - compared

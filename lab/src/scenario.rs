@@ -134,6 +134,8 @@ pub struct Vm {
     pub rate: BitsPerSec,
     /// Percent of one CPU that it computes.
     pub cpu: u64,
+    /// Bytes of its local disk, an overlay, that it writes and checks; zero for none.
+    pub disk: Bytes,
     /// The part of the kernel's command line that tells all this to `guest-workload`.
     pub arguments: String,
 }

@@ -26,7 +26,8 @@ from demonstration.serial import Account, Tick  # noqa: E402
 from demonstration.waiting import Wait  # noqa: E402
 
 SAMPLE = json.loads((Path(__file__).parent / "testdata/evacuation.json").read_text())
-(RUNS, EMPTY, BYTES, READ, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (name for name, _ in QUESTIONS)
+(RUNS, EMPTY, BYTES, READ, DISK, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (
+    name for name, _ in QUESTIONS)
 
 
 def evidence(record: Any) -> Evidence:
@@ -137,6 +138,17 @@ class WhatTheGuestSaid(Spoilt):
     def test_a_guest_that_stopped_reading_after_its_move_breaks_it(self) -> None:
         self.said["ticks"] = self.said["ticks"][: self.said["before"] + 2]
         self.assertIn("was read and compared", self.breaks(READ))
+
+    def test_a_disk_that_was_not_read_again_breaks_it(self) -> None:
+        self.record["guests"][0]["disk"] = 8192
+        self.assertIn("0 of 2 blocks", self.breaks(DISK))
+        first = self.said["before"]
+        for second, tick in enumerate(self.said["ticks"][first:]):
+            tick["disk"] = [second, 2 * second]
+        self.assertEqual(self.broken(), {})
+        for tick in self.said["ticks"][first:]:
+            tick["disk"] = [7, 70]
+        self.breaks(DISK)
 
     def test_a_second_boot_breaks_it(self) -> None:
         self.said["boots"].append("00" * 16)

@@ -9,17 +9,22 @@
 //! LIFEBOAT-READY name=web role=NO boot=0b5e... pages=16384     once
 //! LIFEBOAT-TICK 17 ok pages=16384 version=3 errors=0 ...       each second
 //! LIFEBOAT-CORRUPT page 5 word 100: found ...                  at once, for each wrong byte
+//!
+//! With a disk (`lb.disk`), a tick says `disk_writes=.. disk_checks=..` as well.
 //! ```
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::checked::Checked;
 use crate::clock::Clock;
+use crate::disk::Disk;
 use crate::heartbeat::{self, Answer};
 use crate::pace::Pace;
 use crate::params::{GuestParams, Role};
@@ -64,6 +69,7 @@ struct Guest {
     stream: Option<Checked>,
     outflow: Option<Outflow>,
     sink: Option<Sink>,
+    disk: Option<Disk>,
     state: Answer,
     seconds: u64,
 }
@@ -84,6 +90,13 @@ impl Guest {
             _ => None,
         };
         let sink = if params.role == Role::Ni { Some(Sink::new()?) } else { None };
+        let disk = match params.disk {
+            0 => None,
+            bytes => {
+                let (device, seed) = (Path::new("/dev/vda"), xxh3_64_with_seed(&boot_id, 1));
+                Some(Disk::start(device, bytes, params.disk_rate, seed)?)
+            }
+        };
         let cpu = if params.role == Role::C { params.cpu * 10_000_000 } else { 0 };
         Ok(Self {
             writing: Pace::new(params.dirty, BURST, 1, now),
@@ -101,6 +114,7 @@ impl Guest {
             listener,
             outflow,
             sink,
+            disk,
         })
     }
 
@@ -207,6 +221,8 @@ impl Guest {
         if self.params.spoil_after == Some(Duration::from_secs(self.seconds)) {
             self.region.spoil();
         }
+        let wrong: Vec<String> = self.disk.iter().flat_map(Disk::wrong).collect();
+        wrong.iter().for_each(|wrong| self.say_corrupt(wrong));
         self.say_tick();
     }
 
@@ -221,10 +237,15 @@ impl Guest {
 
     fn say_tick(&self) {
         let verdict = if self.state.errors == 0 { "ok" } else { "CORRUPT" };
+        let disk = self.disk.as_ref().map_or_else(String::new, |disk| {
+            let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+            let (writes, checks) = (read(&disk.counts.writes), read(&disk.counts.checks));
+            format!(" disk_writes={writes} disk_checks={checks}")
+        });
         let stream = self.stream.as_ref().map_or((0, 0), |s| (s.sent(), s.received()));
         println!(
             "LIFEBOAT-TICK {} {verdict} pages={} version={} writes={} checked={} errors={} \
-             stream_out={} stream_in={} traffic_out={} traffic_in={} rounds={} digest={:x}",
+             stream_out={} stream_in={} traffic_out={} traffic_in={} rounds={} digest={:x}{disk}",
             self.seconds,
             self.region.pages(),
             self.region.version(),

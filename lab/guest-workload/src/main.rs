@@ -7,6 +7,7 @@
 mod checked;
 mod client;
 mod clock;
+mod disk;
 mod gaps;
 mod guest;
 mod heartbeat;

@@ -101,13 +101,17 @@ pub(crate) struct GuestParams {
     pub(crate) cpu: u64,
     /// `lb.stream`: bytes/s sent on the checked stream.
     pub(crate) stream: u64,
+    /// `lb.disk`: bytes of the first disk that are written and checked; 0 for none.
+    pub(crate) disk: u64,
+    /// `lb.disk_rate`: blocks of 4 KiB written per second.
+    pub(crate) disk_rate: u64,
     /// `lb.spoil`: harm one page on purpose after so many seconds, so that a test can see the
     /// alarm ring.
     pub(crate) spoil_after: Option<Duration>,
 }
 
 const GUEST_KEYS: &str = "lb.name lb.role lb.client lb.rate lb.transport lb.region lb.dirty \
-                          lb.check lb.cpu lb.stream lb.spoil lb.ip lb.ip2 lb.mtu";
+                          lb.check lb.cpu lb.stream lb.disk lb.disk_rate lb.spoil lb.ip lb.ip2 lb.mtu";
 
 impl GuestParams {
     /// Reads a kernel command line; words without `lb.` are the kernel's own.
@@ -123,6 +127,8 @@ impl GuestParams {
             check: 1000,
             cpu: 0,
             stream: 20_000,
+            disk: 0,
+            disk_rate: 50,
             spoil_after: None,
         };
         for word in line.split_whitespace().filter(|word| word.starts_with("lb.")) {
@@ -147,6 +153,8 @@ impl GuestParams {
             "lb.check" => self.check = number(key, value)?,
             "lb.cpu" => self.cpu = number(key, value)?.min(100),
             "lb.stream" => self.stream = number(key, value)?,
+            "lb.disk" => self.disk = size(key, value)?,
+            "lb.disk_rate" => self.disk_rate = number(key, value)?,
             "lb.spoil" => self.spoil_after = Some(Duration::from_secs(number(key, value)?)),
             "lb.ip" | "lb.ip2" | "lb.mtu" => {}
             _ => return Err(ParamError::Unknown { key: key.to_owned(), known: GUEST_KEYS }),

@@ -43,28 +43,22 @@ pub(crate) struct WrongPage {
     pub(crate) version: u64,
 }
 
-/// A region of pages that is rewritten by version and checked without end.
+/// The walk over pages: which is written or checked next, and what it holds then. The pages
+/// themselves are elsewhere: in memory ([`Region`]), or on a disk ([`crate::disk`]).
 #[derive(Debug)]
-pub(crate) struct Region {
-    words: Vec<u64>,
+pub(crate) struct Walk {
     pages: u64,
     stride: u64,
     seed: u64,
     writes: u64,
     check_at: u64,
-    checked: u64,
 }
 
-impl Region {
-    /// A region of `bytes` rounded down to whole pages (at least one), every page at version 1.
+impl Walk {
+    /// Over `bytes` rounded down to whole pages (at least one), of which none is written yet.
     pub(crate) fn new(bytes: u64, seed: u64) -> Self {
         let pages = (bytes / PAGE_BYTES as u64).max(1);
-        let len = usize::try_from(pages).unwrap_or(1) * WORDS;
-        let stride = coprime_stride(pages);
-        let words = vec![0; len];
-        let mut region = Self { words, pages, stride, seed, writes: 0, check_at: 0, checked: 0 };
-        (0..pages).for_each(|_| region.write_next());
-        region
+        Self { pages, stride: coprime_stride(pages), seed, writes: 0, check_at: 0 }
     }
 
     /// Number of pages.
@@ -72,9 +66,75 @@ impl Region {
         self.pages
     }
 
-    /// How many pages were written since the start, the first filling included.
+    /// How many pages were written since the start.
     pub(crate) fn writes(&self) -> u64 {
         self.writes
+    }
+
+    /// The page that is written next, and its new version.
+    pub(crate) fn write_next(&mut self) -> (u64, u64) {
+        let (position, version) = (self.writes % self.pages, self.writes / self.pages + 1);
+        self.writes += 1;
+        (self.page_at(position), version)
+    }
+
+    /// The page that is checked next, and the version that it has.
+    pub(crate) fn check_next(&mut self) -> (u64, u64) {
+        let position = self.check_at;
+        self.check_at = (position + 1) % self.pages;
+        (self.page_at(position), self.version_at(position))
+    }
+
+    /// Fills `bytes` with what `page` holds at `version`.
+    pub(crate) fn fill(&self, page: u64, version: u64, bytes: &mut [u8]) {
+        let base = page_base(self.seed, page, version);
+        for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&page_word(base, i).to_le_bytes());
+        }
+    }
+
+    /// The first 8-byte word of `bytes` that is not what `page` holds at `version`.
+    pub(crate) fn first_wrong(&self, page: u64, version: u64, bytes: &[u8]) -> Option<usize> {
+        let base = page_base(self.seed, page, version);
+        let right = |(i, word): (usize, &[u8])| word == page_word(base, i).to_le_bytes();
+        bytes.chunks_exact(8).enumerate().position(|word| !right(word))
+    }
+
+    fn version_at(&self, position: u64) -> u64 {
+        self.writes / self.pages + u64::from(position < self.writes % self.pages)
+    }
+
+    fn page_at(&self, position: u64) -> u64 {
+        (u128::from(position) * u128::from(self.stride) % u128::from(self.pages)) as u64
+    }
+}
+
+/// A region of pages in memory that is rewritten by version and checked without end.
+#[derive(Debug)]
+pub(crate) struct Region {
+    words: Vec<u64>,
+    walk: Walk,
+    checked: u64,
+}
+
+impl Region {
+    /// A region of `bytes` rounded down to whole pages (at least one), every page at version 1.
+    pub(crate) fn new(bytes: u64, seed: u64) -> Self {
+        let walk = Walk::new(bytes, seed);
+        let words = vec![0; usize::try_from(walk.pages()).unwrap_or(1) * WORDS];
+        let mut region = Self { words, walk, checked: 0 };
+        (0..region.pages()).for_each(|_| region.write_next());
+        region
+    }
+
+    /// Number of pages.
+    pub(crate) fn pages(&self) -> u64 {
+        self.walk.pages()
+    }
+
+    /// How many pages were written since the start, the first filling included.
+    pub(crate) fn writes(&self) -> u64 {
+        self.walk.writes()
     }
 
     /// How many pages were checked since the start.
@@ -84,28 +144,23 @@ impl Region {
 
     /// The highest version that any page has.
     pub(crate) fn version(&self) -> u64 {
-        self.writes.div_ceil(self.pages)
+        self.writes().div_ceil(self.pages())
     }
 
     /// Gives the next page its next version.
     pub(crate) fn write_next(&mut self) {
-        let page = self.page_at(self.writes % self.pages);
-        let version = self.writes / self.pages + 1;
-        let base = page_base(self.seed, page, version);
+        let (page, version) = self.walk.write_next();
+        let base = page_base(self.walk.seed, page, version);
         for (i, word) in self.page_mut(page).iter_mut().enumerate() {
             *word = page_word(base, i);
         }
-        self.writes += 1;
     }
 
     /// Checks the next page of the walk; a wrong one is put right after it was found.
     pub(crate) fn check_next(&mut self) -> Result<(), WrongPage> {
-        let position = self.check_at;
-        self.check_at = (position + 1) % self.pages;
+        let (page, version) = self.walk.check_next();
         self.checked += 1;
-        let page = self.page_at(position);
-        let version = self.version_at(position);
-        let base = page_base(self.seed, page, version);
+        let base = page_base(self.walk.seed, page, version);
         let words = self.page_mut(page);
         let wrong = words.iter().enumerate().find(|(i, word)| **word != page_word(base, *i));
         let Some((word, &found)) = wrong else { return Ok(()) };
@@ -117,14 +172,6 @@ impl Region {
     pub(crate) fn spoil(&mut self) {
         let middle = self.words.len() / 2;
         self.words[middle] ^= 1;
-    }
-
-    fn version_at(&self, position: u64) -> u64 {
-        self.writes / self.pages + u64::from(position < self.writes % self.pages)
-    }
-
-    fn page_at(&self, position: u64) -> u64 {
-        (u128::from(position) * u128::from(self.stride) % u128::from(self.pages)) as u64
     }
 
     fn page_mut(&mut self, page: u64) -> &mut [u64] {
@@ -214,7 +261,7 @@ mod tests {
         #[test]
         fn a_round_meets_every_page_once(pages in 1u64..500) {
             let region = Region::new(pages * 4096, 0);
-            let mut met: Vec<u64> = (0..pages).map(|position| region.page_at(position)).collect();
+            let mut met: Vec<u64> = (0..pages).map(|position| region.walk.page_at(position)).collect();
             met.sort_unstable();
             prop_assert!(met.into_iter().eq(0..pages));
         }

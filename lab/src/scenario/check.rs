@@ -22,6 +22,8 @@ use crate::proportions::{Role, share};
 /// Linux allows 15 bytes in an interface's name; `NAME-NAME` and `NAME-up` must fit, with a
 /// suffix for the cable.
 const NAME_LENGTH: usize = 6;
+const DISK_LEAST: u64 = 1 << 20;
+const DISK_MOST: u64 = 1 << 30;
 /// A guest checks its whole region in this time.
 const CHECK_SECONDS: u64 = 20;
 const HOSTS: usize = 90;
@@ -104,6 +106,9 @@ pub enum Problem {
         /// What it has.
         has: Bytes,
     },
+    /// Too small to be one, or too large to be filled while a demonstration begins.
+    #[error("a disk of {0} is out of range: 1 MiB to 1 GiB are written and checked")]
+    Disk(Bytes),
     /// More seeded pages than memory.
     #[error("a region of {region} does not fit a VM of {memory}: 76 MiB stay with its kernel")]
     LargeRegion {
@@ -262,6 +267,10 @@ impl<'a> Checker<'a> {
             Some(rate) => self.parsed(&key("rate"), rate)?,
             None => share.rate,
         };
+        let disk = match &given.disk {
+            Some(disk) => self.disk(&key("disk"), disk)?,
+            None => Bytes::ZERO,
+        };
         let mut vm = Vm {
             name: name.clone(),
             host,
@@ -273,6 +282,7 @@ impl<'a> Checker<'a> {
             check: PagesPerSec(region.pages().0.div_ceil(CHECK_SECONDS)),
             rate,
             cpu: given.cpu.as_ref().map_or(share.cpu, |cpu| *cpu.get_ref()),
+            disk,
             arguments: String::new(),
         };
         vm.arguments = arguments(&vm, client, file.workload.transport);
@@ -330,6 +340,14 @@ impl<'a> Checker<'a> {
             return Err(self.wrong(key, given, Problem::LargeRegion { region, memory }));
         }
         Ok(region)
+    }
+
+    fn disk(&self, key: &str, given: &Spanned<String>) -> Checked<Bytes> {
+        let disk: Bytes = self.parsed(key, given)?;
+        match (DISK_LEAST..=DISK_MOST).contains(&disk.0) {
+            true => Ok(disk),
+            false => Err(self.wrong(key, given, Problem::Disk(disk))),
+        }
     }
 
     fn load(&self, file: &file::File) -> Checked<f64> {
@@ -442,6 +460,11 @@ fn arguments(vm: &Vm, client: &Client, transport: file::Transport) -> String {
     }
     if vm.cpu > 0 {
         words.push(format!("lb.cpu={}", vm.cpu));
+    }
+    if vm.disk > Bytes::ZERO {
+        // It is read again as fast as memory is: two checks for each write.
+        let blocks = vm.disk.pages().0.div_ceil(CHECK_SECONDS * 2);
+        words.push(format!("lb.disk={} lb.disk_rate={blocks}", vm.disk.0));
     }
     for (nic, key) in vm.nics.iter().zip(["lb.ip", "lb.ip2"]) {
         words.push(format!("{key}={}", nic.address));

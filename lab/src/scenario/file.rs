@@ -110,4 +110,5 @@ pub(super) struct Vm {
     pub(super) dirty: Option<Spanned<u64>>,
     pub(super) rate: Option<Spanned<String>>,
     pub(super) cpu: Option<Spanned<u64>>,
+    pub(super) disk: Option<Spanned<String>>,
 }

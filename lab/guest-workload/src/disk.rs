@@ -1,0 +1,186 @@
+//! A guest's disk under load, by which it proves that no block of it was harmed.
+//!
+//! Used by the guest's loop, on a thread of its own: a write that waits for a throttled or mirrored
+//! disk must not keep the heartbeat waiting. The content of every block follows from one number, as
+//! in [`crate::pattern`]; that number is in the guest's memory and moves with it, so a destination
+//! that runs with yesterday's disk and today's memory is found out by the next check.
+//!
+//! Blocks are written and read past the guest's page cache (O_DIRECT), or a check would only look at
+//! memory. Deliberately not here: file systems.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::pace::Pace;
+use crate::pattern::{PAGE_BYTES, Walk};
+use crate::sys::wait;
+
+/// Blocks between two flushes.
+const FLUSH_EVERY: u64 = 64;
+/// Blocks that are read back for each one that is written.
+const CHECKS_PER_WRITE: u64 = 2;
+const BURST: Duration = Duration::from_millis(200);
+const IDLE: Duration = Duration::from_millis(10);
+
+/// What the thread has done so far.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) writes: AtomicU64,
+    pub(crate) checks: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+/// A disk at work.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) counts: Arc<Counts>,
+    wrong: Receiver<String>,
+}
+
+impl Disk {
+    /// Begins to write `blocks_per_second` to the first `bytes` of `device`, and to check them.
+    pub(crate) fn start(
+        device: &Path,
+        bytes: u64,
+        blocks_per_second: u64,
+        seed: u64,
+    ) -> io::Result<Self> {
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(device)?;
+        let counts = Arc::new(Counts::default());
+        let (tell, wrong) = channel();
+        let walk = Walk::new(bytes, seed);
+        let mut load = Load { file, walk, buffer: Aligned::new(), counts: Arc::clone(&counts) };
+        std::thread::Builder::new()
+            .name("disk".to_owned())
+            .spawn(move || load.run(blocks_per_second, &tell))?;
+        Ok(Self { counts, wrong })
+    }
+
+    /// What was found wrong since the last question.
+    pub(crate) fn wrong(&self) -> impl Iterator<Item = String> {
+        self.wrong.try_iter()
+    }
+}
+
+/// A block's worth of memory where O_DIRECT wants it.
+struct Aligned {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Aligned {
+    fn new() -> Self {
+        let bytes = vec![0; 2 * PAGE_BYTES];
+        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
+        Self { bytes, start }
+    }
+
+    fn block(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + PAGE_BYTES]
+    }
+}
+
+struct Load {
+    file: File,
+    walk: Walk,
+    buffer: Aligned,
+    counts: Arc<Counts>,
+}
+
+impl Load {
+    fn run(&mut self, blocks_per_second: u64, tell: &Sender<String>) {
+        let counts = Arc::clone(&self.counts);
+        let say = |error: io::Error, doing: &str| {
+            count_error(&counts);
+            // Nobody listens only when the guest ends.
+            let _ = tell.send(format!("disk: cannot {doing}: {error}"));
+        };
+        for _ in 0..self.walk.pages() {
+            if let Err(error) = self.write_next() {
+                return say(error, "fill it");
+            }
+        }
+        let clock = Clock::start();
+        let mut pace = Pace::new(blocks_per_second, BURST, 1, clock.now());
+        loop {
+            let due = pace.due(clock.now());
+            pace.took(due);
+            for _ in 0..due {
+                if let Err(error) = self.write_next() {
+                    return say(error, "write");
+                }
+                for _ in 0..CHECKS_PER_WRITE {
+                    match self.check_next() {
+                        Ok(None) => {}
+                        Ok(Some(wrong)) => {
+                            count_error(&self.counts);
+                            let _ = tell.send(wrong);
+                        }
+                        Err(error) => return say(error, "read"),
+                    }
+                }
+            }
+            // An interrupted wait is a shorter one.
+            let _ = wait(&[], IDLE);
+        }
+    }
+
+    fn write_next(&mut self) -> io::Result<()> {
+        let (page, version) = self.walk.write_next();
+        let block = self.buffer.block();
+        self.walk.fill(page, version, block);
+        self.file.write_all_at(block, page * PAGE_BYTES as u64)?;
+        if self.walk.writes().is_multiple_of(FLUSH_EVERY) {
+            self.file.sync_data()?;
+        }
+        self.counts.writes.store(self.walk.writes(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn check_next(&mut self) -> io::Result<Option<String>> {
+        let (page, version) = self.walk.check_next();
+        let block = self.buffer.block();
+        self.file.read_exact_at(block, page * PAGE_BYTES as u64)?;
+        self.counts.checks.fetch_add(1, Ordering::Relaxed);
+        let wrong = self.walk.first_wrong(page, version, block);
+        Ok(wrong.map(|word| format!("disk block {page} word {word}: version {version} expected")))
+    }
+}
+
+fn count_error(counts: &Counts) {
+    counts.errors.fetch_add(1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_that_is_not_what_was_written_is_found() {
+        let path = std::env::temp_dir().join(format!("disk-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.unwrap();
+        let walk = Walk::new(8 * PAGE_BYTES as u64, 5);
+        let counts = Arc::default();
+        let mut load = Load { file, walk, buffer: Aligned::new(), counts };
+        (0..11).for_each(|_| load.write_next().unwrap());
+        assert!((0..8).all(|_| load.check_next().unwrap().is_none()));
+        // The block of an earlier version, as a migration that lost an update would leave it.
+        let (mut old, at) = (vec![0; PAGE_BYTES], 3 * PAGE_BYTES as u64);
+        load.file.read_exact_at(&mut old, at).unwrap();
+        (0..8).for_each(|_| load.write_next().unwrap());
+        load.file.write_all_at(&old, at).unwrap();
+        let wrong: Vec<String> = (0..8).filter_map(|_| load.check_next().unwrap()).collect();
+        assert_eq!(wrong.len(), 1, "{wrong:?}");
+        assert!(wrong[0].contains("block 3"), "{wrong:?}");
+        std::fs::remove_file(path).unwrap();
+    }
+}
