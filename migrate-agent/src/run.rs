@@ -115,8 +115,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         movers: movers(&config),
         rooms: Arc::new(rooms(&config)),
     };
-    let rooms = Arc::clone(&context.rooms);
-    crate::tasks::spawn("disks left behind", expire_disks(Arc::clone(&rooms)));
+    crate::tasks::spawn("disks left behind", expire_disks(Arc::clone(&context.rooms)));
     let registry = Registry::new(context, &config.page_address);
     registry.recover().await?;
     let listener = Listener::new(pages, identity.clone());

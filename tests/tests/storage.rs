@@ -1,5 +1,5 @@
-//! A VM with a disk: moved where its storage is reached from both hosts, which is proven and not
-//! believed; left where it is otherwise, with the reason, before anything has been touched.
+//! A VM whose disk is on a storage that several hosts reach: moved where that is proven, not believed;
+//! left where it is otherwise, with the reason, before anything has been touched.
 //!
 //! Real QEMU, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s guest.
 
@@ -55,23 +55,4 @@ fn a_disk_moves_only_by_a_storage_that_both_hosts_are_proven_to_reach() {
     // No file of the proof is left behind.
     let left: Vec<_> = std::fs::read_dir(world.folder().join("shared")).unwrap().collect();
     assert_eq!(left.len(), 1, "{left:?}");
-}
-
-#[test]
-fn a_disk_of_the_host_itself_keeps_its_vm_there() {
-    let name = "a_disk_of_the_host_itself_keeps_its_vm_there";
-    if !inside::is_inside() {
-        images();
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let world = World::make_with(2, &images(), Disk::Local).unwrap();
-    world.control.await_sight(0).unwrap();
-    let plan = world.control.ask("plan h1").unwrap();
-    let why = plan.to_string();
-    assert!(plan["vms"].as_array().is_none_or(Vec::is_empty), "{why}");
-    assert!(why.contains("disk"), "{why}");
-    assert!(world.control.order("evacuate h1 --urgency 0 --yes").is_err());
-    assert_eq!(host_of_vm(&world).unwrap().0, "h1");
 }

@@ -228,8 +228,8 @@ impl SourceTask {
             window,
             spread: 1.0,
         };
-        if need.network == BytesPerSec::ZERO {
-            // Nothing has been sent yet, and no limit says what could be.
+        if need.network == BytesPerSec::ZERO || figures.left == u64::MAX {
+            // Nothing has been sent yet, or it is not known what is left.
             return Ok(());
         }
         let limit = match verdict(&need, Writes { wanted: None, promised }) {

@@ -5,9 +5,9 @@
 //! host is given one by starting its agent anew; its guest does not notice.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -30,8 +30,9 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const PROFILE: &str = "watched";
 /// What every host calls its storage.
 const STORAGE: &str = "san";
-/// Nothing is written to it.
-const DISK_BYTES: u64 = 16 << 20;
+const DISK_BYTES: u64 = 64 << 20;
+/// What the guest writes of a local disk, again and again.
+const WRITTEN_BYTES: u64 = 16 << 20;
 
 /// A host with its agent, which may be dead.
 pub struct Agent {
@@ -65,7 +66,7 @@ impl Agent {
     fn write_files(&self, images: &Path) -> std::io::Result<()> {
         use std::os::unix::fs::PermissionsExt;
         let monitors = self.folder.join("watched");
-        for folder in ["vms", "profiles", "watched", "not-shared"] {
+        for folder in ["vms", "profiles", "watched", "not-shared", "disks"] {
             fs::create_dir_all(self.folder.join(folder))?;
         }
         fs::create_dir_all(self.shared())?;
@@ -91,6 +92,7 @@ impl Agent {
              vms_dir = \"{own}/vms\"\n\
              profiles_dir = \"{own}/profiles\"\n\
              memory = \"1 GiB\"\n\
+             disk_dirs = [\"{own}/disks\"]\n\
              [qemu]\n\
              user = \"nobody\"\n\
              accelerator = \"tcg\"\n\
@@ -117,25 +119,66 @@ impl Agent {
 
     fn make_disk(&self, disk: Disk) -> std::io::Result<String> {
         use std::os::unix::fs::PermissionsExt;
-        let (folder, key) = match disk {
+        let (file, path, format, key) = match disk {
             Disk::None => return Ok(String::new()),
-            Disk::Local => (self.folder.join("not-shared"), String::new()),
-            Disk::Shared => (self.shared(), format!("shared_storage = \"{STORAGE}\"\n")),
+            Disk::Raw => (self.disk(), "disk".to_owned(), "raw", String::new()),
+            Disk::Overlay => (self.disk(), "disk".to_owned(), "qcow2", String::new()),
+            Disk::Shared => {
+                let file = self.shared().join("disk.raw");
+                let key = format!("shared_storage = \"{STORAGE}\"\n");
+                (file.clone(), file.display().to_string(), "raw", key)
+            }
         };
-        let file = folder.join("disk.raw");
-        File::create(&file)?.set_len(DISK_BYTES)?;
+        match disk {
+            Disk::Overlay => self.make_overlay(&file)?,
+            _ => File::create(&file)?.set_len(DISK_BYTES)?,
+        }
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
-        Ok(format!("[[disk]]\npath = \"{}\"\nformat = \"raw\"\n{key}", file.display()))
+        Ok(format!("[[disk]]\npath = \"{path}\"\nformat = \"{format}\"\n{key}"))
+    }
+
+    /// On a base that every host has at the same place.
+    fn make_overlay(&self, file: &Path) -> std::io::Result<()> {
+        let base = self.folder.with_file_name("base.raw");
+        File::create(&base)?.set_len(DISK_BYTES)?;
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([&base, file])
+            .status()?;
+        if made.success() { Ok(()) } else { Err(ErrorKind::InvalidData.into()) }
+    }
+
+    /// Where its files are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where the VM's local disk is on this host.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.folder.join("disks/disk")
+    }
+
+    /// The processes that move a VM's disks, and whatever is left of them here.
+    #[must_use]
+    pub fn disk_leftovers(&self) -> Vec<PathBuf> {
+        let folder = self.folder.join("qemu/.disks");
+        fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
     }
 
     /// Defines the VM here, started with the host.
     pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
+        let writes = match disk {
+            Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=100"),
+            Disk::None | Disk::Shared => String::new(),
+        };
         let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;
         let definition = format!(
             "name = \"{VM}\"\nmemory = \"128 MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
              cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
              kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable \
-             mitigations=off lb.name={VM} lb.role=idle lb.region={} lb.dirty=100 lb.check=500\"\n\
+             mitigations=off lb.name={VM} lb.role=idle lb.region={} lb.dirty=100 lb.check=500{writes}\"\n\
              profile = \"{PROFILE}\"\nautostart = true\n{disk}",
             24 << 20
         );

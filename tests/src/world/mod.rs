@@ -61,8 +61,10 @@ pub fn host_of(name: &str) -> Option<Host> {
 pub enum Disk {
     /// It has none.
     None,
-    /// A file of its host's.
-    Local,
+    /// An image of its host's, to which its guest writes.
+    Raw,
+    /// The same as an overlay, in qcow2, of a base that every host has.
+    Overlay,
     /// A file on a storage that the first two hosts reach; the third one says that it does, too.
     Shared,
 }
@@ -160,7 +162,7 @@ impl World {
 fn keep_programs(folder: &Path) -> Result<PathBuf, RigError> {
     let programs = folder.join("programs");
     fs::create_dir(&programs).map_err(RigError::io("cannot make a folder"))?;
-    for name in ["lifeboat", "lifeboat-agent"] {
+    for name in ["lifeboat", "lifeboat-agent", "lifeboat-disk"] {
         let from = crate::rig::private::built(name)?;
         fs::copy(from, programs.join(name)).map_err(RigError::io("cannot copy a program"))?;
     }

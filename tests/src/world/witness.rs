@@ -44,6 +44,12 @@ pub struct Life {
 }
 
 impl Life {
+    /// All that its guest has said there on its serial line.
+    #[must_use]
+    pub fn said(&self) -> &str {
+        &self.text
+    }
+
     /// Whether its guest runs now.
     #[must_use]
     pub fn runs(&self) -> bool {

@@ -1,0 +1,195 @@
+//! A VM moves with its local disk: a guest writes patterns to it all the while, checks them, and its
+//! count of writes moves with its memory. Vetoed, it runs on where it was. Processes are killed, links
+//! fall silent.
+//!
+//! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
+//! guest.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::private;
+use lifeboat_tests::world::{Disk, Host, World, host_name, inside, relay};
+
+/// Long enough for a build beside us.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Made once: two tests at a time would take each other's files away.
+static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let made = Command::new(root.join("lab/image")).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    root.join("lab/build")
+});
+
+/// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
+fn in_a_world(name: &str, number: usize, disk: Disk, play: impl FnOnce(&mut World)) {
+    if !inside::is_inside() {
+        assert!(IMAGES.is_dir());
+        assert!(inside::run_inside(name).unwrap().success(), "see above");
+        return;
+    }
+    private::settle().unwrap();
+    let mut world = World::make_with(number, &IMAGES, disk).unwrap();
+    world.control.await_sight(0).unwrap();
+    let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
+    if let Err(panic) = played {
+        println!("the world is kept in {}", world.keep().display());
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// The newest `key=N` that the guest has said at a host.
+fn said(world: &World, host: Host, key: &str) -> u64 {
+    let seen = world.witness.look();
+    let lines = seen.lives().iter().filter(|life| life.host == host).flat_map(|l| l.said().lines());
+    let ticks = lines.filter(|line| line.starts_with("LIFEBOAT-TICK"));
+    let number = |line: &str| {
+        let words = line.split_whitespace();
+        words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok()).next()
+    };
+    ticks.filter_map(number).next_back().unwrap_or(0)
+}
+
+fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
+    let more = || Some(said(world, host, key)).filter(|now| *now > than);
+    clock::wait_for(PATIENCE, more).unwrap_or_else(|| {
+        panic!("no more {key} than {than} at host {}: {:?}", host + 1, said(world, host, key))
+    })
+}
+
+/// One round of checks over all that is written.
+const ROUND: u64 = 4096;
+
+/// It runs there, its disk fits its memory, and it goes on writing.
+fn assert_at(world: &World, host: Host) {
+    assert_eq!(world.witness.look().running(), [host]);
+    let checked = await_more(world, host, "disk_checks", 0);
+    await_more(world, host, "disk_checks", checked + ROUND);
+    assert_eq!(world.witness.look().offences(), Vec::<String>::new());
+}
+
+fn evacuate(world: &World, from: Host, to: Host) {
+    let (from, to) = (host_name(from), host_name(to));
+    let line = format!("evacuate {from} --to {to} --urgency 0 --yes --by 5m");
+    world.control.order(&line).unwrap();
+}
+
+/// The evacuation has come to an end, whatever it is.
+fn await_over(world: &World, id: &str) {
+    let over = || world.control.status(id).ok().filter(|status| status["state"] != "running");
+    let over = clock::wait_for(PATIENCE, over);
+    assert!(over.is_some(), "{:?}", world.control.status(id));
+}
+
+/// What is in the directory of a host's disks.
+fn files(world: &World, host: Host) -> Vec<String> {
+    let disk = world.agents[host].disk();
+    let entries = std::fs::read_dir(disk.parent().unwrap()).unwrap().flatten();
+    let mut names: Vec<_> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// No process that moves disks is left at a host, nor anything of one.
+fn await_no_mover(world: &World, host: Host) {
+    let none = || world.agents[host].disk_leftovers().is_empty().then_some(());
+    assert!(clock::wait_for(PATIENCE, none).is_some(), "host {}", host + 1);
+}
+
+/// The process that serves and sends the VM's disks there.
+fn await_mover(world: &World, host: Host) -> rustix::process::Pid {
+    let folder = world.agents[host].folder().display().to_string();
+    let is_it = |pid: i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains("lifeboat-disk move") && line.contains(&folder)
+    };
+    let find = || {
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let mut pids = entries.filter_map(|e| e.file_name().to_str()?.parse().ok());
+        rustix::process::Pid::from_raw(pids.find(|pid| is_it(*pid))?)
+    };
+    clock::wait_for(PATIENCE, find).expect("a mover")
+}
+
+#[test]
+fn an_overlay_goes_along_and_comes_back_though_its_mover_is_killed() {
+    let name = "an_overlay_goes_along_and_comes_back_though_its_mover_is_killed";
+    in_a_world(name, 1, Disk::Overlay, |world| {
+        await_more(world, 0, "disk_checks", ROUND);
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+        // The source keeps its copy under another name, and nothing else.
+        let left = files(world, 0);
+        assert!(left.len() == 1 && left[0].starts_with("disk.left-"), "{left:?}");
+        assert_eq!(files(world, 1), ["disk"]);
+        await_no_mover(world, 0);
+        await_no_mover(world, 1);
+        // And back, where the old copy does not stand in the way. The mover is killed on the way: its
+        // mounts are held, the guest waits, and another one compares hashes.
+        world.control.await_sight(1).unwrap();
+        let id = world.control.detached("evacuate h2 --to h1 --urgency 0 --yes").unwrap();
+        let mover = await_mover(world, 1);
+        // Once it serves; before, there is nothing to hold.
+        let control = world.agents[1].disk_leftovers()[0].join("control");
+        clock::wait_for(PATIENCE, || control.exists().then_some(())).unwrap();
+        clock::rest(Duration::from_millis(300));
+        rustix::process::kill_process(mover, rustix::process::Signal::KILL).unwrap();
+        await_over(world, &id);
+        assert_at(world, 0);
+        await_no_mover(world, 1);
+    });
+}
+
+#[test]
+fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
+    let name = "a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind";
+    in_a_world(name, 2, Disk::Raw, |world| {
+        await_more(world, 0, "disk_writes", ROUND);
+        // Somebody's file has its name.
+        let there = world.agents[1].disk();
+        std::fs::write(&there, "mine").unwrap();
+        let refused = world.control.order("evacuate h1 --to h2 --urgency 0 --yes").unwrap_err();
+        assert!(refused.to_string().contains("is there already"), "{refused}");
+        assert_eq!(std::fs::read(&there).unwrap(), b"mine");
+        std::fs::remove_file(&there).unwrap();
+        // The link goes while blocks are on their way, and stays away.
+        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
+        await_mover(world, 0);
+        world.link(0, 1, relay::State::Silent);
+        await_over(world, &id);
+        world.link(0, 1, relay::State::Whole);
+        await_no_mover(world, 0);
+        let cleared = || files(world, 1).is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", files(world, 1));
+        assert_at(world, 0);
+        // The agent is killed: the guest writes on through the mover, and the next agent ends it.
+        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
+        await_mover(world, 0);
+        world.agents[0].kill();
+        let written = said(world, 0, "disk_writes");
+        await_more(world, 0, "disk_writes", written + 100);
+        world.agents[0].start(None).unwrap();
+        await_no_mover(world, 0);
+        await_over(world, &id);
+        assert_at(world, 0);
+        // The destination's is: the guest stays, and the next agent there removes the half.
+        world.control.await_sight(0).unwrap();
+        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
+        await_mover(world, 0);
+        world.agents[1].kill();
+        await_no_mover(world, 0);
+        world.agents[1].start(None).unwrap();
+        let cleared = || files(world, 1).is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", files(world, 1));
+        await_over(world, &id);
+        // After all of that it goes.
+        world.control.await_sight(0).unwrap();
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+    });
+}
