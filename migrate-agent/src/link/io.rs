@@ -71,6 +71,14 @@ pub const fn frame_name(frame: &Frame) -> &'static str {
         Frame::Standing(_) => "STANDING",
         Frame::Ping(_) => "PING",
         Frame::Pong(_) => "PONG",
+        Frame::Notes(_) => "NOTES",
+        Frame::Fetch(_) => "FETCH",
+        Frame::Pages(_) => "PAGES",
+        Frame::Key(_) => "KEY",
+        Frame::Pack(_) => "PACK",
+        Frame::Parity { .. } => "PARITY",
+        Frame::Scattered => "SCATTERED",
+        Frame::Released(_) => "RELEASED",
     }
 }
 

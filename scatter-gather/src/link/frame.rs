@@ -15,6 +15,11 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NAME_BYTES_MAX, VmId};
 
+use super::pages::{self, Note, PackNote, PageKey, PageRun};
+use crate::page::PageAt;
+use crate::redundancy::StoreId;
+use crate::seal::KEY_BYTES;
+
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 8;
 /// Longest payload: large enough that a header costs nothing, small enough that a demand can
@@ -38,7 +43,21 @@ pub enum Purpose {
     AskSource,
     /// Carries the VM's disks: after WELCOME, frames about disks, and no more of these.
     Disk,
+    /// The source offers pages that the guest waits for (FETCH, PAGES).
+    ServeDemands,
+    /// The source offers pages in the background, and tells which packs are in stores.
+    ServeBackground,
 }
+
+/// The numbers of purposes: place in the list, counted from 1.
+const PURPOSES: [Purpose; 6] = [
+    Purpose::Migrate,
+    Purpose::AskDestination,
+    Purpose::AskSource,
+    Purpose::Disk,
+    Purpose::ServeDemands,
+    Purpose::ServeBackground,
+];
 
 /// The first frame of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +105,8 @@ pub enum Standing {
     Refused,
     /// The destination owned it, the guest may have run, and its QEMU is gone.
     Died,
+    /// The destination owns and the guest runs, and pages of it are still wanted from the source.
+    Gathering,
 }
 
 /// One word of the page link.
@@ -117,6 +138,27 @@ pub enum Frame {
     Ping(u64),
     /// It is.
     Pong(u64),
+    /// What the source says of pages that the stream did not carry; before END.
+    Notes(Vec<Note>),
+    /// The destination wants these pages, at most [`pages::PAGES_MOST`] of them.
+    Fetch(Vec<PageRun>),
+    /// Pages with their bytes.
+    Pages(Vec<(PageAt, Bytes)>),
+    /// What opens the pages in stores; before END.
+    Key(PageKey),
+    /// A pack that stores have acknowledged.
+    Pack(PackNote),
+    /// The parity of a stripe that a store has acknowledged.
+    Parity {
+        /// The stripe.
+        stripe: u64,
+        /// Where it is.
+        store: StoreId,
+    },
+    /// Everything is in stores and told.
+    Scattered,
+    /// The destination wants nothing of the source any more: its QEMU may go.
+    Released(Generation),
 }
 
 /// Why bytes are no frame.
@@ -160,6 +202,14 @@ const REFUSED: u8 = 10;
 const STANDING: u8 = 11;
 const PING: u8 = 12;
 const PONG: u8 = 13;
+const NOTES: u8 = 14;
+const FETCH: u8 = 15;
+const PAGES: u8 = 16;
+const KEY: u8 = 17;
+const PACK: u8 = 18;
+const PARITY: u8 = 19;
+const SCATTERED: u8 = 20;
+const RELEASED: u8 = 21;
 
 /// The header of a STREAM frame of `payload` bytes, for writers that send the payload itself
 /// from where it lies. `payload` must not exceed [`PAYLOAD_BYTES_MAX`].
@@ -177,7 +227,8 @@ fn header(kind: u8, payload: usize) -> [u8; HEADER_BYTES] {
 /// Appends `frame` to `to`.
 ///
 /// # Panics
-/// When a STREAM payload exceeds [`PAYLOAD_BYTES_MAX`]: the caller cuts its stream.
+/// When a STREAM payload exceeds [`PAYLOAD_BYTES_MAX`], or a list the most that its frame holds: the
+/// caller cuts them.
 pub fn encode(frame: &Frame, to: &mut BytesMut) {
     let number = |kind: u8, value: u64, to: &mut BytesMut| {
         to.put_slice(&header(kind, 8));
@@ -207,7 +258,24 @@ pub fn encode(frame: &Frame, to: &mut BytesMut) {
         }
         Frame::Ping(value) => number(PING, *value, to),
         Frame::Pong(value) => number(PONG, *value, to),
+        Frame::Released(generation) => number(RELEASED, generation.0, to),
+        Frame::Notes(notes) => whole(NOTES, &pages::encode_notes(notes), to),
+        Frame::Fetch(runs) => whole(FETCH, &pages::encode_fetch(runs), to),
+        Frame::Pages(all) => whole(PAGES, &pages::encode_pages(all), to),
+        Frame::Key(key) => whole(KEY, &key.0, to),
+        Frame::Pack(note) => whole(PACK, &pages::encode_pack(note), to),
+        Frame::Parity { stripe, store } => {
+            to.put_slice(&header(PARITY, 9));
+            to.put_u64(*stripe);
+            to.put_u8(store.0);
+        }
+        Frame::Scattered => to.put_slice(&header(SCATTERED, 0)),
     }
+}
+
+fn whole(kind: u8, payload: &[u8], to: &mut BytesMut) {
+    to.put_slice(&header(kind, payload.len()));
+    to.put_slice(payload);
 }
 
 fn encode_hello(hello: &Hello, to: &mut BytesMut) {
@@ -215,12 +283,9 @@ fn encode_hello(hello: &Hello, to: &mut BytesMut) {
     let length = 2 + 1 + 8 + TOKEN_BYTES + names.iter().map(|name| 1 + name.len()).sum::<usize>();
     to.put_slice(&header(HELLO, length));
     to.put_u16(LINK_VERSION);
-    to.put_u8(match hello.purpose {
-        Purpose::Migrate => 1,
-        Purpose::AskDestination => 2,
-        Purpose::AskSource => 3,
-        Purpose::Disk => 4,
-    });
+    to.put_u8(
+        PURPOSES.iter().position(|known| *known == hello.purpose).map_or(0, |at| at as u8 + 1),
+    );
     to.put_u64(hello.generation.0);
     to.put_slice(&hello.token);
     for name in names {
@@ -271,9 +336,16 @@ fn payload_max(kind: u8) -> Result<usize, FrameError> {
         WELCOME => 0,
         STREAM => PAYLOAD_BYTES_MAX,
         END => 16,
-        ACK | LOADED | COMMIT | RUNNING | PING | PONG => 8,
+        ACK | LOADED | COMMIT | RUNNING | PING | PONG | RELEASED => 8,
         ABORT | REFUSED => REASON_BYTES_MAX,
         STANDING => 1,
+        NOTES => pages::notes_bytes_most(),
+        FETCH => pages::fetch_bytes_most(),
+        PAGES => pages::pages_bytes_most(),
+        KEY => KEY_BYTES,
+        PACK => pages::pack_bytes_most(),
+        PARITY => 9,
+        SCATTERED => 0,
         other => return Err(FrameError::UnknownType(other)),
     })
 }
@@ -303,6 +375,28 @@ fn decode_payload(kind: u8, payload: Bytes) -> Result<Frame, FrameError> {
         STANDING => Frame::Standing(decode_standing(&payload)?),
         PING => Frame::Ping(number("PING")?),
         PONG => Frame::Pong(number("PONG")?),
+        RELEASED => Frame::Released(Generation(number("RELEASED")?)),
+        kind => return decode_pages(kind, payload),
+    })
+}
+
+/// The frames that are about single pages.
+fn decode_pages(kind: u8, mut payload: Bytes) -> Result<Frame, FrameError> {
+    let malformed = FrameError::Malformed;
+    Ok(match kind {
+        NOTES => Frame::Notes(pages::decode_notes(payload).ok_or(malformed("NOTES"))?),
+        FETCH => Frame::Fetch(pages::decode_fetch(payload).ok_or(malformed("FETCH"))?),
+        PAGES => Frame::Pages(pages::decode_pages(payload).ok_or(malformed("PAGES"))?),
+        KEY => match <[u8; KEY_BYTES]>::try_from(&payload[..]) {
+            Ok(key) => Frame::Key(PageKey(key)),
+            Err(_) => return Err(malformed("KEY")),
+        },
+        PACK => Frame::Pack(pages::decode_pack(payload).ok_or(malformed("PACK"))?),
+        PARITY if payload.len() == 9 => {
+            Frame::Parity { stripe: payload.get_u64(), store: StoreId(payload.get_u8()) }
+        }
+        PARITY => return Err(malformed("PARITY")),
+        SCATTERED => Frame::Scattered,
         other => return Err(FrameError::UnknownType(other)),
     })
 }
@@ -324,13 +418,9 @@ fn decode_hello(mut rest: Bytes) -> Result<Hello, FrameError> {
     if rest.remaining() < 1 + 8 + TOKEN_BYTES {
         return Err(malformed());
     }
-    let purpose = match rest.get_u8() {
-        1 => Purpose::Migrate,
-        2 => Purpose::AskDestination,
-        3 => Purpose::AskSource,
-        4 => Purpose::Disk,
-        _ => return Err(malformed()),
-    };
+    let number = usize::from(rest.get_u8());
+    let purpose = number.checked_sub(1).and_then(|at| PURPOSES.get(at)).copied();
+    let purpose = purpose.ok_or_else(malformed)?;
     let generation = Generation(rest.get_u64());
     let mut token = [0; TOKEN_BYTES];
     rest.copy_to_slice(&mut token);
@@ -355,7 +445,7 @@ fn decode_name(rest: &mut Bytes) -> Result<String, FrameError> {
     String::from_utf8(rest.split_to(length).to_vec()).map_err(|_| malformed())
 }
 
-const STANDINGS: [Standing; 8] = [
+const STANDINGS: [Standing; 9] = [
     Standing::Unknown,
     Standing::Pending,
     Standing::Aborted,
@@ -364,6 +454,7 @@ const STANDINGS: [Standing; 8] = [
     Standing::Owned,
     Standing::Refused,
     Standing::Died,
+    Standing::Gathering,
 ];
 
 fn standing_number(standing: Standing) -> u8 {
@@ -380,109 +471,5 @@ fn decode_standing(payload: &[u8]) -> Result<Standing, FrameError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn hello() -> Hello {
-        Hello {
-            purpose: Purpose::Migrate,
-            migration: MigrationId::new("m1").unwrap(),
-            vm: VmId::new("web").unwrap(),
-            host: HostId::new("h1").unwrap(),
-            generation: Generation(2),
-            token: [7; TOKEN_BYTES],
-        }
-    }
-
-    #[test]
-    fn commit_is_sixteen_known_bytes() {
-        let mut bytes = BytesMut::new();
-        encode(&Frame::Commit(Generation(2)), &mut bytes);
-        assert_eq!(bytes[..], [7, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 2]);
-    }
-
-    #[test]
-    fn a_length_beyond_the_types_own_is_refused_at_the_header() {
-        let mut bytes = BytesMut::from(&[COMMIT, 0, 0, 0, 0xff, 0xff, 0xff, 0xff][..]);
-        assert_eq!(decode(&mut bytes), Err(FrameError::TooLong { stated: u32::MAX, max: 8 }));
-    }
-
-    #[test]
-    fn half_a_frame_is_not_an_error() {
-        let mut all = BytesMut::new();
-        encode(&Frame::Hello(hello()), &mut all);
-        for cut in 0..all.len() {
-            let mut part = BytesMut::from(&all[..cut]);
-            assert_eq!(decode(&mut part), Ok(None), "{cut} bytes");
-        }
-    }
-
-    #[test]
-    fn a_peer_of_another_version_is_told_so() {
-        let mut bytes = BytesMut::new();
-        encode(&Frame::Hello(hello()), &mut bytes);
-        bytes[HEADER_BYTES + 1] = 9;
-        assert_eq!(decode(&mut bytes), Err(FrameError::Version { theirs: 9 }));
-    }
-
-    #[test]
-    fn a_reason_cannot_write_to_a_terminal() {
-        let mut bytes = BytesMut::new();
-        encode(&Frame::Abort("\u{1b}[2Jgone".into()), &mut bytes);
-        assert_eq!(decode(&mut bytes), Ok(Some(Frame::Abort("[2Jgone".into()))));
-    }
-
-    fn any_frame() -> impl Strategy<Value = Frame> {
-        let standing = (0..STANDINGS.len()).prop_map(|at| Frame::Standing(STANDINGS[at]));
-        prop_oneof![
-            Just(Frame::Hello(hello())),
-            Just(Frame::Welcome),
-            proptest::collection::vec(any::<u8>(), 0..5000).prop_map(|b| Frame::Stream(b.into())),
-            any::<(u64, u64)>().prop_map(|(total, digest)| Frame::End(Ended { total, digest })),
-            any::<u64>().prop_map(Frame::Ack),
-            any::<u64>().prop_map(|g| Frame::Loaded(Generation(g))),
-            any::<u64>().prop_map(|g| Frame::Commit(Generation(g))),
-            any::<u64>().prop_map(|g| Frame::Running(Generation(g))),
-            "[ -~]{0,100}".prop_map(Frame::Abort),
-            "[ -~]{0,100}".prop_map(Frame::Refused),
-            standing,
-            any::<u64>().prop_map(Frame::Ping),
-            any::<u64>().prop_map(Frame::Pong),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn frames_survive_any_cutting(
-            frames in proptest::collection::vec(any_frame(), 1..8),
-            step in 1usize..700,
-        ) {
-            let mut bytes = BytesMut::new();
-            for frame in &frames {
-                encode(frame, &mut bytes);
-            }
-            let (mut buffer, mut seen) = (BytesMut::new(), Vec::new());
-            for piece in bytes.chunks(step) {
-                buffer.extend_from_slice(piece);
-                while let Some(frame) = decode(&mut buffer).unwrap() {
-                    seen.push(frame);
-                }
-            }
-            prop_assert_eq!(seen, frames);
-        }
-
-        #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let mut buffer = BytesMut::from(&bytes[..]);
-            while let Ok(Some(_)) = decode(&mut buffer) {}
-        }
-
-        #[test]
-        fn no_payload_panics(kind in 0u8..16, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let mut buffer = BytesMut::from(&header(kind, payload.len())[..]);
-            buffer.extend_from_slice(&payload);
-            while let Ok(Some(_)) = decode(&mut buffer) {}
-        }
-    }
-}
+#[path = "frame_tests.rs"]
+mod tests;

@@ -24,8 +24,23 @@
 //!                                        <-------   RUNNING {generation}
 //! ```
 //!
+//! Post-copy and scatter-gather carry the stream without the pages of the guest's RAM, and tell in
+//! NOTES what is where. Two more connections, opened by the source before END and again whenever
+//! they break, bring the pages: one for those that the guest waits for, one for the background.
+//!
+//! ```text
+//!  on the first link, before END:   NOTES {..} ..  [KEY]
+//!  HELLO {purpose: serve ..}             ------->
+//!                                        <-------   WELCOME
+//!                                        <-------   FETCH {runs}
+//!  PAGES {..}                            ------->
+//!  PACK {..} PARITY {..} .. SCATTERED    ------->   (scatter-gather, on the background's)
+//!  on the first link, after RUNNING:     <-------   RELEASED {generation}
+//! ```
+//!
 //! [`frame`] turns these into bytes and back and is all there is here: no socket, no clock.
 
 pub mod frame;
+pub mod pages;
 
 pub use frame::{Ended, Frame, FrameError, Hello, Purpose, Standing, decode, encode};

@@ -143,6 +143,12 @@ impl PackBuilder {
         Ok(version)
     }
 
+    /// How many pages its packs hold.
+    #[must_use]
+    pub fn batch(&self) -> Batch {
+        self.batch
+    }
+
     /// Whether the pack has to be finished before anything is added.
     #[must_use]
     pub fn is_full(&self) -> bool {

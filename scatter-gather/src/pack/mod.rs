@@ -45,7 +45,7 @@ const SLOT_HEAD_BYTES: usize = 24;
 const SLOT_CHECKED_BYTES: usize = 16;
 const RUN_BYTES: usize = 24;
 /// The most zero runs of one pack: they fit behind the slots of a pack of the default size.
-const RUNS_MOST: usize = 48;
+pub const RUNS_MOST: usize = 48;
 
 /// How many pages a pack holds at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
