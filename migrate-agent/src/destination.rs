@@ -10,9 +10,13 @@
 //! `registry/` when the controller prepares the destination; the source's link is handed in when
 //! it comes. Until LOADED is durable this side may drop everything; after that, nothing.
 
+mod arriving;
 pub mod disk;
+mod elsewhere;
+mod gathering;
 mod receiving;
 mod settling;
+mod taking_up;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +24,8 @@ use std::time::Duration;
 use lifeboat_protocol::agent::{MigrationProgress, Phase, VmDefinition};
 use lifeboat_protocol::ids::{Generation, VmId};
 use lifeboat_protocol::terms::Mode;
-use lifeboat_scatter_gather::link::Frame;
+use lifeboat_protocol::units::BytesPerSec;
+use lifeboat_scatter_gather::link::{Frame, Purpose};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::disk::sync::receive::Received;
@@ -30,7 +35,10 @@ use crate::link::{FrameReader, FrameWriter, LinkError};
 use crate::progress::Progress;
 use crate::qemu::qmp::Qmp;
 use crate::source::{Context, Failure};
+use crate::stores::Plan;
 use disk::ArrivingDisks;
+pub use gathering::journal::JournalError;
+use gathering::{Gathering, Reachable};
 
 /// How long the source may take to come after the destination was prepared.
 const LINK_LIMIT: Duration = Duration::from_secs(60);
@@ -41,6 +49,10 @@ pub enum Input {
     Link(FrameReader, FrameWriter),
     /// COMMIT came on a connection made for it; the answer is what to say there.
     Commit(Generation, oneshot::Sender<Frame>),
+    /// The source offers pages on a connection of their own; it has been welcomed.
+    Lane(Purpose, FrameReader, FrameWriter),
+    /// What is fetched in the background keeps to this from now on; `None`: no limit.
+    Limit(Option<BytesPerSec>),
     /// The controller gives up before the source has come. The answer: whether it could be.
     Cancel {
         /// For the report.
@@ -68,6 +80,13 @@ pub struct DestinationTask {
     waiting: Option<oneshot::Sender<Frame>>,
     /// The disks that come along.
     disks: Option<ArrivingDisks>,
+    /// Of a guest whose pages follow it: who brings them, and connections that came before it began.
+    gathering: Option<Gathering>,
+    lanes: Vec<(Purpose, FrameReader, FrameWriter)>,
+    gather_limit: Option<BytesPerSec>,
+    /// Of scatter-gather: the stores, and the connections to them until the gather has them.
+    plan: Option<Plan>,
+    reachable: Option<Reachable>,
 }
 
 impl DestinationTask {
@@ -96,6 +115,11 @@ impl DestinationTask {
             reader: None,
             waiting: None,
             disks,
+            gathering: None,
+            lanes: Vec::new(),
+            gather_limit: None,
+            plan: None,
+            reachable: None,
         }
     }
 
@@ -105,19 +129,45 @@ impl DestinationTask {
         self.disks.as_ref().and_then(ArrivingDisks::received)
     }
 
+    /// What is fetched in the background keeps to this.
+    #[must_use]
+    pub fn gather_at(mut self, limit: Option<BytesPerSec>) -> Self {
+        self.gather_limit = limit;
+        self
+    }
+
+    /// The guest's pages wait in these stores.
+    #[must_use]
+    pub fn gather_from(mut self, plan: Option<Plan>) -> Self {
+        self.plan = plan;
+        self
+    }
+
+    /// Whether the guest's pages follow it.
+    fn gathers(&self) -> bool {
+        matches!(self.mode, Mode::PostCopy | Mode::ScatterGather)
+    }
+
     /// Brings QEMU up, paused; for a VM with disks, makes way for them, and QEMU follows when they
     /// are here. Done before the controller hears that the destination is ready.
     ///
     /// # Errors
     /// When this host cannot run the VM; nothing is left behind.
     pub async fn prepare(&mut self) -> Result<(), Failure> {
-        let arrival = self.arrival()?;
+        let arrival = self.arrival();
+        // What an earlier arrival of the VM may have left.
+        self.context.store.end_gathering(&self.vm)?;
         let rooms = &self.context.rooms;
         self.disks = ArrivingDisks::make_way(rooms, &self.vm, &self.definition)?;
+        if let Some(disks) = self.disks.as_ref().filter(|_| self.gathers()) {
+            disks.discard().await?;
+            return Err(Failure::DisksAndPages);
+        }
         if self.disks.is_some() {
             // What can be said now is said now: the disks may take hours.
             return Ok(self.context.guests.could_arrive(&self.definition)?);
         }
+        self.reach_stores().await?;
         match self.bring_up(arrival).await {
             Ok(qmp) => {
                 self.qmp = Some(qmp);
@@ -132,11 +182,10 @@ impl DestinationTask {
         }
     }
 
-    fn arrival(&self) -> Result<Arrival, Failure> {
+    fn arrival(&self) -> Arrival {
         match self.mode {
-            Mode::PreCopy => Ok(Arrival::Stream),
-            Mode::Cold => Ok(Arrival::Cold),
-            other => Err(Failure::Mode(other)),
+            Mode::PreCopy | Mode::PostCopy | Mode::ScatterGather | Mode::Auto => Arrival::Stream,
+            Mode::Cold => Arrival::Cold,
         }
     }
 
@@ -144,6 +193,11 @@ impl DestinationTask {
         let qmp = self.context.guests.arrive(&self.definition, arrival).await?;
         if arrival == Arrival::Stream {
             qmp.migrate_set_only(&receiving::CAPABILITIES).await?;
+            if self.gathers() {
+                // QEMU looks itself whether it may use userfaultfd here.
+                let set = qmp.migrate_set_capabilities(&[("postcopy-ram", true)]).await;
+                set.map_err(Failure::NoPostCopy)?;
+            }
             let path = self.stream_socket()?;
             let _ = std::fs::remove_file(&path);
             qmp.migrate_incoming(&format!("unix:{}", path.display())).await?;
@@ -185,6 +239,10 @@ impl DestinationTask {
                 Ok(qmp) => self.qmp = Some(qmp),
                 Err(error) => tracing::error!(%error, "QMP of a guest in doubt"),
             }
+        }
+        if let Err(failure) = self.gather_again().await {
+            tracing::error!(reason = %failure.line(), "the guest's pages cannot be taken up again");
+            self.progress.update(|progress| progress.reason = failure.line());
         }
         self.perform_all(actions).await;
         self.settle().await
@@ -229,6 +287,10 @@ impl DestinationTask {
                     Some(Input::Claim(answer)) => {
                         let _ = answer.send(false);
                     }
+                    Some(Input::Lane(purpose, reader, writer)) => {
+                        self.lanes.push((purpose, reader, writer));
+                    }
+                    Some(Input::Limit(limit)) => self.gather_limit = limit,
                     None => return Err(Failure::Cancelled("the agent is stopping".into())),
                 }
             }

@@ -10,6 +10,7 @@ use lifeboat_protocol::agent::VmDefinition;
 use lifeboat_protocol::ids::VmId;
 
 use crate::qemu::qmp::Qmp;
+use crate::qemu::ram::Ram;
 
 /// Why something could not be done with a guest.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,9 @@ pub trait Guests: Send + Sync {
         definition: &'a VmDefinition,
         arrival: Arrival,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>>;
+
+    /// The memory of the VM's guest, to be read from outside.
+    fn memory(&self, vm: &VmId) -> Result<Ram, GuestError>;
 
     /// Every VM of which something is here that a migration can leave: a QEMU process, what one
     /// left behind when it went, or the definition that came with an arrival.

@@ -31,6 +31,7 @@ pub mod registry;
 pub mod run;
 pub mod server;
 pub mod source;
+pub mod stores;
 pub mod switch;
 pub mod tasks;
 pub mod tls;

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{
-    DiskRoom, MigrationProgress, Phase, PrepareDestinationReply, PrepareDestinationRequest, Side,
-    StartMigrationRequest,
+    DiskRoom, MigrationProgress, Phase, PrepareDestinationReply, PrepareDestinationRequest,
+    ScatterPlan, Side, StartMigrationRequest,
 };
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NameError, VmId};
 use lifeboat_protocol::terms::Mode;
@@ -30,6 +30,7 @@ use crate::handover::destination::Destination;
 use crate::handover::store::StoreError;
 use crate::progress::Progress;
 use crate::source::{self, Context, Failure, Order, SourceTask};
+use crate::stores::{Plan, PlanError};
 
 pub use answer::VmStanding;
 
@@ -85,9 +86,9 @@ pub enum RegistryError {
         /// Why not.
         why: &'static str,
     },
-    /// What is asked for is not in this release.
-    #[error("{0}")]
-    NotInThisRelease(&'static str),
+    /// The stores do not make a plan.
+    #[error("pages cannot be scattered as asked: {0}")]
+    Plan(#[from] PlanError),
     /// It could not be begun.
     #[error("{}", .0.line())]
     Failed(Failure),
@@ -98,12 +99,7 @@ pub enum RegistryError {
 
 impl From<Failure> for RegistryError {
     fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Mode(_) => Self::NotInThisRelease(
-                "post-copy and scatter-gather are not in this release; choose pre-copy or cold",
-            ),
-            failure => Self::Failed(failure),
-        }
+        Self::Failed(failure)
     }
 }
 
@@ -118,6 +114,25 @@ enum Task {
         /// What connections about its disks write to.
         disks: Option<Arc<Received>>,
     },
+}
+
+const RECEIVED_HERE: RegistryError = RegistryError::Invalid {
+    field: "migration",
+    problem: "is received here; limits are set at its source",
+};
+
+/// Who takes a limit.
+enum Limited {
+    Source(mpsc::Sender<source::Input>),
+    Destination(mpsc::Sender<destination::Input>),
+}
+
+fn gathers(progress: &MigrationProgress) -> bool {
+    matches!(progress.mode().known(), Some(Mode::PostCopy | Mode::ScatterGather))
+}
+
+fn gather_limit(bits_per_sec: u64) -> Option<BytesPerSec> {
+    Some(BitsPerSec(bits_per_sec).bytes_per_sec()).filter(|limit| limit.0 > 0)
 }
 
 struct Entry {
@@ -208,8 +223,8 @@ impl Registry {
         let definition = request.definition.clone().ok_or_else(|| missing("definition"))?;
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
-        supported(mode)?;
         self.must_be_idle(&vm)?;
+        let plan = scatter_plan(mode, request.scatter.as_ref())?;
         let generation = Generation(request.generation).next();
         let lives = self.context.guests.lives(&vm);
         may_receive(&vm, self.context.store.read(&vm)?.as_ref(), generation, lives)?;
@@ -241,7 +256,9 @@ impl Registry {
             inputs,
             progress,
             machine,
-        );
+        )
+        .gather_from(plan)
+        .gather_at(gather_limit(request.gather_limit_bits_per_sec));
         task.prepare().await?;
         let disks = task.received_disks();
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
@@ -297,7 +314,6 @@ impl Registry {
         let invalid = |field, problem| RegistryError::Invalid { field, problem };
         let vm = VmId::new(request.vm.as_str())?;
         let mode = request.mode().known().ok_or(invalid("mode", "is missing or not known"))?;
-        supported(mode)?;
         let token = <[u8; TOKEN_BYTES]>::try_from(request.token.as_slice())
             .map_err(|_| invalid("token", "is not 32 bytes long"))?;
         let generation = match self.context.store.read(&vm)? {
@@ -325,6 +341,8 @@ impl Registry {
                 ms => Duration::from_millis(ms.into()),
             },
             iterations_max: (request.iterations_max > 0).then_some(request.iterations_max),
+            scatter: scatter_plan(mode, request.scatter.as_ref())?,
+            absorb_budget: lifeboat_protocol::units::Bytes(request.absorb_budget_bytes),
             deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms)),
             generation,
         })
@@ -341,9 +359,16 @@ impl Registry {
     ) -> Result<MigrationProgress, RegistryError> {
         let migration = MigrationId::new(migration)?;
         let limit = (bytes_per_sec > 0).then_some(BytesPerSec(bytes_per_sec));
-        let (inputs, progress) = self.source_of(&migration)?;
+        let (to, progress) = self.limited(&migration)?;
         // A migration that has just ended no longer needs a limit.
-        let _ = inputs.send(source::Input::Limit(limit)).await;
+        match to {
+            Limited::Source(inputs) => {
+                let _ = inputs.send(source::Input::Limit(limit)).await;
+            }
+            Limited::Destination(inputs) => {
+                let _ = inputs.send(destination::Input::Limit(limit)).await;
+            }
+        }
         Ok(progress.borrow().clone())
     }
 
@@ -358,28 +383,32 @@ impl Registry {
     ) -> Result<MigrationProgress, RegistryError> {
         let migration = MigrationId::new(migration)?;
         let limit = (bytes_per_sec > 0).then_some(BytesPerSec(bytes_per_sec));
-        let (inputs, progress) = self.source_of(&migration)?;
+        let (to, progress) = self.limited(&migration)?;
+        let Limited::Source(inputs) = to else {
+            return Err(RECEIVED_HERE);
+        };
         // One that has just ended holds its guest back no more.
         let _ = inputs.send(source::Input::DiskLimit(limit)).await;
         Ok(progress.borrow().clone())
     }
 
-    fn source_of(
+    /// Whom a limit is for. At a destination it is the pace at which pages are gathered.
+    fn limited(
         &self,
         migration: &MigrationId,
-    ) -> Result<(mpsc::Sender<source::Input>, watch::Receiver<MigrationProgress>), RegistryError>
-    {
+    ) -> Result<(Limited, watch::Receiver<MigrationProgress>), RegistryError> {
         let entries = self.entries();
-        match entries.by_id.get(migration) {
-            Some(Entry { task: Task::Source(inputs), progress, .. }) => {
-                Ok((inputs.clone(), progress.clone()))
+        let Some(entry) = entries.by_id.get(migration) else {
+            return Err(RegistryError::UnknownMigration(migration.clone()));
+        };
+        let to = match &entry.task {
+            Task::Source(inputs) => Limited::Source(inputs.clone()),
+            Task::Destination { inputs, .. } if gathers(&entry.progress.borrow()) => {
+                Limited::Destination(inputs.clone())
             }
-            Some(_) => Err(RegistryError::Invalid {
-                field: "migration",
-                problem: "is received here; limits are set at its source",
-            }),
-            None => Err(RegistryError::UnknownMigration(migration.clone())),
-        }
+            Task::Destination { .. } => return Err(RECEIVED_HERE),
+        };
+        Ok((to, entry.progress.clone()))
     }
 
     /// How much the directories can take in which disks arrive.
@@ -457,10 +486,18 @@ impl Registry {
     }
 }
 
-fn supported(mode: Mode) -> Result<(), RegistryError> {
+/// The stores of a migration that scatters.
+fn scatter_plan(mode: Mode, plan: Option<&ScatterPlan>) -> Result<Option<Plan>, RegistryError> {
     match mode {
-        Mode::PreCopy | Mode::Cold => Ok(()),
-        other => Err(Failure::Mode(other).into()),
+        Mode::ScatterGather => {
+            let none = ScatterPlan::default();
+            Ok(Some(Plan::new(plan.unwrap_or(&none))?))
+        }
+        Mode::PreCopy | Mode::PostCopy | Mode::Cold => Ok(None),
+        Mode::Auto => Err(RegistryError::Invalid {
+            field: "mode",
+            problem: "is auto, which the controller decides before it asks an agent",
+        }),
     }
 }
 

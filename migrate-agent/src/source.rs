@@ -12,10 +12,14 @@
 //! told things through [`Input`]. Everything before COMMIT that goes wrong is a [`Failure`], and
 //! every failure ends with the guest running here.
 
+mod absorbing;
 mod asking;
 mod copying;
 pub mod disk;
+mod elsewhere;
 mod guest;
+pub mod scattering;
+mod serving;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,12 +27,13 @@ use std::time::Duration;
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
-use lifeboat_protocol::units::BytesPerSec;
+use lifeboat_protocol::units::{Bytes, BytesPerSec};
 use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock;
+use crate::destination::JournalError;
 use crate::disk::process::client::Movers;
 use crate::disk::rooms::{DiskRooms, RoomError};
 use crate::guests::{GuestError, Guests};
@@ -36,10 +41,17 @@ use crate::handover::source::{Action, Event, Outcome, Source, State};
 use crate::handover::store::{Store, StoreError};
 use crate::link::io::frame_name;
 use crate::link::{FrameReader, FrameWriter, LinkError};
+use crate::postcopy::GatherError;
+use crate::postcopy::absorb::{AbsorbError, Absorbed};
 use crate::progress::Progress;
 use crate::qemu::qmp::{MigrationStatus, QmpError};
+use crate::qemu::ram::{Ram, RamError};
+use crate::qemu::stream::{PageAt, StreamError};
+use crate::stores::{Plan, StoreLinkError};
 use crate::tls::TlsIdentity;
 use disk::{DiskFailure, Leaving};
+use scattering::{Scattering, ScatteringError, Stores};
+use serving::Serving;
 
 /// How long the destination may take to say WELCOME: its QEMU is already up.
 const WELCOME_LIMIT: Duration = Duration::from_secs(10);
@@ -53,7 +65,7 @@ pub struct Order {
     pub migration: MigrationId,
     /// The VM.
     pub vm: VmId,
-    /// How its memory moves: pre-copy or cold.
+    /// How its memory moves.
     pub mode: Mode,
     /// Where to.
     pub destination: HostId,
@@ -75,6 +87,10 @@ pub struct Order {
     pub deadline: Option<Duration>,
     /// The generation that this host owns.
     pub generation: Generation,
+    /// Memory for what is absorbed before COMMIT; zero: the agent's default.
+    pub absorb_budget: Bytes,
+    /// Where pages wait, of scatter-gather.
+    pub scatter: Option<Plan>,
 }
 
 /// What the task is told while it runs.
@@ -166,9 +182,53 @@ pub enum Failure {
     /// The guest went away by itself.
     #[error("the guest's QEMU has gone")]
     GuestGone,
-    /// A mode that is not here yet.
-    #[error("mode {0} is not in this release; pre-copy and cold are")]
-    Mode(Mode),
+    /// The stores.
+    #[error(transparent)]
+    Scatter(#[from] ScatteringError),
+    /// A store that the destination cannot reach.
+    #[error("the destination cannot gather from its stores")]
+    Stores(#[from] StoreLinkError),
+    /// The stream cannot be carried page by page.
+    #[error(transparent)]
+    Absorb(#[from] AbsorbError),
+    /// The guest's memory cannot be read from outside.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The link does not take what cannot wait at the source.
+    #[error(
+        "{queued} of the guest's devices wait for the link, more than the {budget} set aside; use pre-copy, or give more"
+    )]
+    Budget {
+        /// What waits.
+        queued: Bytes,
+        /// What may wait.
+        budget: Bytes,
+    },
+    /// The destination asks for what the guest does not have.
+    #[error("{0} is asked for, which the guest does not have")]
+    NoSuchPage(PageAt),
+    /// What cannot be done yet.
+    #[error(
+        "a VM whose disks move with it goes by pre-copy or cold: in post-copy and scatter-gather QEMU opens them before they are complete"
+    )]
+    DisksAndPages,
+    /// The stream at the destination.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// What the destination was told does not fit together.
+    #[error(transparent)]
+    Gather(#[from] GatherError),
+    /// What was told of the guest's pages.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// QEMU cannot take a guest in whose memory follows later.
+    #[error(
+        "QEMU cannot fetch pages on demand on this host (its user needs userfaultfd: `sysctl vm.unprivileged_userfaultfd=1`, or from QEMU 8.0 on access to /dev/userfaultfd)"
+    )]
+    NoPostCopy(#[source] QmpError),
+    /// QEMU gave up what it was given page by page.
+    #[error("QEMU has ended the guest's arrival: {0}")]
+    ArrivalEnded(&'static str),
 }
 
 impl Failure {
@@ -205,6 +265,12 @@ pub struct SourceTask {
     guest_quit_for_cold: bool,
     /// Its disks, from the swap onto their mount on.
     disks: Option<Leaving>,
+    /// Of a guest whose pages stay here at first: its memory, what it holds, and who serves it.
+    memory: Option<Arc<Ram>>,
+    absorbed: Option<Arc<Absorbed>>,
+    serving: Option<Serving>,
+    stores: Option<Stores>,
+    scattering: Option<Scattering>,
 }
 
 impl SourceTask {
@@ -249,6 +315,11 @@ impl SourceTask {
             stop_seen: None,
             guest_quit_for_cold: false,
             disks: None,
+            memory: None,
+            absorbed: None,
+            serving: None,
+            stores: None,
+            scattering: None,
         }
     }
 
@@ -339,33 +410,41 @@ impl SourceTask {
     /// From nothing to LOADED. Every `?` here ends with the guest running at this host.
     async fn travel(&mut self) -> Result<Generation, Failure> {
         let qmp = self.context.guests.qmp(&self.order.vm).await?;
+        if !matches!(self.order.mode, Mode::PreCopy | Mode::Cold) && self.has_local_disks() {
+            return Err(Failure::DisksAndPages);
+        }
         self.watch_disks(&qmp).await?;
         self.connect().await?;
         self.bring_into_step().await?;
         match self.order.mode {
-            Mode::PreCopy => {
+            // Auto is resolved by the controller and refused by the registry.
+            Mode::PreCopy | Mode::Auto => {
                 self.copy_memory(&qmp).await?;
                 self.seal().await?;
             }
+            Mode::PostCopy | Mode::ScatterGather => {
+                self.reach_stores().await?;
+                self.memory = Some(Arc::new(self.context.guests.memory(&self.order.vm)?));
+                self.copy_memory(&qmp).await?;
+            }
             Mode::Cold => self.stop_for_cold(&qmp).await?,
-            other => return Err(Failure::Mode(other)),
         }
         self.await_loaded(&qmp).await
+    }
+
+    async fn reach_stores(&mut self) -> Result<(), Failure> {
+        if let Some(plan) = self.order.scatter.clone() {
+            let identity = self.context.identity.as_ref();
+            self.stores = Some(Stores::reach(plan, &self.order.migration, identity).await?);
+        }
+        Ok(())
     }
 
     async fn connect(&mut self) -> Result<(), Failure> {
         let identity = self.context.identity.as_ref();
         let (address, host) = (&self.order.page_address, &self.order.destination);
         let (mut reader, mut writer) = crate::link::connect(address, host, identity).await?;
-        let hello = Hello {
-            purpose: Purpose::Migrate,
-            migration: self.order.migration.clone(),
-            vm: self.order.vm.clone(),
-            host: self.context.host.clone(),
-            generation: self.machine.next_generation(),
-            token: self.order.token,
-        };
-        writer.send(&Frame::Hello(hello)).await?;
+        writer.send(&Frame::Hello(self.hello(Purpose::Migrate))).await?;
         match reader.next_within(WELCOME_LIMIT).await? {
             Frame::Welcome => {}
             Frame::Refused(reason) | Frame::Abort(reason) => return Err(Failure::Refused(reason)),
@@ -379,6 +458,17 @@ impl SourceTask {
         Ok(())
     }
 
+    fn hello(&self, purpose: Purpose) -> Hello {
+        Hello {
+            purpose,
+            migration: self.order.migration.clone(),
+            vm: self.order.vm.clone(),
+            host: self.context.host.clone(),
+            generation: self.machine.next_generation(),
+            token: self.order.token,
+        }
+    }
+
     /// Waits for RUNNING on the link; its absence makes the state uncertain.
     async fn await_running(&mut self) {
         let deadline = clock::now() + RUNNING_LIMIT;
@@ -386,6 +476,9 @@ impl SourceTask {
             match self.next_word(deadline).await {
                 Ok(Frame::Running(generation)) => {
                     self.note_downtime();
+                    if self.serving.is_some() {
+                        return self.until_released(generation).await;
+                    }
                     break Event::Running(generation);
                 }
                 Ok(Frame::Refused(reason)) => {

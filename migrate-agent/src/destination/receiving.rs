@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use lifeboat_protocol::agent::Phase;
 use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::units::Bytes;
 use lifeboat_scatter_gather::link::{Ended, Frame};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::arriving::Arriving;
 use super::disk::ArrivingDisks;
 use super::{DestinationTask, Input};
 use crate::clock;
@@ -28,6 +30,16 @@ const LOAD_LIMIT: Duration = Duration::from_secs(15);
 /// What a destination needs: events; and disks opened only when the guest is resumed, so that a
 /// source that takes its guest back finds them unlocked.
 pub(super) const CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
+
+/// Where the stream goes.
+enum Sink {
+    /// Into QEMU as it is.
+    Qemu(UnixStream),
+    /// Read here, while QEMU waits at this socket.
+    Read(Box<Arriving>, UnixStream),
+    /// There is none: a cold migration.
+    Nowhere,
+}
 
 /// The stream's arrival, counted and digested.
 #[derive(Default)]
@@ -55,12 +67,12 @@ impl DestinationTask {
         reader: &mut FrameReader,
         writer: &mut FrameWriter,
     ) -> Result<(), Failure> {
-        let mut to_qemu = self.open_stream().await?;
+        let mut sink = self.open_sink().await?;
         writer.send(&Frame::Welcome).await?;
         let first = if self.disks.is_some() { Phase::DiskBulk } else { Phase::MemoryCopy };
         self.progress.enter(first);
         let mut arrived = Arrived::default();
-        let ended = self.take_stream(reader, writer, &mut to_qemu, &mut arrived).await?;
+        let ended = self.take_stream(reader, writer, &mut sink, &mut arrived).await?;
         if self.qmp.is_none() {
             // A cold one with disks: they are all here now.
             self.bring_up_late(writer).await?;
@@ -75,19 +87,28 @@ impl DestinationTask {
                 ended.total, whole.total
             )));
         }
-        if let Some(mut socket) = to_qemu {
-            socket.shutdown().await.map_err(Failure::Socket)?;
+        match sink {
+            Sink::Qemu(mut socket) => socket.shutdown().await.map_err(Failure::Socket)?,
+            Sink::Read(arriving, socket) => self.begin_gathering(*arriving, socket).await?,
+            Sink::Nowhere => {}
         }
         self.wait_until_loaded(writer).await
     }
 
-    /// QEMU's end of the stream; `None` where there is none, or no QEMU yet.
-    async fn open_stream(&self) -> Result<Option<UnixStream>, Failure> {
+    /// Where the stream goes: nowhere for as long as there is no QEMU.
+    async fn open_sink(&self) -> Result<Sink, Failure> {
         if self.mode == Mode::Cold || self.qmp.is_none() {
-            return Ok(None);
+            return Ok(Sink::Nowhere);
         }
         let path = self.stream_socket()?;
-        Ok(Some(UnixStream::connect(&path).await.map_err(Failure::Socket)?))
+        let socket = UnixStream::connect(&path).await.map_err(Failure::Socket)?;
+        Ok(match self.gathers() {
+            true => {
+                let memory = Bytes(self.definition.memory_bytes);
+                Sink::Read(Box::new(Arriving::new(memory)), socket)
+            }
+            false => Sink::Qemu(socket),
+        })
     }
 
     /// Brings QEMU up with disks that have arrived; the source hears of this side meanwhile.
@@ -96,7 +117,7 @@ impl DestinationTask {
             disks.name().await?;
         }
         let qmp = {
-            let coming = self.bring_up(self.arrival()?);
+            let coming = self.bring_up(self.arrival());
             tokio::pin!(coming);
             let mut ack = tokio::time::interval(ACK_EVERY);
             loop {
@@ -114,7 +135,7 @@ impl DestinationTask {
         &mut self,
         reader: &mut FrameReader,
         writer: &mut FrameWriter,
-        to_qemu: &mut Option<UnixStream>,
+        sink: &mut Sink,
         arrived: &mut Arrived,
     ) -> Result<Ended, Failure> {
         let mut ack = tokio::time::interval(ACK_EVERY);
@@ -138,18 +159,29 @@ impl DestinationTask {
             heard_at = clock::now();
             match frame {
                 Frame::Stream(bytes) => {
-                    if to_qemu.is_none() && self.qmp.is_none() && self.mode != Mode::Cold {
+                    if self.qmp.is_none() && self.mode != Mode::Cold {
                         self.bring_up_late(writer).await?;
-                        *to_qemu = self.open_stream().await?;
+                        *sink = self.open_sink().await?;
                         self.progress.enter(Phase::MemoryCopy);
                     }
-                    let Some(socket) = to_qemu else {
-                        return Err(unexpected(&Frame::Stream(bytes)));
-                    };
-                    socket.write_all(&bytes).await.map_err(Failure::Socket)?;
                     arrived.digest.update(&bytes);
                     arrived.bytes += bytes.len() as u64;
+                    match sink {
+                        Sink::Qemu(socket) => {
+                            socket.write_all(&bytes).await.map_err(Failure::Socket)?;
+                        }
+                        Sink::Read(arriving, _) => arriving.feed(bytes)?,
+                        Sink::Nowhere => return Err(unexpected(&Frame::Stream(bytes))),
+                    }
                 }
+                Frame::Notes(notes) => match sink {
+                    Sink::Read(arriving, _) => arriving.note(notes)?,
+                    _ => return Err(unexpected(&Frame::Notes(notes))),
+                },
+                Frame::Key(key) => match sink {
+                    Sink::Read(arriving, _) => arriving.key = Some(key),
+                    _ => return Err(unexpected(&Frame::Key(key))),
+                },
                 Frame::End(ended) => return Ok(ended),
                 Frame::Ping(number) => writer.send(&Frame::Pong(number)).await?,
                 Frame::Abort(reason) => return Err(Failure::Cancelled(reason)),
@@ -183,6 +215,14 @@ impl DestinationTask {
                 let _ = answer.send(false);
                 Ok(())
             }
+            Some(Input::Lane(purpose, reader, writer)) => {
+                self.lanes.push((purpose, reader, writer));
+                Ok(())
+            }
+            Some(Input::Limit(limit)) => {
+                self.gather_limit = limit;
+                Ok(())
+            }
             // A second link for the same migration: the first one is in use, and stays.
             Some(Input::Link(..)) => Ok(()),
             None => Err(Failure::Cancelled("the agent is stopping".into())),
@@ -202,6 +242,7 @@ impl DestinationTask {
             if sealed && self.is_loaded(&qmp).await? {
                 return Ok(());
             }
+            self.take_lanes().await;
             since_word += 1;
             if since_word >= 100 {
                 since_word = 0;
@@ -223,6 +264,9 @@ impl DestinationTask {
         }
         let info = qmp.query_migrate().await?;
         match info.status {
+            MigrationStatus::PostcopyActive if self.gathers() => {
+                Ok(state == RunState::Paused && self.has_loaded()?)
+            }
             MigrationStatus::Completed => Ok(state == RunState::Paused),
             MigrationStatus::Failed => {
                 Err(Failure::Qemu { status: info.status, detail: info.error_desc.clone() })

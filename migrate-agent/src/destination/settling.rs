@@ -32,6 +32,7 @@ impl DestinationTask {
     pub(super) async fn settle(mut self) -> MigrationProgress {
         loop {
             if let Some(outcome) = self.is_over() {
+                let outcome = self.gather_on(outcome).await;
                 self.report(outcome);
                 return self.progress.now();
             }
@@ -87,7 +88,8 @@ impl DestinationTask {
                 Some(Event::Commit(generation))
             }
             Some(Input::Claim(answer)) => {
-                let may = self.machine.state() == State::InDoubt;
+                // Its pages are at the source, which is said to be fenced off: it could not run.
+                let may = self.machine.state() == State::InDoubt && self.gathering.is_none();
                 let _ = answer.send(may);
                 may.then_some(Event::Claim)
             }
@@ -97,6 +99,14 @@ impl DestinationTask {
                 None
             }
             Some(Input::Link(..)) => None,
+            Some(Input::Lane(purpose, reader, writer)) => {
+                self.take_lane(purpose, reader, writer).await;
+                None
+            }
+            Some(Input::Limit(limit)) => {
+                self.limit_gathering(limit).await;
+                None
+            }
             None => {
                 tokio::time::sleep(ASK_EVERY).await;
                 None
@@ -224,7 +234,9 @@ impl DestinationTask {
                 self.answer(Frame::Refused(reason)).await;
             }
             Action::DiscardGuest => {
+                self.gathering = None;
                 self.context.guests.end(&self.vm, true).await?;
+                self.context.store.end_gathering(&self.vm)?;
                 if let Some(disks) = &self.disks {
                     disks.discard().await?;
                 }
@@ -252,6 +264,11 @@ impl DestinationTask {
             Some(qmp) if !qmp.is_closed() => qmp.clone(),
             _ => return Event::NotStarted,
         };
+        if let Err(failure) = self.commit_gathering().await {
+            tracing::error!(reason = %failure.line(), "the guest could not run here");
+            self.progress.update(|progress| progress.reason = failure.line());
+            return Event::NotStarted;
+        }
         if let Some(disks) = &self.disks
             && let Err(error) = disks.settle().await
         {
@@ -307,7 +324,7 @@ impl DestinationTask {
 }
 
 /// Returns when the guest's QEMU has closed its QMP.
-async fn gone(qmp: Option<&Qmp>) {
+pub(super) async fn gone(qmp: Option<&Qmp>) {
     let Some(qmp) = qmp else { return std::future::pending().await };
     while !qmp.is_closed() {
         tokio::time::sleep(WATCH_EVERY).await;

@@ -134,6 +134,15 @@ impl Destination {
         }
     }
 
+    /// A hand-over that is over, and whose guest runs here: of a migration that is not, because the
+    /// guest's pages are still on their way.
+    #[must_use]
+    pub fn running(generation: Generation, migration: MigrationId, source: HostId) -> Self {
+        let state = State::Over(Outcome::Running);
+        let page_address = String::new();
+        Self { state, migration, source, page_address, generation, may_have_run: true }
+    }
+
     /// Takes up a hand-over after a restart; `None` where the record holds none for a
     /// destination. `guest_lives`: whether the QEMU that was loaded is still there.
     #[must_use]

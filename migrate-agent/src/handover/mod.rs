@@ -27,6 +27,9 @@
 //!   durably refused), or an operator's `claim --fenced`.
 //! * The destination, once `Loaded`, may not discard on its own: the source may have ceded. It
 //!   asks; a source that durably gave up says so, and one that ceded thereby delivers COMMIT.
+//! * In post-copy and scatter-gather the source's stopped QEMU is the guest's memory. RUNNING does
+//!   not end it then: the destination says "gathering" for as long as it wants pages of it, which
+//!   is on its disk too ([`gathering`]), and RELEASED takes RUNNING's place.
 //! * Neither side ever answers from memory: a [`Standing`] is read off a durable record.
 //!
 //! [`source`] and [`destination`] are pure: `apply(event, &mut actions)`. The drivers perform the
@@ -37,6 +40,7 @@
 //! (docs/decisions/0005-one-hand-over.md).
 
 pub mod destination;
+pub mod gathering;
 pub mod record;
 pub mod source;
 pub mod store;
@@ -45,4 +49,4 @@ pub mod store;
 mod simulation;
 
 pub use lifeboat_scatter_gather::link::Standing;
-pub use record::Record;
+pub use record::{Here, Record};

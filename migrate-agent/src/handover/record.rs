@@ -68,6 +68,15 @@ pub enum Record {
     },
 }
 
+/// What became of a guest on the host that received it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Here {
+    /// Its QEMU is there.
+    pub guest_lives: bool,
+    /// Pages of it are still wanted from the source.
+    pub gathering: bool,
+}
+
 impl Record {
     /// Whether a guest of this VM may be started or resumed here, now, without a hand-over.
     #[must_use]
@@ -127,26 +136,27 @@ impl Record {
     }
 
     /// What this host answers when the *source* of `migration` asks it, the destination.
-    /// `guest_lives`: whether the QEMU that this record speaks of is there.
+    /// `here`: what became of the guest on this host.
     #[must_use]
     pub fn standing_as_destination(
         record: Option<&Self>,
         migration: &MigrationId,
         asked: Generation,
-        guest_lives: bool,
+        here: Here,
     ) -> Standing {
         match record {
             Some(Self::Loaded { migration: ours, .. }) if ours == migration => Standing::Loaded,
             Some(Self::Refused { migration: ours, .. }) if ours == migration => Standing::Refused,
             // The source ends its guest when it hears "owned": said only once the guest has been
-            // seen to run, so that a QEMU which cannot resume does not cost the other copy.
+            // seen to run, so that a QEMU which cannot resume does not cost the other copy; and only
+            // once no page of it is wanted from there any more.
             Some(Self::Owner { via: Some(ours), resumed, .. })
-                if ours == migration && guest_lives =>
+                if ours == migration && here.guest_lives =>
             {
-                if *resumed {
-                    Standing::Owned
-                } else {
-                    Standing::Pending
+                match (resumed, here.gathering) {
+                    (false, _) => Standing::Pending,
+                    (true, true) => Standing::Gathering,
+                    (true, false) => Standing::Owned,
                 }
             }
             Some(Self::Owner { via: Some(ours), .. }) if ours == migration => Standing::Died,
@@ -178,6 +188,8 @@ mod tests {
             resumed: true,
         }
     }
+
+    const HERE: Here = Here { guest_lives: true, gathering: false };
 
     fn host() -> HostId {
         HostId::new("h2").unwrap()
@@ -212,7 +224,7 @@ mod tests {
         let m = migration("m1");
         assert_eq!(Record::standing_as_source(None, &m, Generation(2)), Standing::Unknown);
         assert_eq!(
-            Record::standing_as_destination(None, &m, Generation(2), true),
+            Record::standing_as_destination(None, &m, Generation(2), HERE),
             Standing::Unknown
         );
     }
@@ -254,7 +266,7 @@ mod tests {
             confirmed: true,
         };
         let standing = |record: &Record| {
-            Record::standing_as_destination(Some(record), &m, Generation(2), true)
+            Record::standing_as_destination(Some(record), &m, Generation(2), HERE)
         };
         assert_eq!(standing(&passed_on), Standing::Owned);
         assert_eq!(standing(&owner(2, Some("m1"))), Standing::Owned);
@@ -266,8 +278,31 @@ mod tests {
         let m = migration("m1");
         let record = owner(2, Some("m1"));
         assert_eq!(
-            Record::standing_as_destination(Some(&record), &m, Generation(2), false),
+            Record::standing_as_destination(
+                Some(&record),
+                &m,
+                Generation(2),
+                Here { guest_lives: false, gathering: true }
+            ),
             Standing::Died
         );
+    }
+
+    #[test]
+    fn the_source_may_go_only_when_nothing_is_wanted_of_it() {
+        let m = migration("m1");
+        let standing = |resumed, gathering| {
+            let record = Record::Owner {
+                generation: Generation(2),
+                via: Some(migration("m1")),
+                from: None,
+                resumed,
+            };
+            let here = Here { guest_lives: true, gathering };
+            Record::standing_as_destination(Some(&record), &m, Generation(2), here)
+        };
+        assert_eq!(standing(true, false), Standing::Owned);
+        assert_eq!(standing(true, true), Standing::Gathering);
+        assert_eq!(standing(false, true), Standing::Pending);
     }
 }

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId};
 use proptest::prelude::*;
 
-use super::{Record, Standing, destination, source};
+use super::{Here, Record, Standing, destination, source};
 
 /// Every standing, for tables.
-pub(super) const STANDINGS: [Standing; 8] = [
+pub(super) const STANDINGS: [Standing; 9] = [
     Standing::Unknown,
     Standing::Pending,
     Standing::Aborted,
@@ -18,6 +18,7 @@ pub(super) const STANDINGS: [Standing; 8] = [
     Standing::Owned,
     Standing::Refused,
     Standing::Died,
+    Standing::Gathering,
 ];
 
 /// A guest's QEMU, as its host sees it.
@@ -297,12 +298,12 @@ impl World {
     fn answer_source(&mut self) {
         // The driver asks when it has performed what there was to perform.
         if self.source_todo.is_empty() && std::mem::take(&mut self.source_asks) {
-            let lives = matches!(self.destination_guest, Guest::Paused | Guest::Running);
+            let guest_lives = matches!(self.destination_guest, Guest::Paused | Guest::Running);
             let standing = Record::standing_as_destination(
                 self.destination_record.as_ref(),
                 &migration(),
                 Generation(2),
-                lives,
+                Here { guest_lives, gathering: false },
             );
             // A source that has not ceded yet does so first; its COMMIT comes with the next question.
             let ceded = self.source.as_ref().is_some_and(|source| {

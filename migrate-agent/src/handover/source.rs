@@ -244,7 +244,7 @@ impl Source {
                 actions.push(Action::SendAbort);
                 self.state = State::Over(Outcome::Aborted);
             }
-            Event::Running(_) | Event::Heard(Standing::Owned) => {
+            Event::Running(_) | Event::Heard(Standing::Owned | Standing::Gathering) => {
                 // It runs there although we never ceded: an operator claimed it. Resuming here
                 // could make it run twice, so ours stays down.
                 actions.push(Action::Persist(self.ceded_record(false)));
@@ -269,6 +269,12 @@ impl Source {
                 actions.push(Action::Persist(self.ceded_record(false)));
                 actions.push(Action::Ask);
                 self.state = State::DestinationDied;
+            }
+            // It runs there without the memory that was lost here. Ours must stay down.
+            Event::Heard(Standing::Gathering) => {
+                actions.push(Action::Persist(self.ceded_record(false)));
+                actions.push(Action::Ask);
+                self.state = State::Uncertain;
             }
             // Never loaded there, or durably refused: it is ours, and down like any VM after a
             // power cut.
@@ -312,6 +318,11 @@ impl Source {
             Event::Heard(Standing::Died) => {
                 actions.push(Action::Ask);
                 self.state = State::DestinationDied;
+            }
+            Event::Heard(Standing::Gathering) => {
+                // It runs there, and this QEMU is its memory: nothing is uncertain.
+                actions.push(Action::Ask);
+                self.state = State::Ceded;
             }
             Event::Heard(_) => {
                 actions.push(Action::Ask);
@@ -428,12 +439,14 @@ mod tests {
                     (State::Over(_), _) => (state, ""),
                     (State::Sending, E::Loaded(Generation(2))) => (State::Ceded, "ceded, COMMIT"),
                     (State::Sending, E::Loaded(_) | E::GiveUp | E::Refused | E::NoWord) => aborted,
-                    (State::Sending, E::Running(_) | E::Heard(S::Owned)) => {
+                    (State::Sending, E::Running(_) | E::Heard(S::Owned | S::Gathering)) => {
                         (State::Uncertain, "ceded, ask")
                     }
                     (State::Sending, _) => (state, ""),
                     (State::Returning, E::Heard(S::Loaded)) => (State::Uncertain, "ceded, COMMIT"),
                     (State::Returning, E::Running(Generation(2)) | E::Heard(S::Owned)) => confirmed,
+                    (State::Returning, E::Heard(S::Gathering)) => (State::Uncertain, "ceded, ask"),
+                    (_, E::Heard(S::Gathering)) => (State::Ceded, "ask"),
                     (State::Returning, E::Heard(S::Died)) => (State::DestinationDied, "ceded, ask"),
                     (State::Returning, E::Heard(S::Unknown | S::Refused) | E::Refused) => {
                         (State::Over(Outcome::Aborted), "own g1")

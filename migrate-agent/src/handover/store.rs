@@ -6,8 +6,9 @@
 //! know whether it has ceded a VM must not start it.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use lifeboat_protocol::ids::VmId;
@@ -105,27 +106,47 @@ impl Store {
     /// When the disk does; the old record is then still the one in force.
     pub fn write(&self, vm: &VmId, record: &Record) -> Result<(), StoreError> {
         let path = self.path(vm);
-        let temporary = self.directory.join(format!(".{vm}.new"));
-        let io = |doing| {
-            let path = path.clone();
-            move |source| StoreError::Io { path, doing, source }
-        };
         let bytes = serde_json::to_vec_pretty(record)
             .map_err(|source| StoreError::Damaged { path: path.clone(), source })?;
-        let mut file = File::create(&temporary).map_err(io("create"))?;
-        file.write_all(&bytes).map_err(io("write"))?;
+        self.replace(&path, &format!(".{vm}.new"), &bytes)
+    }
+
+    /// Puts `bytes` in the place of `path` in one step, by way of a file called `temporary`. Both
+    /// can be read by the agent's user only.
+    pub(super) fn replace(
+        &self,
+        path: &Path,
+        temporary: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        let temporary = self.directory.join(temporary);
+        let io = |doing| move |source| StoreError::Io { path: path.to_owned(), doing, source };
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)
+            .map_err(io("create"))?;
+        file.write_all(bytes).map_err(io("write"))?;
         file.sync_data().map_err(io("fsync"))?;
-        fs::rename(&temporary, &path).map_err(io("rename"))?;
-        sync_directory(&self.directory).map_err(io("fsync the directory of"))
+        fs::rename(&temporary, path).map_err(io("rename"))?;
+        self.sync().map_err(io("fsync the directory of"))
+    }
+
+    /// Makes what was renamed or removed durable.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// A file of the directory.
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
     }
 
     fn path(&self, vm: &VmId) -> PathBuf {
         self.directory.join(format!("{vm}.json"))
     }
-}
-
-fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

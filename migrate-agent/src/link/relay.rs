@@ -158,20 +158,30 @@ impl Relay {
             match (&mut from).take(CHUNK_BYTES as u64).read_buf(&mut buffer).await {
                 Ok(0) => break Ok(()),
                 Ok(_) => {
-                    let chunk = buffer.split().freeze();
-                    self.with(|state| {
-                        state.queued += chunk.len();
-                        state.queue.push_back(chunk);
-                    });
+                    self.push(buffer.split().freeze());
                 }
                 Err(error) => break Err(error.into()),
             }
         };
-        self.with(|state| state.ended = true);
+        self.end();
         result
     }
 
-    async fn wait_for_room(&self) {
+    /// Adds bytes of a stream that somebody else reads from QEMU, at most a frame's payload at once.
+    pub fn push(&self, chunk: Bytes) {
+        self.with(|state| {
+            state.queued += chunk.len();
+            state.queue.push_back(chunk);
+        });
+    }
+
+    /// Nothing more will be pushed.
+    pub fn end(&self) {
+        self.with(|state| state.ended = true);
+    }
+
+    /// Returns when the queue takes more.
+    pub async fn wait_for_room(&self) {
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);

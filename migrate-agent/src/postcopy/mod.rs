@@ -16,8 +16,9 @@
 //! ```
 //!
 //! [`phase`] is the machine of the phases, [`service`] decides which page comes next, [`Gather`]
-//! joins the two.
+//! joins the two. [`absorb`] is the source's part.
 
+pub mod absorb;
 pub mod phase;
 pub mod service;
 

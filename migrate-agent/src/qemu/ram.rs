@@ -1,6 +1,6 @@
 //! A guest's memory, seen from outside: found in QEMU's mappings, read through `/proc`.
 //!
-//! Used by `measure/`. Reading does not populate pages: what `/proc/PID/pagemap` calls neither
+//! Used by `measure/`, and by `source/` to serve the pages of a stopped guest. Reading does not populate pages: what `/proc/PID/pagemap` calls neither
 //! present nor swapped is zero, and is not touched. The guest goes on meanwhile, so two reads
 //! of one page may differ; that is what is measured. Writing is not here.
 

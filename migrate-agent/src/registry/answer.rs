@@ -1,7 +1,7 @@
 //! How a VM stands on this host, in words for people and states for the controller; and claims.
 
-use lifeboat_protocol::agent::VmState;
-use lifeboat_protocol::ids::{Generation, VmId};
+use lifeboat_protocol::agent::{Phase, VmState};
+use lifeboat_protocol::ids::{Generation, MigrationId, VmId};
 use tokio::sync::oneshot;
 
 use super::{Registry, RegistryError, Task};
@@ -45,10 +45,9 @@ impl Registry {
                 (Some(VmState::Sending), Some(migration), Some(destination))
             }
             Record::Ceded { migration, destination, confirmed, .. } => {
-                let waiting = self.open_migration_of(vm).is_some();
-                let state = match (confirmed, waiting) {
-                    (true, _) => VmState::Ceded,
-                    (false, _) => VmState::Uncertain,
+                let state = match *confirmed || self.serves(migration) {
+                    true => VmState::Ceded,
+                    false => VmState::Uncertain,
                 };
                 (Some(state), Some(migration), Some(destination))
             }
@@ -64,8 +63,23 @@ impl Registry {
             generation: record.generation(),
             migration: migration.map(ToString::to_string),
             peer: peer.map(ToString::to_string),
-            detail: words(&record),
+            detail: match (&record, state) {
+                (Record::Ceded { destination, confirmed: false, .. }, Some(VmState::Ceded)) => {
+                    format!(
+                        "{destination} runs it, and still wants pages that are in the memory of its QEMU here"
+                    )
+                }
+                _ => words(&record),
+            },
         }))
+    }
+
+    /// Whether the migration's guest is known to run elsewhere, and its pages are here.
+    fn serves(&self, migration: &MigrationId) -> bool {
+        let entries = self.entries();
+        entries.by_id.get(migration).is_some_and(|entry| {
+            entry.is_open() && matches!(entry.phase(), Phase::PostCopy | Phase::Gather)
+        })
     }
 
     /// A VM that is being received and about which nothing is promised yet.

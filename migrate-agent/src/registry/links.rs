@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::{Registry, Task};
 use crate::destination;
 use crate::disk::sync::receive::{Received, receive};
-use crate::handover::Record;
+use crate::handover::{Here, Record};
 use crate::link::io::frame_name;
 use crate::link::{FrameReader, FrameWriter, LinkError, Listener};
 
@@ -63,6 +63,43 @@ impl Registry {
             Purpose::AskDestination => self.answer_source(hello, reader, writer).await,
             Purpose::AskSource => self.answer_destination(&hello, writer).await,
             Purpose::Disk => self.take_disks(&hello, reader, writer).await,
+            Purpose::ServeDemands | Purpose::ServeBackground => {
+                self.take_lane(&hello, reader, writer).await
+            }
+        }
+    }
+
+    /// The source of a migration offers pages. That it is that source is what its certificate says;
+    /// after a restart it has no token to show any more.
+    async fn take_lane(
+        &self,
+        hello: &Hello,
+        reader: FrameReader,
+        mut writer: FrameWriter,
+    ) -> Result<(), LinkError> {
+        let Some(inputs) = self.served(hello) else {
+            let reason = "no pages of this migration are wanted here".to_owned();
+            return writer.send(&Frame::Refused(reason)).await;
+        };
+        writer.send(&Frame::Welcome).await?;
+        let _ = inputs.send(destination::Input::Lane(hello.purpose, reader, writer)).await;
+        Ok(())
+    }
+
+    fn served(&self, hello: &Hello) -> Option<tokio::sync::mpsc::Sender<destination::Input>> {
+        let entries = self.entries();
+        let entry = entries.by_id.get(&hello.migration)?;
+        let from = entry.progress.borrow().source_host == hello.host.as_str();
+        match &entry.task {
+            Task::Destination { inputs, generation, .. }
+                if from
+                    && entry.vm == hello.vm
+                    && entry.is_open()
+                    && *generation == hello.generation =>
+            {
+                Some(inputs.clone())
+            }
+            _ => None,
         }
     }
 
@@ -200,12 +237,13 @@ impl Registry {
     fn standing_as_destination(&self, hello: &Hello) -> Standing {
         match self.context.store.read(&hello.vm) {
             Ok(record) => {
-                let lives = self.context.guests.lives(&hello.vm);
+                let guest_lives = self.context.guests.lives(&hello.vm);
+                let gathering = self.context.store.wants_source(&hello.vm);
                 Record::standing_as_destination(
                     record.as_ref(),
                     &hello.migration,
                     hello.generation,
-                    lives,
+                    Here { guest_lives, gathering },
                 )
             }
             Err(error) => {

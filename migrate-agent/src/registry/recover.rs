@@ -13,6 +13,7 @@ use super::{DOWNTIME_DEFAULT, Entry, Registry, RegistryError, Task};
 use crate::destination::DestinationTask;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
+use crate::handover::gathering::Gathering;
 use crate::handover::source::Source;
 use crate::progress::Progress;
 use crate::source::disk::bring_home;
@@ -82,7 +83,27 @@ impl Registry {
         }
         let mut actions = Vec::new();
         if let Some(machine) = Destination::resume(record, lives, &mut actions) {
-            self.take_up_destination(vm, machine, actions);
+            self.take_up_destination(vm, machine, Some(actions));
+            return;
+        }
+        self.take_up_gathering(vm, record, lives);
+    }
+
+    /// A guest that runs here and whose pages were on their way.
+    fn take_up_gathering(&self, vm: VmId, record: &Record, lives: bool) {
+        let Ok(Some(kept)) = self.context.store.gathering(&vm) else { return };
+        match record {
+            Record::Owner { generation, via: Some(via), from: Some(from), resumed: true }
+                if *via == kept.migration && lives =>
+            {
+                let machine = Destination::running(*generation, via.clone(), from.clone());
+                self.take_up_destination(vm, machine, None);
+            }
+            _ => {
+                if let Err(error) = self.context.store.end_gathering(&vm) {
+                    tracing::error!(%vm, %error, "what was remembered of a guest that went stays");
+                }
+            }
         }
     }
 
@@ -111,6 +132,8 @@ impl Registry {
             downtime_limit: DOWNTIME_DEFAULT,
             iterations_max: None,
             deadline: None,
+            scatter: None,
+            absorb_budget: lifeboat_protocol::units::Bytes(0),
             generation: Generation(machine.next_generation().0.saturating_sub(1)),
         };
         let (progress, watching) = Progress::new(first);
@@ -124,13 +147,20 @@ impl Registry {
         &self,
         vm: VmId,
         machine: Destination,
-        actions: Vec<crate::handover::destination::Action>,
+        actions: Option<Vec<crate::handover::destination::Action>>,
     ) {
         let (source, _) = machine.source();
         let migration = machine.migration().clone();
         tracing::warn!(%vm, %migration, state = ?machine.state(), "hand-over taken up again");
         let first = self.first(&vm, Side::Destination, source, machine.generation());
-        let first = MigrationProgress { migration: migration.to_string(), ..first };
+        let mode = match self.context.store.gathering(&vm) {
+            Ok(Some(Gathering { scattered: Some(_), .. })) => Mode::ScatterGather,
+            Ok(Some(_)) => Mode::PostCopy,
+            _ => Mode::PreCopy,
+        };
+        let mode_told = lifeboat_protocol::agent::Mode::from(mode).into();
+        let first =
+            MigrationProgress { migration: migration.to_string(), mode: mode_told, ..first };
         let generation = machine.generation();
         let definition = self
             .context
@@ -143,7 +173,7 @@ impl Registry {
             self.context.clone(),
             vm.clone(),
             definition,
-            Mode::PreCopy,
+            mode,
             inputs,
             progress,
             machine,
@@ -156,7 +186,12 @@ impl Registry {
             disks: None,
         };
         self.enlist(migration, Entry { vm, progress: watching, task: task_entry });
-        crate::tasks::spawn("migration, destination", async move { task.take_up(actions).await });
+        crate::tasks::spawn("migration, destination", async move {
+            match actions {
+                Some(actions) => task.take_up(actions).await,
+                None => task.take_up_running().await,
+            }
+        });
     }
 
     fn first(

@@ -21,7 +21,8 @@ use crate::registry::VmStanding;
 use crate::vms::{Doing, VmView, chain, host_files};
 
 /// The modes that this agent can carry out at either end.
-const MODES: [terms::Mode; 2] = [terms::Mode::PreCopy, terms::Mode::Cold];
+const MODES: [terms::Mode; 4] =
+    [terms::Mode::PreCopy, terms::Mode::PostCopy, terms::Mode::ScatterGather, terms::Mode::Cold];
 
 impl Service {
     pub(super) async fn description(&self) -> HostDescription {

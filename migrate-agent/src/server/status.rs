@@ -54,14 +54,15 @@ pub(super) fn of_vm(error: &VmError) -> Status {
 
 pub(super) fn of_registry(error: &RegistryError) -> Status {
     let code = match error {
-        RegistryError::Name(_) | RegistryError::Invalid { .. } => Code::InvalidArgument,
+        RegistryError::Name(_) | RegistryError::Invalid { .. } | RegistryError::Plan(_) => {
+            Code::InvalidArgument
+        }
         RegistryError::UnknownMigration(_) | RegistryError::UnknownVm(_) => Code::NotFound,
         RegistryError::Busy { .. }
         | RegistryError::Record { .. }
         | RegistryError::TooLate(_)
         | RegistryError::NotClaimable { .. }
         | RegistryError::Failed(_) => Code::FailedPrecondition,
-        RegistryError::NotInThisRelease(_) => Code::Unimplemented,
         RegistryError::Store(_) => Code::Internal,
     };
     status(code, error)

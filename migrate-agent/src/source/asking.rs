@@ -34,7 +34,11 @@ impl SourceTask {
             Some(Input::Cancel { answer, .. }) => {
                 let _ = answer.send(false);
             }
-            Some(Input::Limit(_) | Input::DiskLimit(_)) => {}
+            Some(Input::Limit(limit)) => {
+                self.limit = limit;
+                self.limit_serving(limit);
+            }
+            Some(Input::DiskLimit(_)) => {}
             None => tokio::time::sleep(ASK_EVERY).await,
         }
     }
@@ -47,8 +51,12 @@ impl SourceTask {
                 Event::NoWord
             }
         };
-        if event == Event::Heard(Standing::Died) && self.machine.state() != State::DestinationDied {
-            self.say_died();
+        match event {
+            Event::Heard(Standing::Died) if self.machine.state() != State::DestinationDied => {
+                self.say_died();
+            }
+            Event::Heard(Standing::Gathering) => self.serve_again(),
+            _ => {}
         }
         self.tell(event).await;
     }

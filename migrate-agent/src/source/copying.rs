@@ -15,12 +15,14 @@ use lifeboat_scatter_gather::link::{Ended, Frame};
 use tokio::net::UnixListener;
 use tokio::sync::broadcast;
 
+use super::absorbing::absorb;
 use super::disk::DiskFailure;
 use super::{Failure, Input, SourceTask};
 use crate::clock;
 use crate::link::io::frame_name;
 use crate::link::relay::Relay;
 use crate::link::{FrameWriter, LinkError};
+use crate::postcopy::absorb::Absorbed;
 use crate::progress::RateMeter;
 use crate::qemu::qmp::{MigrateInfo, MigrateParameters, MigrationStatus, Qmp, QmpError, QmpEvent};
 
@@ -52,13 +54,14 @@ const CAPABILITIES: [&str; 2] = ["events", "pause-before-switchover"];
 /// The relay's two tasks. Dropping it ends both.
 struct Pump {
     relay: Relay,
-    fill: tokio::task::JoinHandle<Result<(), LinkError>>,
+    /// `None` once its result has been taken.
+    fill: Option<tokio::task::JoinHandle<Result<Option<Absorbed>, Failure>>>,
     drain: tokio::task::JoinHandle<(FrameWriter, Result<Ended, LinkError>)>,
 }
 
 impl Drop for Pump {
     fn drop(&mut self) {
-        self.fill.abort();
+        self.fill.iter().for_each(|fill| fill.abort());
         self.drain.abort();
     }
 }
@@ -84,16 +87,39 @@ impl SourceTask {
         let mut events = qmp.events();
         let mut pump = self.start_copying(qmp).await?;
         self.progress.enter(Phase::MemoryCopy);
-        self.iterate(qmp, &mut events, &mut pump).await?;
+        match self.copy_with(qmp, &mut events, &mut pump).await {
+            Ok(()) => Ok(()),
+            Err(failure) => Err(first_cause(&mut pump, failure)),
+        }
+    }
+
+    async fn copy_with(
+        &mut self,
+        qmp: &Qmp,
+        events: &mut broadcast::Receiver<QmpEvent>,
+        pump: &mut Pump,
+    ) -> Result<(), Failure> {
+        self.iterate(qmp, events, pump).await?;
         self.progress.enter(Phase::Switchover);
-        self.finish_stream(qmp, &mut events, pump).await
+        if self.memory.is_some() {
+            self.start_serving();
+        }
+        self.finish_stream(qmp, events, pump).await
+    }
+
+    /// What QEMU may write, bytes/s; 0 is no limit. What is absorbed never leaves the host.
+    fn stream_limit(&self) -> u64 {
+        match self.memory {
+            Some(_) => 0,
+            None => self.limit.map_or(0, |limit| limit.0),
+        }
     }
 
     async fn start_copying(&mut self, qmp: &Qmp) -> Result<Pump, Failure> {
         qmp.migrate_set_only(&CAPABILITIES).await?;
         qmp.migrate_set_parameters(MigrateParameters {
             downtime_limit_ms: Some(HOLD_MS),
-            max_bandwidth_bytes: Some(self.limit.map_or(0, |limit| limit.0)),
+            max_bandwidth_bytes: Some(self.stream_limit()),
         })
         .await?;
         let vm = &self.order.vm;
@@ -108,11 +134,18 @@ impl SourceTask {
         let (socket, _) = accepted.map_err(|_| slow())?.map_err(Failure::Socket)?;
         let relay = Relay::new(self.limit);
         let writer = self.writer.take().ok_or(LinkError::Closed)?;
+        let budget = self.absorb_budget();
+        let memory = self.memory.as_ref().map(|memory| memory.pages());
         Ok(Pump {
-            fill: crate::tasks::spawn("relay fill", {
+            fill: Some(crate::tasks::spawn("relay fill", {
                 let relay = relay.clone();
-                async move { relay.fill(socket).await }
-            }),
+                async move {
+                    match memory {
+                        Some(pages) => absorb(relay, socket, pages, budget).await,
+                        None => Ok(relay.fill(socket).await.map(|()| None)?),
+                    }
+                }
+            })),
             drain: crate::tasks::spawn("relay drain", {
                 let relay = relay.clone();
                 async move {
@@ -308,7 +341,7 @@ impl SourceTask {
         &mut self,
         qmp: &Qmp,
         events: &mut broadcast::Receiver<QmpEvent>,
-        mut pump: Pump,
+        pump: &mut Pump,
     ) -> Result<(), Failure> {
         self.catch_stop(events, &pump.relay);
         pump.relay.unbound();
@@ -340,7 +373,7 @@ impl SourceTask {
                 return Err(Failure::Slow { what: "end its stream", limit });
             }
         }
-        self.drain_rest(&mut pump).await
+        self.drain_rest(pump).await
     }
 
     /// The STOP event comes at about the same time as the status that was polled.
@@ -369,6 +402,11 @@ impl SourceTask {
             progress.bytes_sent = ended.total;
             progress.bytes_remaining = 0;
         });
+        let fill = pump.fill.take().ok_or(LinkError::Closed)?;
+        let filled = fill.await.map_err(|_| LinkError::Closed)?;
+        if let Some(absorbed) = filled? {
+            self.tell_pages(absorbed).await?;
+        }
         if let Some(writer) = &mut self.writer {
             writer.send(&Frame::End(ended)).await?;
         }
@@ -437,10 +475,10 @@ impl SourceTask {
                 if let Some((qmp, relay)) = at_work {
                     relay.set_limit(limit);
                     self.tell_limits().await?;
-                    let bytes = limit.map_or(0, |limit| limit.0);
+                    self.limit_serving(limit);
                     let parameters = MigrateParameters {
                         downtime_limit_ms: None,
-                        max_bandwidth_bytes: Some(bytes),
+                        max_bandwidth_bytes: Some(self.stream_limit()),
                     };
                     qmp.migrate_set_parameters(parameters).await?;
                 }
@@ -469,6 +507,7 @@ impl SourceTask {
             Some(Input::Limit(limit)) => {
                 self.limit = limit;
                 relay.set_limit(limit);
+                self.limit_serving(limit);
                 Ok(())
             }
             // Nothing is written any more that it could hold back.
@@ -498,6 +537,15 @@ pub(super) fn unwelcome(word: Result<Frame, LinkError>) -> Failure {
         Ok(Frame::Abort(reason) | Frame::Refused(reason)) => Failure::Refused(reason),
         Ok(other) => LinkError::Unexpected { got: frame_name(&other), wanted: "LOADED" }.into(),
         Err(error) => error.into(),
+    }
+}
+
+/// What the other half of the pump said: an end of the link may have been its doing.
+fn first_cause(pump: &mut Pump, failure: Failure) -> Failure {
+    use futures_util::FutureExt;
+    match pump.fill.as_mut().and_then(FutureExt::now_or_never) {
+        Some(Ok(Err(cause))) => cause,
+        _ => failure,
     }
 }
 

@@ -113,6 +113,11 @@ impl SourceTask {
         definition.map_or_else(Vec::new, |definition| local_disks(&definition, directories))
     }
 
+    /// Whether disks would have to come along.
+    pub(super) fn has_local_disks(&self) -> bool {
+        !self.local_disks().is_empty()
+    }
+
     /// Has every write to the VM's local disks pass through a mover; nothing where it has none.
     pub(super) async fn watch_disks(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         let disks = self.local_disks();

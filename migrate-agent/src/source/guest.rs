@@ -14,6 +14,8 @@ use crate::qemu::qmp::{MigrationStatus, Qmp, RunState};
 const POWER_DOWN_GRACE: Duration = Duration::from_secs(10);
 /// A sign of life for the destination meanwhile.
 const PING_EVERY: Duration = Duration::from_millis(500);
+/// A destination has this long to let go of the guest's disks.
+const LET_GO_LIMIT: Duration = Duration::from_secs(10);
 /// QEMU has this long to end a migration that it was told to cancel.
 const CANCEL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -53,6 +55,28 @@ impl SourceTask {
         Ok(())
     }
 
+    /// Resumes the guest. A destination that loads a guest whose pages follow opens its disks before
+    /// COMMIT: it is told to let go of them. That nothing of this is durable yet does no harm: this
+    /// host has not ceded, and once told, the destination durably never owns it.
+    async fn cont(&mut self, qmp: &Qmp) -> Result<(), Failure> {
+        let deadline = clock::now() + LET_GO_LIMIT;
+        let mut told = false;
+        loop {
+            let Err(error) = qmp.cont().await else { return Ok(()) };
+            let patient = self.memory.is_some() && !qmp.is_closed();
+            if !patient || clock::now() > deadline {
+                return Err(error.into());
+            }
+            if let Some(writer) = self.writer.as_mut().filter(|_| !told) {
+                told = true;
+                let reason = "the source takes its guest back".to_owned();
+                let _ = writer.send(&Frame::Abort(reason)).await;
+            }
+            tracing::warn!(%error, "the guest cannot be resumed yet");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Whatever QEMU was doing for the migration ends, and the guest runs again.
     pub(super) async fn resume_guest(&mut self) -> Result<(), Failure> {
         let vm = self.order.vm.clone();
@@ -75,7 +99,7 @@ impl SourceTask {
                 qmp.system_reset().await?;
                 qmp.cont().await?;
             }
-            _ => qmp.cont().await?,
+            _ => self.cont(&qmp).await?,
         }
         // The destination may have announced the guest's addresses while it was loading.
         if let Err(error) = qmp.announce_self().await {

@@ -10,8 +10,9 @@ use lifeboat_protocol::ids::VmId;
 use super::definition::Definition;
 use super::{VmError, Vms};
 use crate::guests::{Arrival, GuestError, Guests};
-use crate::qemu::launch::Begin;
+use crate::qemu::launch::{Begin, ram_under};
 use crate::qemu::qmp::Qmp;
+use crate::qemu::ram::Ram;
 use crate::qemu::run_dir::{RunDir, SOCKET_PATH_BYTES_MAX};
 
 fn while_doing(vm: &VmId, doing: &'static str) -> impl Fn(VmError) -> GuestError {
@@ -94,6 +95,17 @@ impl Guests for Vms {
         Box::pin(async move {
             let vm = name_of(definition);
             self.take_in(definition, arrival).await.map_err(while_doing(&vm, "take it in"))
+        })
+    }
+
+    fn memory(&self, vm: &VmId) -> Result<Ram, GuestError> {
+        let doing = "read its memory";
+        let (pid, definition) = self.process(vm).map_err(while_doing(vm, doing))?;
+        let size = ram_under(self.settings.accelerator, definition.memory);
+        Ram::find(pid, size).map_err(|source| GuestError {
+            vm: vm.clone(),
+            doing,
+            source: Box::new(source),
         })
     }
 

@@ -34,16 +34,16 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// A password from bytes that the caller has drawn.
-    #[must_use]
-    pub fn new(drawn: &[u8; 32]) -> Self {
-        Self(hex(drawn))
-    }
-
     /// A password that somebody else has chosen.
     #[must_use]
     pub fn given(password: impl Into<String>) -> Self {
         Self(password.into())
+    }
+
+    /// A password from bytes that the caller has drawn.
+    #[must_use]
+    pub fn new(drawn: &[u8; 32]) -> Self {
+        Self(hex(drawn))
     }
 
     /// The password.

@@ -150,6 +150,11 @@ impl Qmp {
         self.order("migrate-incoming", json!({"uri": uri})).await
     }
 
+    /// Takes a post-copy up again whose stream has ended; QEMU listens there.
+    pub async fn migrate_recover(&self, uri: &str) -> Result<(), QmpError> {
+        self.order("migrate-recover", json!({"uri": uri})).await
+    }
+
     /// Lets a migration go on that waits in `pre-switchover`.
     pub async fn migrate_continue(&self) -> Result<(), QmpError> {
         self.order("migrate-continue", json!({"state": "pre-switchover"})).await

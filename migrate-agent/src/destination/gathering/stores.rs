@@ -1,0 +1,456 @@
+//! Pages that wait in stores: which way leads to them now, fetched, opened, and what is done when a
+//! store does not answer. Used by the gather's driver.
+//!
+//! Each store is reached by two connections, one for demands and one for the background, so that a
+//! demand never waits behind a pack. A store that fails is passed over at once, and tried again in the
+//! background: its run tells whether it still holds what was put there. One that gave back something
+//! else than was put there is not asked again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use lifeboat_protocol::ids::MigrationId;
+use lifeboat_scatter_gather::ledger::Where;
+use lifeboat_scatter_gather::link::pages::{PackNote, PageKey};
+use lifeboat_scatter_gather::pack::{PackError, Reading, slot_bytes, slot_offset};
+use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
+use lifeboat_scatter_gather::redundancy::directory::{Directory, Way};
+use lifeboat_scatter_gather::redundancy::parity::{Parity, ParityError, body_offset, restore};
+use lifeboat_scatter_gather::redundancy::{StoreId, StoreSet};
+use lifeboat_scatter_gather::seal::{MigrationKey, MigrationTag};
+use lifeboat_scatter_gather::store::{Key, RedisStore, StoreError};
+use tokio::sync::mpsc;
+
+use super::Driver;
+use crate::handover::gathering::StoreAt;
+use crate::postcopy::Event;
+use crate::source::Failure;
+use crate::stores::{self, StoreLinkError};
+use crate::tls::TlsIdentity;
+
+/// How long a store may take to give a page or a pack: beyond it the redundant copy is quicker.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A store that failed is tried again this often.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// One store, reached.
+#[derive(Debug, Clone)]
+pub(super) struct Reached {
+    demands: RedisStore,
+    background: RedisStore,
+}
+
+/// A migration's stores, reached before its guest is touched.
+pub(in crate::destination) struct Reachable {
+    places: Vec<StoreAt>,
+    reached: Vec<Option<Reached>>,
+    migration: MigrationId,
+    identity: Option<TlsIdentity>,
+}
+
+impl Reachable {
+    /// Reaches every store.
+    pub(in crate::destination) async fn reach(
+        places: Vec<StoreAt>,
+        migration: &MigrationId,
+        identity: Option<&TlsIdentity>,
+    ) -> Result<Self, StoreLinkError> {
+        let mut reached = Vec::new();
+        for at in &places {
+            reached.push(Some(reach(at, migration, identity, None).await?));
+        }
+        let (migration, identity) = (migration.clone(), identity.cloned());
+        Ok(Self { places, reached, migration, identity })
+    }
+
+    /// Reaches those that answer: the guest is here, and its pages are where they are.
+    pub(in crate::destination) async fn reach_again(
+        places: Vec<StoreAt>,
+        migration: &MigrationId,
+        identity: Option<&TlsIdentity>,
+    ) -> Self {
+        let mut reached = Vec::new();
+        for at in &places {
+            match reach(at, migration, identity, None).await {
+                Ok(open) => reached.push(Some(open)),
+                Err(error) => {
+                    tracing::error!(%error, "a store is passed over");
+                    reached.push(None);
+                }
+            }
+        }
+        let (migration, identity) = (migration.clone(), identity.cloned());
+        Self { places, reached, migration, identity }
+    }
+
+    /// The stores.
+    pub(in crate::destination) fn places(&self) -> &[StoreAt] {
+        &self.places
+    }
+}
+
+async fn reach(
+    at: &StoreAt,
+    migration: &MigrationId,
+    identity: Option<&TlsIdentity>,
+    before: Option<&Reached>,
+) -> Result<Reached, StoreLinkError> {
+    let run = before.map(|before| before.demands.run().clone());
+    let demands = stores::connect(at, migration, identity, run, PATIENCE).await?;
+    let same = Some(demands.run().clone());
+    let background = stores::connect(at, migration, identity, same, PATIENCE).await?;
+    Ok(Reached { demands, background })
+}
+
+/// What has come of a question to stores.
+pub(super) enum Fetched {
+    /// To a demand.
+    Page(PageAt, Result<Bytes, Trouble>),
+    /// To the background's batch.
+    Pack(Result<Vec<(PageAt, Bytes)>, Trouble>),
+    /// A store answers again.
+    Back(StoreId, Reached),
+}
+
+/// Why a page did not come, and whose fault that was.
+#[derive(Debug)]
+pub(super) struct Trouble {
+    store: Option<StoreId>,
+    error: TroubleError,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum TroubleError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    #[error(transparent)]
+    Parity(#[from] ParityError),
+    #[error("no store that answers has {0}, and too little of its stripe is left")]
+    NoWay(PackId),
+}
+
+/// The stores as the gather sees them.
+pub(super) struct Stores {
+    reachable: Reachable,
+    directory: Directory,
+    reading: Arc<Reading>,
+    /// Do not answer, or lie.
+    lost: Vec<bool>,
+    /// Everything is told: what is not in stores never will be.
+    pub(super) complete: bool,
+    /// The source scatters no more: what is left is fetched from it.
+    pub(super) given_up: bool,
+    results: mpsc::Sender<Fetched>,
+}
+
+impl Stores {
+    pub(super) fn new(reachable: Reachable, key: PageKey, results: mpsc::Sender<Fetched>) -> Self {
+        let tag = MigrationTag::new(&reachable.migration);
+        let opener = Some(MigrationKey::new(key.0).opener(tag));
+        let lost: Vec<bool> = reachable.reached.iter().map(Option::is_none).collect();
+        let away = (0_u8..).zip(lost.clone()).filter(|(_, lost)| *lost);
+        let stores = Self {
+            reachable,
+            directory: Directory::new(),
+            reading: Arc::new(Reading { migration: tag, opener }),
+            lost,
+            complete: false,
+            given_up: false,
+            results,
+        };
+        away.for_each(|(store, _)| stores.try_again(StoreId(store)));
+        stores
+    }
+
+    fn lost(&self) -> StoreSet {
+        let mut set = StoreSet::default();
+        let lost = (0_u8..).zip(&self.lost).filter(|(_, lost)| **lost);
+        lost.for_each(|(store, _)| set.add(StoreId(store)));
+        set
+    }
+
+    /// Where to read a pack now, with the connections to do it.
+    fn way(&self, pack: PackId, background: bool) -> Result<OpenWay, TroubleError> {
+        let open = |store: StoreId| {
+            let reached = self.reachable.reached.get(usize::from(store.0));
+            let reached = reached.and_then(Option::as_ref).ok_or(TroubleError::NoWay(pack))?;
+            let chosen = if background { &reached.background } else { &reached.demands };
+            Ok::<_, TroubleError>((store, chosen.clone()))
+        };
+        match self.directory.way(pack, self.lost()) {
+            Ok(Way::From(store)) => Ok(OpenWay::From(open(store)?)),
+            Ok(Way::Rebuild { stripe, parity, others }) => {
+                let other = |(pack, store): (PackId, StoreId)| Ok((pack, open(store)?));
+                let others = others.into_iter().map(other).collect::<Result<_, TroubleError>>()?;
+                Ok(OpenWay::Rebuild { stripe, parity: open(parity)?, others })
+            }
+            Ok(Way::Lost) | Err(_) => Err(TroubleError::NoWay(pack)),
+        }
+    }
+
+    /// Fetches one page, which waits in this slot.
+    pub(super) fn fetch(&self, at: PageAt, pack: PackId, slot: u16) {
+        let (way, reading) = (self.way(pack, false), Arc::clone(&self.reading));
+        let results = self.results.clone();
+        crate::tasks::spawn("page from a store", async move {
+            let page = match way {
+                Ok(way) => page(way, pack, slot, at, &reading).await,
+                Err(error) => Err(Trouble { store: None, error }),
+            };
+            // A gather that has ended needs no page.
+            let _ = results.send(Fetched::Page(at, page)).await;
+        });
+    }
+
+    /// Fetches a pack.
+    pub(super) fn fetch_pack(&self, pack: PackId) {
+        let (way, reading) = (self.way(pack, true), Arc::clone(&self.reading));
+        let results = self.results.clone();
+        crate::tasks::spawn("pack from a store", async move {
+            let pages = match way {
+                Ok(way) => whole(way, pack, &reading).await,
+                Err(error) => Err(Trouble { store: None, error }),
+            };
+            let _ = results.send(Fetched::Pack(pages)).await;
+        });
+    }
+
+    /// Passes a store over, and tries it again unless it lied.
+    fn lose(&mut self, store: StoreId, error: &TroubleError) {
+        let index = usize::from(store.0);
+        let Some(lost) = self.lost.get_mut(index) else { return };
+        if std::mem::replace(lost, true) {
+            return;
+        }
+        let host = &self.reachable.places[index].host;
+        tracing::error!(store = store.0, host, %error, "a store is passed over");
+        let for_ever = match error {
+            TroubleError::Store(error) => error.is_loss(),
+            _ => true,
+        };
+        if !for_ever {
+            self.try_again(store);
+        }
+    }
+
+    fn try_again(&self, store: StoreId) {
+        let index = usize::from(store.0);
+        let at = self.reachable.places[index].clone();
+        let before = self.reachable.reached[index].clone();
+        let migration = self.reachable.migration.clone();
+        let (identity, results) = (self.reachable.identity.clone(), self.results.clone());
+        crate::tasks::spawn("a store again", async move {
+            while !results.is_closed() {
+                tokio::time::sleep(AGAIN_AFTER).await;
+                match reach(&at, &migration, identity.as_ref(), before.as_ref()).await {
+                    Ok(reached) => {
+                        let _ = results.send(Fetched::Back(store, reached)).await;
+                        return;
+                    }
+                    Err(StoreLinkError::Store { source, .. }) if source.is_loss() => {
+                        tracing::error!(store = store.0, %source, "its pages are lost");
+                        return;
+                    }
+                    Err(error) => tracing::debug!(%error, "a store is still away"),
+                }
+            }
+        });
+    }
+}
+
+type Open = (StoreId, RedisStore);
+
+/// A way to a pack, with connections.
+enum OpenWay {
+    From(Open),
+    Rebuild { stripe: u64, parity: Open, others: Vec<(PackId, Open)> },
+}
+
+fn trouble<E: Into<TroubleError>>(store: StoreId) -> impl Fn(E) -> Trouble {
+    move |error| Trouble { store: Some(store), error: error.into() }
+}
+
+/// Some bytes of a value. What lies behind the end of a shorter member of a stripe counts as zeroes.
+async fn part(
+    (store, open): &Open,
+    key: &Key,
+    start: usize,
+    length: usize,
+) -> Result<Bytes, Trouble> {
+    match open.get_part(key, start, length).await {
+        Ok(bytes) => Ok(bytes.freeze()),
+        Err(StoreError::Missing(_)) => Ok(Bytes::new()),
+        Err(error) => Err(trouble(*store)(error)),
+    }
+}
+
+async fn page(
+    way: OpenWay,
+    pack: PackId,
+    slot: u16,
+    at: PageAt,
+    reading: &Reading,
+) -> Result<Bytes, Trouble> {
+    let (start, length) = (slot_offset(slot, true), slot_bytes(true));
+    let (from, bytes) = match way {
+        OpenWay::From(open) => {
+            let key = open.1.keys().pack(pack);
+            let got = open.1.get_part(&key, start, length).await;
+            (Some(open.0), got.map_err(trouble(open.0))?)
+        }
+        OpenWay::Rebuild { stripe, parity, others } => {
+            let body = body_offset(others.len() + 1) + start;
+            let key = parity.1.keys().parity(stripe);
+            let parity = part(&parity, &key, body, length);
+            let others = others.iter().map(|(other, open)| async move {
+                part(open, &open.1.keys().pack(*other), start, length).await
+            });
+            let others = futures_util::future::try_join_all(others);
+            let (parity, others) = tokio::try_join!(parity, others)?;
+            (None, restore(&parity, &others))
+        }
+    };
+    let opened = reading.slot(0, slot, at, bytes);
+    opened.map(|page| page.data).map_err(|error| Trouble { store: from, error: error.into() })
+}
+
+async fn whole(
+    way: OpenWay,
+    pack: PackId,
+    reading: &Reading,
+) -> Result<Vec<(PageAt, Bytes)>, Trouble> {
+    let get = async |open: &Open, key: Key| -> Result<BytesMut, Trouble> {
+        open.1.get(&key).await.map_err(trouble(open.0))
+    };
+    let (from, bytes) = match way {
+        OpenWay::From(open) => (Some(open.0), get(&open, open.1.keys().pack(pack)).await?),
+        OpenWay::Rebuild { stripe, parity, others } => {
+            let store = parity.0;
+            let parity = get(&parity, parity.1.keys().parity(stripe)).await?.freeze();
+            let mut packs = Vec::new();
+            for (other, open) in &others {
+                packs.push(get(open, open.1.keys().pack(*other)).await?.freeze());
+            }
+            let parity = Parity::decode(stripe, &parity).map_err(trouble(store))?;
+            let made = parity.rebuild(stripe, pack, &packs);
+            (None, made.map_err(|error| Trouble { store: None, error: error.into() })?)
+        }
+    };
+    let contents = reading.pack(pack, bytes);
+    let contents = contents.map_err(|error| Trouble { store: from, error: error.into() })?;
+    Ok(contents.pages.into_iter().map(|page| (page.at, page.data)).collect())
+}
+
+impl Driver {
+    /// A store has acknowledged a pack, and the source tells what is in it.
+    pub(super) async fn take_pack(&mut self, note: PackNote) -> Result<(), Failure> {
+        let Some(stores) = &mut self.stores else { return Ok(()) };
+        // On a new connection everything is told again.
+        if stores.directory.pack(note.pack, note.store, note.protection).is_err() {
+            return Ok(());
+        }
+        self.idle = false;
+        for (slot, at) in (0_u16..).zip(note.pages) {
+            self.apply(Event::Noted(at, Where::InPack { pack: note.pack, slot })).await?;
+            // Asked of a source that is not there now: it is in a store.
+            if self.demands.is_none() && self.asked.remove(&at) {
+                self.apply(Event::Failed(at)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What was asked of the source and is in stores by now is asked of them: the source may be gone
+    /// before it answers. Whichever answer comes first is the one that counts.
+    pub(super) async fn ask_stores(&mut self) -> Result<(), Failure> {
+        let ledger = self.gather.ledger();
+        let is_stored = |at: &PageAt| matches!(ledger.find(*at), Ok(Where::InPack { .. }));
+        let stored: Vec<PageAt> = self.asked.iter().copied().filter(is_stored).collect();
+        for at in stored {
+            self.asked.remove(&at);
+            self.apply(Event::Failed(at)).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_parity(&mut self, stripe: u64, store: StoreId) {
+        if let Some(stores) = &mut self.stores {
+            // Told again on a new connection.
+            let _ = stores.directory.parity(stripe, store);
+        }
+    }
+
+    pub(super) async fn take_fetched(&mut self, fetched: Fetched) -> Result<(), Failure> {
+        match fetched {
+            Fetched::Page(at, Ok(data)) => {
+                self.show.send_modify(|seen| seen.bytes += PAGE_BYTES as u64);
+                self.came.insert(at, data);
+                self.arrive(at, Event::Came(at)).await
+            }
+            Fetched::Page(at, Err(trouble)) => {
+                let no_way = self.note_trouble(&trouble);
+                self.find_again(at, no_way).await
+            }
+            Fetched::Pack(Ok(pages)) => self.take_batch(pages).await,
+            Fetched::Pack(Err(trouble)) => {
+                self.note_trouble(&trouble);
+                self.batch = None;
+                self.pace.rest();
+                self.apply(Event::BatchEnded).await
+            }
+            Fetched::Back(store, reached) => self.take_back(store, reached).await,
+        }
+    }
+
+    /// Whether no way is left.
+    fn note_trouble(&mut self, trouble: &Trouble) -> bool {
+        if let (Some(stores), Some(store)) = (&mut self.stores, trouble.store) {
+            stores.lose(store, &trouble.error);
+        } else {
+            tracing::debug!(error = %trouble.error, "a page did not come");
+        }
+        trouble.store.is_none()
+    }
+
+    /// Another way to a page that a store did not give: another store, or the source where it is
+    /// still there; without one it waits.
+    async fn find_again(&mut self, at: PageAt, no_way: bool) -> Result<(), Failure> {
+        if !no_way {
+            return self.apply(Event::Failed(at)).await;
+        }
+        if self.demands.is_some() {
+            self.asked.insert(at);
+            self.ask(&[at]).await;
+            return Ok(());
+        }
+        self.apply(Event::Gone(at)).await?;
+        self.gone.insert(at);
+        Ok(())
+    }
+
+    async fn take_back(&mut self, store: StoreId, reached: Reached) -> Result<(), Failure> {
+        let Some(stores) = &mut self.stores else { return Ok(()) };
+        if let Some(place) = stores.reachable.reached.get_mut(usize::from(store.0)) {
+            *place = Some(reached);
+            stores.lost[usize::from(store.0)] = false;
+            tracing::info!(store = store.0, "a store answers again, and has what was put there");
+        }
+        self.seek_the_gone().await
+    }
+
+    /// Pages without a way are looked for once more.
+    pub(super) async fn seek_the_gone(&mut self) -> Result<(), Failure> {
+        self.idle = false;
+        for at in std::mem::take(&mut self.gone) {
+            let place =
+                self.gather.ledger().find(at).map_err(crate::postcopy::GatherError::from)?;
+            if matches!(place, Where::InPack { .. }) {
+                self.apply(Event::Noted(at, place)).await?;
+            }
+        }
+        Ok(())
+    }
+}

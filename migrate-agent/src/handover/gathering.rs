@@ -1,0 +1,189 @@
+//! What a destination must remember of a guest whose memory is still elsewhere, beside the record of
+//! who owns it. Written before LOADED and removed when the last page is here; its presence is what
+//! "gathering" means. Used by `destination.rs` and by the answer to the source's question.
+//!
+//! It holds what opens the pages in stores, so its file is the agent's alone. Which page is where is
+//! not in it: that is asked of QEMU, of the source and of the packs themselves.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use lifeboat_protocol::agent::PageStore;
+use lifeboat_protocol::ids::{MigrationId, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::store::{Store, StoreError};
+
+/// A RAM block of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// QEMU's name.
+    pub name: String,
+    /// Pages of 4 KiB.
+    pub pages: u32,
+}
+
+/// A store that holds pages of the guest.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreAt {
+    /// The intermediary's host; empty for a store named by its address.
+    pub host: String,
+    /// `host:port`.
+    pub address: String,
+    /// Who comes in.
+    pub user: String,
+    /// With what.
+    pub secret: String,
+    /// Without TLS.
+    pub plain: bool,
+}
+
+impl std::fmt::Debug for StoreAt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StoreAt({} at {})", self.host, self.address)
+    }
+}
+
+impl From<&PageStore> for StoreAt {
+    fn from(store: &PageStore) -> Self {
+        Self {
+            host: store.host.clone(),
+            address: store.address.clone(),
+            user: store.user.clone(),
+            secret: store.secret.clone(),
+            plain: store.plain,
+        }
+    }
+}
+
+/// Where the pages of a scattered guest are.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InStores {
+    /// The stores, in the order that both agents count them in.
+    pub stores: Vec<StoreAt>,
+    /// The key of its pages, in hex.
+    pub key: String,
+}
+
+impl std::fmt::Debug for InStores {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "InStores({:?})", self.stores)
+    }
+}
+
+/// A guest that runs, or is about to, without all of its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gathering {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The guest's RAM blocks, in the order of the stream.
+    pub layout: Vec<Block>,
+    /// The block of them whose pages are elsewhere.
+    pub ram: u16,
+    /// Of scatter-gather; `None`: all of it is at the source.
+    pub scattered: Option<InStores>,
+    /// Nothing is wanted of the source any more: what is missing is in stores.
+    pub released: bool,
+}
+
+impl Store {
+    fn gathering_path(&self, vm: &VmId) -> PathBuf {
+        self.file(&format!("{vm}.gathering"))
+    }
+
+    /// Whether pages of the VM are wanted from its source. Where that cannot be seen, they may be:
+    /// whoever asks is about to end the QEMU that holds them.
+    #[must_use]
+    pub fn wants_source(&self, vm: &VmId) -> bool {
+        match self.gathering(vm) {
+            Ok(None) => false,
+            Ok(Some(gathering)) => !gathering.released,
+            Err(error) => {
+                tracing::error!(%vm, %error, "the source has to wait");
+                true
+            }
+        }
+    }
+
+    /// What is remembered of a VM whose pages are elsewhere; `None` where none are.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read or is damaged.
+    pub fn gathering(&self, vm: &VmId) -> Result<Option<Gathering>, StoreError> {
+        let path = self.gathering_path(vm);
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|source| StoreError::Damaged { path, source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StoreError::Io { path, doing: "look into", source }),
+        }
+    }
+
+    /// Remembers, durably.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn write_gathering(&self, vm: &VmId, gathering: &Gathering) -> Result<(), StoreError> {
+        let path = self.gathering_path(vm);
+        let bytes = serde_json::to_vec(gathering)
+            .map_err(|source| StoreError::Damaged { path: path.clone(), source })?;
+        self.replace(&path, &format!(".{vm}.gathering.new"), &bytes)
+    }
+
+    /// Where what was told of the VM's pages is kept, for as long as something is remembered of it.
+    #[must_use]
+    pub fn journal_path(&self, vm: &VmId) -> PathBuf {
+        self.file(&format!("{vm}.pages"))
+    }
+
+    /// Nothing of the VM is elsewhere any more, or the VM is not this host's. No error where nothing
+    /// was remembered.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn end_gathering(&self, vm: &VmId) -> Result<(), StoreError> {
+        let path = self.gathering_path(vm);
+        let failed = |source| StoreError::Io { path: path.clone(), doing: "remove", source };
+        // Of no use without the other, and written anew with the next.
+        let _ = fs::remove_file(self.journal_path(vm));
+        match fs::remove_file(&path) {
+            Ok(()) => self.sync().map_err(failed),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(failed(source)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_gathers_from_when_it_is_written_until_it_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let vm = VmId::new("web").unwrap();
+        assert!(!store.wants_source(&vm));
+        let mut gathering = Gathering {
+            migration: MigrationId::new("m1").unwrap(),
+            layout: vec![Block { name: "pc.ram".into(), pages: 9 }],
+            ram: 0,
+            scattered: Some(InStores { stores: vec![], key: "00".repeat(32) }),
+            released: false,
+        };
+        store.write_gathering(&vm, &gathering).unwrap();
+        assert!(store.wants_source(&vm));
+        assert_eq!(store.gathering(&vm).unwrap(), Some(gathering.clone()));
+        assert!(store.read_all().unwrap().is_empty(), "it is no record of ownership");
+        assert!(!format!("{gathering:?}").contains("0000"), "the key is printed");
+        gathering.released = true;
+        store.write_gathering(&vm, &gathering).unwrap();
+        assert!(!store.wants_source(&vm));
+        store.end_gathering(&vm).unwrap();
+        store.end_gathering(&vm).unwrap();
+        assert_eq!(store.gathering(&vm).unwrap(), None);
+    }
+}

@@ -1,0 +1,418 @@
+//! Two hosts in one process, with real QEMUs and a guest that ticks: both ends' drivers, registries
+//! and page listeners, without gRPC. Used by the tests of the hand-over.
+#![allow(dead_code, reason = "each test uses its part of it")]
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use lifeboat_agent::disk::process::client::Movers;
+use lifeboat_agent::disk::rooms::DiskRooms;
+use lifeboat_agent::guests::{Arrival, GuestError, Guests};
+use lifeboat_agent::handover::Record;
+use lifeboat_agent::handover::store::Store;
+use lifeboat_agent::link::Listener;
+use lifeboat_agent::qemu::qmp::{Qmp, RunState};
+use lifeboat_agent::qemu::ram::Ram;
+use lifeboat_agent::registry::Registry;
+use lifeboat_agent::source::Context;
+use lifeboat_protocol::agent::{
+    MigrationProgress, Mode, Phase, PrepareDestinationRequest, ScatterPlan, StartMigrationRequest,
+    VmDefinition,
+};
+use lifeboat_protocol::ids::{Generation, HostId, VmId};
+use lifeboat_protocol::units::Bytes;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+
+/// A boot sector that dirties 32 pages around and around, and writes `T` to the serial port now
+/// and then. Assembled from:
+///
+/// ```text
+/// cli; xor ax,ax; mov ds,ax; mov bx,0x1000
+/// next: mov es,bx; inc dword [es:0]; add bx,0x100; cmp bx,0x9000; jb same; mov bx,0x1000
+///       inc dword [0x600]; mov eax,[0x600]; test eax,0x3fff; jnz same
+///       mov dx,0x3f8; mov al,'T'; out dx,al
+/// same: jmp next
+/// ```
+const TICKING: [u8; 53] = [
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0xbb, 0x00, 0x10, 0x8e, 0xc3, 0x26, 0x66, 0xff, 0x06, 0x00, 0x00,
+    0x81, 0xc3, 0x00, 0x01, 0x81, 0xfb, 0x00, 0x90, 0x72, 0x1a, 0xbb, 0x00, 0x10, 0x66, 0xff, 0x06,
+    0x00, 0x06, 0x66, 0xa1, 0x00, 0x06, 0x66, 0xa9, 0xff, 0x3f, 0x00, 0x00, 0x75, 0x06, 0xba, 0xf8,
+    0x03, 0xb0, 0x54, 0xee, 0xeb,
+];
+
+/// Guests that are nothing but QEMU processes of one binary with one machine.
+pub(crate) struct Bare {
+    directory: PathBuf,
+    running: Mutex<HashMap<VmId, Child>>,
+}
+
+impl Bare {
+    fn new(directory: &Path) -> Self {
+        let mut sector = TICKING.to_vec();
+        sector.push(0xd2);
+        sector.resize(510, 0);
+        sector.extend([0x55, 0xaa]);
+        std::fs::create_dir_all(directory).unwrap();
+        std::fs::write(directory.join("boot"), sector).unwrap();
+        Self { directory: directory.to_owned(), running: Mutex::default() }
+    }
+
+    pub(crate) fn start(&self, vm: &VmId, extra: &[&str]) {
+        let path = |name: &str| self.directory.join(name).display().to_string();
+        let _ = std::fs::remove_file(path("qmp"));
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg", "-machine", "pc-i440fx-7.2", "-m", "128", "-nodefaults"])
+            .args(["-display", "none", "-serial", &format!("file:{}", path("serial"))])
+            .args(["-drive", &format!("file={},format=raw,if=floppy,read-only=on", path("boot"))])
+            .args(["-qmp", &format!("unix:{},server,nowait", path("qmp"))])
+            .args(extra)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("qemu-system-x86_64 must be installed (lab/install)");
+        self.running.lock().unwrap().insert(vm.clone(), child);
+    }
+
+    pub(crate) fn ticks(&self) -> usize {
+        std::fs::read(self.directory.join("serial")).map_or(0, |bytes| bytes.len())
+    }
+
+    pub(crate) fn kill(&self, vm: &VmId) {
+        if let Some(mut child) = self.running.lock().unwrap().remove(vm) {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        for (_, mut child) in self.running.lock().unwrap().drain() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Guests for Bare {
+    fn definition(&self, _: &VmId) -> Option<VmDefinition> {
+        None
+    }
+
+    fn qmp<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        async move {
+            let path = self.directory.join("qmp");
+            for _ in 0..200 {
+                match Qmp::connect(&path).await {
+                    Ok(qmp) => return Ok(qmp),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+            let source = "no QMP".into();
+            Err(GuestError { vm: vm.clone(), doing: "reach its QEMU", source })
+        }
+        .boxed()
+    }
+
+    fn lives(&self, vm: &VmId) -> bool {
+        let mut running = self.running.lock().unwrap();
+        running.get_mut(vm).is_some_and(|child| child.try_wait().unwrap().is_none())
+    }
+
+    fn socket_path(&self, _: &VmId, name: &str) -> Result<PathBuf, GuestError> {
+        Ok(self.directory.join(name))
+    }
+
+    fn grant(&self, _: &VmId, _: &Path) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn arrive<'a>(
+        &'a self,
+        definition: &'a VmDefinition,
+        arrival: Arrival,
+    ) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        async move {
+            let vm = VmId::new(definition.name.as_str()).unwrap();
+            match arrival {
+                Arrival::Stream => self.start(&vm, &["-S", "-incoming", "defer"]),
+                Arrival::Cold => self.start(&vm, &["-S"]),
+            }
+            self.qmp(&vm).await
+        }
+        .boxed()
+    }
+
+    fn memory(&self, vm: &VmId) -> Result<Ram, GuestError> {
+        let pid = self.running.lock().unwrap().get(vm).map_or(0, Child::id);
+        let size = Bytes::from_mib(128);
+        let failed = |source| GuestError {
+            vm: vm.clone(),
+            doing: "read its memory",
+            source: Box::new(source),
+        };
+        Ram::find(pid, size).map_err(failed)
+    }
+
+    fn could_arrive(&self, _: &VmDefinition) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn present(&self) -> Vec<VmId> {
+        self.running.lock().unwrap().keys().cloned().collect()
+    }
+
+    fn start_again<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
+        async move {
+            self.start(vm, &[]);
+            self.qmp(vm).await
+        }
+        .boxed()
+    }
+
+    fn end<'a>(&'a self, vm: &'a VmId, _: bool) -> BoxFuture<'a, Result<(), GuestError>> {
+        async move {
+            self.kill(vm);
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
+pub(crate) struct Host {
+    name: HostId,
+    pub(crate) guests: Arc<Bare>,
+    pub(crate) registry: Registry,
+    pub(crate) store: Store,
+    pub(crate) address: String,
+    /// Everything that the agent does, so that it can be killed.
+    runtime: Option<Runtime>,
+}
+
+impl Host {
+    async fn start(name: &str, directory: &Path) -> Self {
+        let directory = directory.join(name);
+        let guests = Arc::new(Bare::new(&directory));
+        let store = Store::open(directory.join("ownership")).unwrap();
+        let name = HostId::new(name).unwrap();
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let address = address.to_string();
+        let (runtime, registry) = agent(&name, &guests, &store, &address).await;
+        Self { name, guests, registry, store, address, runtime: Some(runtime) }
+    }
+
+    /// Does something as this host's agent.
+    pub(crate) async fn run<F>(&self, work: F) -> F::Output
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.runtime.as_ref().expect("the agent runs").spawn(work).await.unwrap()
+    }
+
+    /// The agent is killed at once, wherever it is. Its guests stay.
+    pub(crate) fn kill_agent(&mut self) {
+        self.runtime.take().expect("the agent runs").shutdown_background();
+    }
+
+    /// Another agent takes over.
+    pub(crate) async fn start_agent(&mut self) {
+        let (runtime, registry) = agent(&self.name, &self.guests, &self.store, &self.address).await;
+        (self.runtime, self.registry) = (Some(runtime), registry);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// An agent without gRPC: takes up what its records say, and then page links.
+async fn agent(
+    name: &HostId,
+    guests: &Arc<Bare>,
+    store: &Store,
+    address: &str,
+) -> (Runtime, Registry) {
+    let runtime = Runtime::new().unwrap();
+    let context = Context {
+        host: name.clone(),
+        guests: guests.clone(),
+        store: store.clone(),
+        identity: None,
+        movers: Movers {
+            run_dir: guests.directory.join("run"),
+            program: env!("CARGO_BIN_EXE_lifeboat-disk").into(),
+            tls_dir: None,
+        },
+        rooms: Arc::new(DiskRooms {
+            directories: vec![],
+            owner: (0, 0),
+            notes: guests.directory.join("left-disks"),
+            kept_for: Duration::from_secs(1),
+        }),
+    };
+    let registry = Registry::new(context, address);
+    let (serving, address) = (registry.clone(), address.to_owned());
+    let started = runtime.spawn(async move {
+        let listener = loop {
+            // The one before has just been killed.
+            match TcpListener::bind(&address).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        serving.recover().await.unwrap();
+        lifeboat_agent::tasks::spawn("links", serving.serve_links(Listener::new(listener, None)));
+    });
+    started.await.unwrap();
+    (runtime, registry)
+}
+
+pub(crate) fn vm() -> VmId {
+    VmId::new("ticker").unwrap()
+}
+
+pub(crate) struct World {
+    pub(crate) directory: tempfile::TempDir,
+    pub(crate) h1: Host,
+    pub(crate) h2: Host,
+    /// Of scatter-gather: where pages wait, and how fast they are fetched from there (bit/s).
+    pub(crate) scatter: Option<ScatterPlan>,
+    pub(crate) gather_limit: u64,
+}
+
+/// Where in the guest's memory known bytes lie, and how many.
+const KNOWN_AT: u64 = 0x100_0000;
+const KNOWN_BYTES: usize = 24 << 20;
+
+/// Bytes of which no two pages are alike; every seventh page is zero.
+fn known() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(KNOWN_BYTES);
+    for page in 0..KNOWN_BYTES / 4096 {
+        for _ in 0..512 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let word = if page % 7 == 0 { 0 } else { state };
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+/// A guest that ticks on h1, with some known memory, and h2 beside it, which has none of it.
+pub(crate) async fn world() -> World {
+    let directory = tempfile::tempdir().unwrap();
+    let h1 = Host::start("h1", directory.path()).await;
+    let h2 = Host::start("h2", directory.path()).await;
+    let file = directory.path().join("known");
+    std::fs::write(&file, known()).unwrap();
+    let loaded = format!("loader,file={},addr={KNOWN_AT:#x},force-raw=on", file.display());
+    h1.guests.start(&vm(), &["-device", &loaded]);
+    let owner = Record::Owner { generation: Generation(1), via: None, from: None, resumed: true };
+    h1.store.write(&vm(), &owner).unwrap();
+    while h1.guests.ticks() == 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    World { directory, h1, h2, scatter: None, gather_limit: 0 }
+}
+
+impl World {
+    pub(crate) async fn prepare(&self, mode: Mode) -> StartMigrationRequest {
+        let request = PrepareDestinationRequest {
+            migration: "m1".into(),
+            definition: Some(VmDefinition {
+                name: "ticker".into(),
+                memory_bytes: 128 << 20,
+                ..VmDefinition::default()
+            }),
+            mode: mode.into(),
+            generation: 1,
+            source_host: "h1".into(),
+            source_page_address: self.h1.address.clone(),
+            command: None,
+            scatter: self.scatter.clone(),
+            gather_limit_bits_per_sec: self.gather_limit,
+        };
+        let registry = self.h2.registry.clone();
+        let prepared = self.h2.run(async move { registry.prepare_destination(&request).await });
+        let prepared = prepared.await.unwrap();
+        StartMigrationRequest {
+            migration: "m1".into(),
+            vm: "ticker".into(),
+            mode: mode.into(),
+            destination_host: "h2".into(),
+            page_address: prepared.page_address,
+            token: prepared.token,
+            network_limit_bits_per_sec: 400_000_000,
+            scatter: self.scatter.clone(),
+            ..StartMigrationRequest::default()
+        }
+    }
+
+    /// The known memory is in the guest at this host as it was put there.
+    pub(crate) async fn memory_is_whole_at(&self, host: &Host) {
+        let file = self.directory.path().join("seen");
+        let _ = std::fs::remove_file(&file);
+        let arguments = serde_json::json!(
+            {"val": KNOWN_AT, "size": KNOWN_BYTES, "filename": file.display().to_string()}
+        );
+        let qmp = host.guests.qmp(&vm()).await.unwrap();
+        qmp.execute("pmemsave", arguments, Duration::from_secs(20)).await.unwrap();
+        let (seen, known) = (std::fs::read(&file).unwrap(), known());
+        let wrong = seen.chunks(4096).zip(known.chunks(4096)).position(|(a, b)| a != b);
+        assert_eq!((seen.len(), wrong), (known.len(), None), "a page is not as it was");
+    }
+
+    /// Sets it going, as the source's agent.
+    pub(crate) async fn start(&self, request: &StartMigrationRequest) {
+        let (registry, request) = (self.h1.registry.clone(), request.clone());
+        let started = self.h1.run(async move { registry.start_migration(&request).await });
+        started.await.unwrap();
+    }
+
+    /// Waits until the migration is so far on this host.
+    pub(crate) async fn phase_at(&self, host: &Host, phase: Phase) -> MigrationProgress {
+        let mut progress = host.registry.progress("m1").unwrap();
+        let reached = progress.wait_for(|progress| progress.phase() == phase);
+        let reached = tokio::time::timeout(Duration::from_secs(30), reached).await;
+        reached.expect("it does not come so far").unwrap().clone()
+    }
+
+    pub(crate) async fn end_of(&self, host: &Host) -> MigrationProgress {
+        let mut progress = host.registry.progress("m1").unwrap();
+        let ended = progress.wait_for(|progress| progress.phase().is_final());
+        tokio::time::timeout(Duration::from_secs(60), ended)
+            .await
+            .expect("the migration does not end")
+            .unwrap()
+            .clone()
+    }
+
+    /// Ticks come from exactly this host.
+    pub(crate) async fn runs_only_at(&self, runs: &Host, rests: &Host) {
+        assert_eq!(
+            runs.guests.qmp(&vm()).await.unwrap().query_status().await.unwrap().status,
+            RunState::Running
+        );
+        if rests.guests.lives(&vm()) {
+            let qmp = rests.guests.qmp(&vm()).await.unwrap();
+            assert_ne!(qmp.query_status().await.unwrap().status, RunState::Running);
+        }
+        let (running, resting) = (runs.guests.ticks(), rests.guests.ticks());
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(runs.guests.ticks() > running, "no ticks where it should run");
+        assert_eq!(rests.guests.ticks(), resting, "ticks where it should not run");
+    }
+}
