@@ -2,7 +2,7 @@
 //! real Open vSwitches of type `dummy`.
 //!
 //! ```text
-//!  br-h1 u1 ═ a1 s1 a2 ═ u2 br-h2
+//!  br-h1 u1 ═ a1 s1 a2 ═ u2 br-h2          (a2 may be a bond)
 //! ```
 
 mod dummies;
@@ -107,6 +107,23 @@ async fn a_link_too_fast_to_shape_is_only_paced() {
     assert_eq!(ability(&network, "s1", "a1").await, Ability::PaceOnly(PaceOnly::TooFast));
     let released = network.release(evacuation(), None).await;
     assert!(released.failures.is_empty(), "{:?}", released.failures);
+}
+
+#[tokio::test]
+async fn of_a_bond_a_stream_takes_one_member_and_is_paced_to_it() {
+    let bond = |switches: &Switches| {
+        switches.vsctl("del-port s1 a2");
+        drop(switches.vsctl(
+            "add-bond s1 a2 m1 m2 -- set interface m1 type=dummy -- set interface m2 type=dummy",
+        ));
+    };
+    let (switches, network) = chain("100 Mbit/s", "", bond).await;
+    let reserved = network.reserve(wish(100)).await.unwrap();
+    let paced: Vec<bool> = reserved.hops.iter().map(|hop| hop.is_paced()).collect();
+    assert_eq!(paced, [false, true]);
+    assert_eq!(ability(&network, "s1", "a2").await, Ability::PaceOnly(PaceOnly::Bond));
+    assert_eq!(switches.vsctl("get port a2 qos").trim(), "[]");
+    network.release(evacuation(), None).await;
 }
 
 #[tokio::test]

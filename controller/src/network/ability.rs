@@ -26,6 +26,8 @@ pub enum Ability {
 pub enum PaceOnly {
     /// Its link is too fast for a software shaper.
     TooFast,
+    /// It is a bond, of which each stream takes one member.
+    Bond,
     /// Another controller's flows decide there; what of them says so.
     ForeignPipeline {
         /// The first flow that does more than forward as a plain switch.
@@ -60,6 +62,7 @@ impl fmt::Display for PaceOnly {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooFast => f.write_str("25 Gbit/s and more are not shaped in software"),
+            Self::Bond => f.write_str("of a bond each stream takes one member"),
             Self::ForeignPipeline { flow } => write!(f, "another controller's {flow}"),
         }
     }

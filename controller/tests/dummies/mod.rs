@@ -219,7 +219,11 @@ pub(crate) async fn connected(network: &dyn Network) {
     eventually("all switches connect", async || {
         let switches = network.switches().await;
         let numbered = |s: &lifeboat_controller::network::SwitchStatus| {
-            s.ports.len() > 1 && s.ports.iter().filter(|p| !p.peer.is_empty()).all(|p| p.number > 0)
+            s.ports.len() > 1
+                && s.ports
+                    .iter()
+                    .filter(|p| !p.peer.is_empty())
+                    .all(|p| p.number > 0 || p.ability.pace_only().is_some())
         };
         switches.iter().all(|s| s.openflow_connected && s.ovsdb_connected && numbered(s))
     })

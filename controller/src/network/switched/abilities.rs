@@ -1,7 +1,8 @@
 //! What each port can do: whether a queue may be put there, or only the source can keep to a rate.
 //!
-//! Used by the reservation, the discovery and the status. Two things forbid us a port. A link of
-//! 25 Gbit/s and more must not carry HTB, whose one lock costs such a link its speed. And on a bridge
+//! Used by the reservation, the discovery and the status. Three things forbid us a port. A link of
+//! 25 Gbit/s and more must not carry HTB, whose one lock costs such a link its speed. Of a bond each
+//! stream takes one member, and which one is the bond's business. And on a bridge
 //! with another controller's pipeline (OVN, Neutron, a learning controller) a flow of ours that says
 //! NORMAL would lead pages past what that controller decided, so there we install nothing, not even
 //! a probe.
@@ -83,13 +84,18 @@ impl Inner {
         if self.links.get(at).is_some_and(|link| link.capacity >= TOO_FAST) {
             return Ability::PaceOnly(PaceOnly::TooFast);
         }
+        let bridge = self.connections.bridge(&at.switch);
+        let port = bridge.as_ref().and_then(|bridge| bridge.ports.get(&at.port));
+        if port.is_some_and(|port| port.bond) {
+            return Ability::PaceOnly(PaceOnly::Bond);
+        }
         let Some(pipeline) = locked(&self.pipelines).get(&at.switch).cloned() else {
             return Ability::Unknown;
         };
         if let Some(flow) = pipeline.foreign {
             return Ability::PaceOnly(PaceOnly::ForeignPipeline { flow });
         }
-        match self.connections.bridge(&at.switch) {
+        match bridge {
             None => Ability::Unknown,
             Some(bridge) if !bridge.needs_classifier() => Ability::Queue,
             Some(_) => {

@@ -30,17 +30,19 @@ pub(super) struct Bridge {
     pub(super) protocols: Vec<String>,
     /// Whether it was told to connect to a controller.
     pub(super) has_controller: bool,
-    /// By the interface's name.
+    /// By the interface's name; a bond by its own, beside its members.
     pub(super) ports: BTreeMap<String, BridgePort>,
 }
 
 /// A port of a bridge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BridgePort {
-    /// Its OpenFlow number; 0 while it has none.
+    /// Its OpenFlow number; 0 while it has none, and for a bond, whose members have them.
     pub(super) number: u32,
-    /// Whether it is up, administratively and by link.
+    /// Whether it is up, administratively and by link; of a bond, whether a member is.
     pub(super) up: bool,
+    /// Whether it is several interfaces that share what is sent.
+    pub(super) bond: bool,
 }
 
 impl Bridge {
@@ -81,18 +83,27 @@ impl Bridge {
 
 fn ports(rows: &Cache, bridge: &Row) -> BTreeMap<String, BridgePort> {
     let mut found = BTreeMap::new();
-    for port in bridge.get("ports").map(Datum::uuids).unwrap_or_default() {
-        let interfaces = rows.row("Port", port).and_then(|row| row.get("interfaces"));
-        for interface in interfaces.map(Datum::uuids).unwrap_or_default() {
-            let Some(row) = rows.row("Interface", interface) else { continue };
-            let number = row.get("ofport").and_then(Datum::integer).unwrap_or_default();
-            let up = text(row, "link_state") == "up" && text(row, "admin_state") == "up";
-            // -1 is what Open vSwitch writes for an interface that it cannot open.
-            let number = u32::try_from(number).unwrap_or_default();
-            found.insert(text(row, "name").to_owned(), BridgePort { number, up });
+    let ports = bridge.get("ports").map(Datum::uuids).unwrap_or_default();
+    for port in ports.into_iter().filter_map(|port| rows.row("Port", port)) {
+        let interfaces = port.get("interfaces").map(Datum::uuids).unwrap_or_default();
+        let members = interfaces.into_iter().filter_map(|uuid| rows.row("Interface", uuid));
+        let members: Vec<(String, BridgePort)> = members.map(interface).collect();
+        if members.len() > 1 {
+            let up = members.iter().any(|(_, member)| member.up);
+            let bond = BridgePort { number: 0, up, bond: true };
+            found.insert(text(port, "name").to_owned(), bond);
         }
+        found.extend(members);
     }
     found
+}
+
+fn interface(row: &Row) -> (String, BridgePort) {
+    let number = row.get("ofport").and_then(Datum::integer).unwrap_or_default();
+    let up = text(row, "link_state") == "up" && text(row, "admin_state") == "up";
+    // -1 is what Open vSwitch writes for an interface that it cannot open.
+    let number = u32::try_from(number).unwrap_or_default();
+    (text(row, "name").to_owned(), BridgePort { number, up, bond: false })
 }
 
 fn text<'a>(row: &'a Row, column: &str) -> &'a str {
@@ -141,9 +152,27 @@ mod tests {
         );
         let bridge = Bridge::of(&rows, "br0").unwrap();
         assert_eq!((bridge.datapath_id, bridge.secure), (Some(255), true));
-        assert_eq!(bridge.ports["p1"], BridgePort { number: 7, up: true });
+        assert_eq!(bridge.ports["p1"], BridgePort { number: 7, up: true, bond: false });
         assert!(bridge.needs_classifier() && bridge.obstacle().is_none());
         assert_eq!(Bridge::of(&rows, "br1"), None);
+    }
+
+    #[test]
+    fn a_bond_is_a_port_of_its_own_beside_its_members() {
+        let (one, other) = (I, P);
+        let state = |name: &str, up: &str| json!({"name": name, "ofport": 3, "link_state": up, "admin_state": "up"});
+        let mut rows = Cache::default();
+        let update = json!({
+            "Bridge": { B: { "new": { "name": "br0", "ports": ["uuid", P] } } },
+            "Port": { P: { "new": { "name": "bond0",
+                "interfaces": ["set", [["uuid", one], ["uuid", other]]] } } },
+            "Interface": { one: { "new": state("m1", "down") }, other: { "new": state("m2", "up") } },
+        });
+        rows.update(&update).unwrap();
+        let ports = Bridge::of(&rows, "br0").unwrap().ports;
+        assert_eq!(ports.keys().collect::<Vec<_>>(), ["bond0", "m1", "m2"]);
+        assert_eq!(ports["bond0"], BridgePort { number: 0, up: true, bond: true });
+        assert!(!ports["m1"].up && !ports["m1"].bond);
     }
 
     #[test]
