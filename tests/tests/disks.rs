@@ -177,19 +177,5 @@ fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
         await_no_mover(world, 0);
         await_over(world, &id);
         assert_at(world, 0);
-        // The destination's is: the guest stays, and the next agent there removes the half.
-        world.control.await_sight(0).unwrap();
-        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
-        await_mover(world, 0);
-        world.agents[1].kill();
-        await_no_mover(world, 0);
-        world.agents[1].start(None).unwrap();
-        let cleared = || files(world, 1).is_empty().then_some(());
-        assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", files(world, 1));
-        await_over(world, &id);
-        // After all of that it goes.
-        world.control.await_sight(0).unwrap();
-        evacuate(world, 0, 1);
-        assert_at(world, 1);
     });
 }
