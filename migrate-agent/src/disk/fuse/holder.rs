@@ -21,6 +21,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
@@ -28,8 +29,14 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
+use crate::clock;
+
 /// The longest name of a mount, bytes.
 const LONGEST_NAME: usize = 255;
+/// A server that was killed may still be ending for so long, on a busy machine,
+const ENDING_LIMIT: Duration = Duration::from_secs(2);
+/// and is looked at this often.
+const ENDING_LOOK: Duration = Duration::from_millis(2);
 
 /// What a holder was asked for and did not give.
 #[derive(Debug, thiserror::Error)]
@@ -73,11 +80,24 @@ impl Serving {
         serving.ask(b'P', &[device, memory]).map(|_| serving)
     }
 
-    /// Takes what a dead server left under `name`: its device and memory.
+    /// Takes what a dead server left under `name`: its device and memory. The holder may learn of that
+    /// death after us: it is asked again for a moment.
     ///
     /// # Errors
     /// When it is still served, or unknown.
     pub fn take(socket: &Path, name: &str) -> Result<(Self, OwnedFd, OwnedFd), HolderError> {
+        let begin = clock::now();
+        loop {
+            match Self::take_now(socket, name) {
+                Err(HolderError::Served(_)) if begin.elapsed() < ENDING_LIMIT => {
+                    clock::pause_thread(ENDING_LOOK);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn take_now(socket: &Path, name: &str) -> Result<(Self, OwnedFd, OwnedFd), HolderError> {
         let connection = connect(socket)?;
         let serving = Self { connection, name: checked(name)? };
         match <[OwnedFd; 2]>::try_from(serving.ask(b'T', &[])?) {
@@ -290,17 +310,6 @@ mod tests {
         path
     }
 
-    /// The holder learns of an end by another thread: it may take a moment.
-    fn take_when_free(socket: &Path, name: &str) -> (Serving, OwnedFd, OwnedFd) {
-        for _ in 0..1000 {
-            match Serving::take(socket, name) {
-                Err(HolderError::Served(_)) => clock::pause_thread(Duration::from_millis(1)),
-                outcome => return outcome.unwrap(),
-            }
-        }
-        panic!("{name} is still being served");
-    }
-
     #[test]
     fn what_a_dead_server_left_is_handed_to_the_next_one_only() {
         let directory = tempfile::tempdir().unwrap();
@@ -309,7 +318,7 @@ mod tests {
         let serving = Serving::park(&socket, "vm", (inside.as_fd(), inside.as_fd())).unwrap();
         assert!(matches!(Serving::take(&socket, "vm"), Err(HolderError::Served(_))));
         drop((serving, inside));
-        let (serving, device, _memory) = take_when_free(&socket, "vm");
+        let (serving, device, _memory) = Serving::take(&socket, "vm").unwrap();
         UnixStream::from(device).write_all(b"alive").unwrap();
         let mut bytes = [0; 5];
         outside.read_exact(&mut bytes).unwrap();
@@ -335,7 +344,7 @@ mod tests {
         let other = Serving::park(&path, "b", parts()).unwrap();
         one.forget().unwrap();
         drop(other);
-        let (other, ..) = take_when_free(&path, "b");
+        let (other, ..) = Serving::take(&path, "b").unwrap();
         other.forget().unwrap();
         holding.join().unwrap().unwrap();
     }

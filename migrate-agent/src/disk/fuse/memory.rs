@@ -21,16 +21,22 @@
 //! The header and `fuse_write_in` are 80 bytes, and a slot's request begins 80 bytes before a page:
 //! a write's data is page-aligned as O_DIRECT wants it, and is never copied.
 //!
+//! # Why slots are in place before they are used
+//!
+//! The kernel copies a request into a slot while we may be killed. Were a page of the slot not mapped
+//! just then, the dying process could not fault it in any more: the kernel would fail the request, and
+//! the guest would see an I/O error. So each slot is mapped, and kept so, before it is first read into.
+//!
 //! Deliberately not here: what a request means.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::abi::BEFORE_WRITE_DATA;
 
@@ -96,6 +102,21 @@ impl Map {
         Ok(Self { start, length, file })
     }
 
+    /// Maps the pages from `at` on and keeps them mapped. As far as the system lets us: without, a
+    /// kill in the wrong instant may cost the guest an I/O error.
+    fn put_in_place(&self, at: usize, length: usize) {
+        assert!(at.is_multiple_of(PAGE) && at + length <= self.length, "pages of the memory");
+        // SAFETY: inside the mapping; neither call changes what is in it.
+        let done = unsafe {
+            let start = self.start.as_ptr().add(at).cast();
+            rustix::mm::madvise(start, length, Advice::LinuxPopulateWrite)
+                .and(rustix::mm::mlock(start, length))
+        };
+        if let Err(errno) = done {
+            tracing::debug!(%errno, "a slot's memory cannot be kept in place");
+        }
+    }
+
     fn word(&self, at: usize) -> &AtomicU64 {
         assert!(at.is_multiple_of(8) && at + 8 <= self.length, "a word lies inside the memory");
         // SAFETY: in bounds and aligned; all uses of words are atomic, and slots' data has none.
@@ -115,6 +136,8 @@ impl Drop for Map {
 pub(crate) struct Memory {
     map: Arc<Map>,
     free: Arc<(Mutex<Vec<usize>>, Condvar)>,
+    /// Which slots this process has mapped.
+    in_place: Arc<[AtomicBool]>,
     /// Held while a free entry of the table of open files is looked for.
     opening: Arc<Mutex<()>>,
 }
@@ -140,7 +163,7 @@ impl Memory {
         let map = Map::new(file, SLOTS_AT + slots * SLOT)?;
         map.word(8).store(slots as u64, Ordering::Relaxed);
         map.word(0).store(MAGIC, Ordering::Release);
-        Ok(Self::of(map, (0..slots).collect()))
+        Ok(Self::of(map, slots, (0..slots).collect()))
     }
 
     /// The memory that another server left, and the slots with requests that it had not answered.
@@ -159,16 +182,18 @@ impl Memory {
         if map.word(0).load(Ordering::Acquire) != MAGIC || expected != Some(length - SLOTS_AT) {
             return Err(MemoryError::Foreign);
         }
-        let memory = Self::of(map, Vec::new());
+        let slots = slots as usize;
+        let memory = Self::of(map, slots, Vec::new());
         let (busy, free): (Vec<_>, Vec<_>) =
-            (0..slots as usize).map(|i| memory.slot(i)).partition(Slot::has_request);
+            (0..slots).map(|i| memory.slot(i)).partition(Slot::has_request);
         drop(free);
         Ok((memory, busy))
     }
 
-    fn of(map: Map, free: Vec<usize>) -> Self {
+    fn of(map: Map, slots: usize, free: Vec<usize>) -> Self {
         Self {
             map: Arc::new(map),
+            in_place: (0..slots).map(|_| AtomicBool::new(false)).collect(),
             free: Arc::new((Mutex::new(free), Condvar::new())),
             opening: Arc::default(),
         }
@@ -193,6 +218,9 @@ impl Memory {
         };
         drop(list);
         let slot = self.slot(index);
+        if !self.in_place[index].swap(true, Ordering::Relaxed) {
+            self.map.put_in_place(slot.at(), SLOT);
+        }
         slot.clear();
         slot.set_state(State::Taken);
         slot
