@@ -130,6 +130,16 @@ struct OpenStripe {
     acked: Vec<StoreId>,
 }
 
+impl OpenStripe {
+    /// Where its objects are or will be: two of a stripe in one store would be lost together.
+    fn used_or_promised(&self) -> StoreSet {
+        let mut all = self.used;
+        let promised = self.places.packs.iter().skip(self.packs).chain(&self.places.redundant);
+        promised.for_each(|store| all.add(*store));
+        all
+    }
+}
+
 /// A source's pages on their way into stores.
 #[derive(Debug)]
 pub struct Scatter {
@@ -276,7 +286,7 @@ impl Scatter {
         self.under_way.insert(object, UnderWay { store, stripe, bytes: bytes.clone() });
         // The placer has counted the place already, so there is room if the store is open at all.
         if !self.placer.is_open(store, 0) {
-            return self.elsewhere(object, actions);
+            return self.elsewhere_or_lost(object, actions);
         }
         self.use_store(stripe, store);
         actions.push(Action::Put { store, object, bytes });
@@ -289,10 +299,27 @@ impl Scatter {
         }
     }
 
+    /// Finds another store for an object whose store is lost; where there is none, it counts as
+    /// acknowledged and lost there.
+    fn elsewhere_or_lost(
+        &mut self,
+        object: Object,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ScatterError> {
+        let store = self.under_way.get(&object).map(|under_way| under_way.store);
+        let store = store.filter(|store| self.lost.has(*store));
+        match (self.elsewhere(object, actions), store) {
+            (Err(ScatterError::NoPlace(_)), Some(store)) if self.redundancy != Redundancy::None => {
+                self.acked(store, object, actions)
+            }
+            (other, _) => other,
+        }
+    }
+
     /// Finds another store for an object that is under way.
     fn elsewhere(&mut self, object: Object, actions: &mut Vec<Action>) -> Result<(), ScatterError> {
         let Some(under_way) = self.under_way.get_mut(&object) else { return Ok(()) };
-        let used = self.stripes.get(&under_way.stripe).map(|stripe| stripe.used);
+        let used = self.stripes.get(&under_way.stripe).map(OpenStripe::used_or_promised);
         let found = self.placer.instead(under_way.bytes.len() as u64, used.unwrap_or_default());
         let store = found.ok_or(ScatterError::NoPlace(object))?;
         under_way.store = store;
@@ -374,12 +401,7 @@ impl Scatter {
         let there = self.under_way.iter().filter(|(_, object)| object.store == store);
         let there: Vec<Object> = there.map(|(object, _)| *object).collect();
         for object in there {
-            match self.elsewhere(object, actions) {
-                Err(ScatterError::NoPlace(_)) if self.redundancy != Redundancy::None => {
-                    self.acked(store, object, actions)?;
-                }
-                other => other?,
-            }
+            self.elsewhere_or_lost(object, actions)?;
         }
         self.resend_what_is_gone(actions);
         Ok(())

@@ -210,6 +210,34 @@ proptest! {
     }
 
     #[test]
+    fn with_parity_one_store_may_be_lost_while_the_source_scatters(
+        stores in 3_usize..6,
+        pages in 0_u64..40,
+        steps in steps(),
+        victim in any::<usize>(),
+        at in 0_usize..80,
+    ) {
+        let mut world = World::new(stores, Redundancy::Parity, vec![1000; stores], pages);
+        let moves = steps.into_iter().filter(|step| !matches!(step, Step::Lose(_)));
+        for (number, step) in moves.enumerate() {
+            if number == at && !world.evicted {
+                world.lose(victim);
+            }
+            match step {
+                Step::Send if !world.evicted => world.send(),
+                Step::Answer(which) => world.answer(which),
+                _ => {}
+            }
+        }
+        while !world.evicted && !world.failed {
+            world.send();
+            (0..world.puts.len()).for_each(|_| world.answer(0));
+        }
+        prop_assert!(!world.failed, "one store less is no reason to give up");
+        prop_assert_eq!(world.readable(world.lost()), (0..pages).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn with_redundancy_one_store_may_be_lost_after_the_source_has_gone(
         stores in 2_usize..6,
         parity in any::<bool>(),

@@ -22,7 +22,7 @@ use lifeboat_scatter_gather::seal::{MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{Key, RedisStore, StoreError};
 use tokio::sync::mpsc;
 
-use super::Driver;
+use super::{Batch, Driver};
 use crate::handover::gathering::StoreAt;
 use crate::postcopy::Event;
 use crate::source::Failure;
@@ -396,8 +396,10 @@ impl Driver {
             }
             Fetched::Pack(Ok(pages)) => self.take_batch(pages).await,
             Fetched::Pack(Err(trouble)) => {
-                self.note_trouble(&trouble);
-                self.batch = None;
+                let no_way = self.note_trouble(&trouble);
+                if let (Some(Batch::Pack(pack)), true) = (self.batch.take(), no_way) {
+                    self.ask_source_for(pack).await;
+                }
                 self.pace.rest();
                 self.apply(Event::BatchEnded).await
             }
@@ -413,6 +415,25 @@ impl Driver {
             tracing::debug!(error = %trouble.error, "a page did not come");
         }
         trouble.store.is_none()
+    }
+
+    /// What no store can give of a pack, of a source that scatters no more: what would have mended the
+    /// pack may never have been sent. Before that, what mends it is still on its way.
+    async fn ask_source_for(&mut self, pack: PackId) {
+        if !self.stores.as_ref().is_some_and(|stores| stores.given_up) {
+            return;
+        }
+        let is_there = |place: Where| matches!(place, Where::InPack { pack: p, .. } if p == pack);
+        let (ledger, mut pages) = (self.gather.ledger(), Vec::new());
+        let mut from = PageAt { block: 0, page: 0 };
+        while let Some(at) = ledger.next_page(from, is_there) {
+            pages.push(at);
+            // Behind the last page of a block there is none: the search goes on in the next block.
+            from = PageAt { block: at.block, page: at.page.saturating_add(1) };
+        }
+        pages.retain(|at| self.asked.insert(*at));
+        tracing::info!(%pack, pages = pages.len(), "no store has it; the source is asked");
+        self.ask(&pages).await;
     }
 
     /// Another way to a page that a store did not give: another store, or the source where it is
