@@ -157,7 +157,9 @@ def gaps_accounted_for(evidence: Evidence) -> list[str]:
 def cause_of(evidence: Evidence, guest: Guest, gap: Span) -> Optional[str]:
     """What a gap comes from, in a word; None if from nothing that is known.
 
-    A guest falters when QEMU begins to track which pages it writes, and at each round: while its
+    A migration is entitled to so much of the host's uplink that the rest may be too little for what the
+    other guests send: while packets are dropped there, silence of a guest that is still behind it
+    up to the length of a pause is the link's. A guest falters when QEMU begins to track which pages it writes, and at each round: while its
     own memory is copied, silence up to the length of a pause is the move's. At any other time only
     stalls of the client and waits for a processor explain a gap."""
     window, copying = evidence.window(guest.name), evidence.copying(guest.name)
@@ -169,7 +171,12 @@ def cause_of(evidence: Evidence, guest: Guest, gap: Span) -> Optional[str]:
     left = left_of(gap, stalls) - starved
     if left <= threshold:
         return "machine"
-    return "copy" if copying and gap.overlaps(copying) and left < DOWNTIME_MOST_MS else None
+    if left >= DOWNTIME_MOST_MS:
+        return None
+    if copying and gap.overlaps(copying):
+        return "copy"
+    here = window is None or gap.end <= window.start
+    return "link" if here and left_of(gap, [*evidence.full, *stalls]) - starved <= threshold else None
 
 
 def starvation(evidence: Evidence, guest: Guest, gap: Span) -> float:

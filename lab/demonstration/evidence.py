@@ -56,6 +56,8 @@ class Evidence:
     after: Look = field(default_factory=dict)
     held: Sequence[Held] = ()
     waits: Sequence[Wait] = ()
+    # When the host's uplink dropped packets that had no reserved queue (uplink.py).
+    full: Sequence[Span] = ()
     # Whether the plan was to reserve at all (an urgency of 0 reserves nothing).
     reserves: bool = True
 

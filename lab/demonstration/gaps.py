@@ -3,8 +3,8 @@
 A gap is a stretch without an answer, longer than the client's threshold (guest-workload/src/
 gaps.rs). It is accounted for by the guest's own move (STOP to RESUME by QEMU's events, and the
 moment until its announcement has reached the switches), by stalls of the client itself, and by
-the time in which the guest's QEMU or a switch on its way waited for a processor (waiting.py). What
-is left of the gap after that must be shorter than the threshold: as long as a heartbeat may take
+the time in which the guest's QEMU or a switch on its way waited for a processor (waiting.py), and,
+behind the evacuated host's uplink, by the time in which that was full (uplink.py). What is left of the gap after that must be shorter than the threshold: as long as a heartbeat may take
 at any time; while the guest's own memory is copied, shorter than a pause may be. Another guest's
 move explains nothing. The rule itself is checks.cause_of.
 """

@@ -26,6 +26,7 @@ from .checks import BLOCK_BYTES, Check, judge
 from .evidence import Evidence, Guest
 from .spoil import SPOILS
 from .standing import Standing
+from .uplink import Uplink
 from .waiting import Waiting
 from .watching import Client, Listener, Reservations, until
 
@@ -139,7 +140,7 @@ class Demo:
         listeners = {vm.name: Listener(vm) for vm in vms}
         self.wait_for_everybody(listeners)
         client = Client(self.standing, scenario, WORKLOAD)
-        waiting = Waiting()
+        waiting, uplink = Waiting(), Uplink(self.standing, self.args.host)
         waiting.start()
         until("the client", BOOT_SECONDS, client.not_heard)
         evidence.before = self.standing.look()
@@ -148,7 +149,7 @@ class Demo:
         evidence.held, evidence.report = self.run_evacuation()
         self.after_it(evidence, listeners)
         evidence.client = client.finish()
-        evidence.waits = waiting.finish()
+        evidence.waits, evidence.full = waiting.finish(), uplink.finish()
         evidence.after = self.standing.look()
         evidence.vms = self.standing.ask("vms")["vms"]
         evidence.accounts = accounts(listeners, evidence)

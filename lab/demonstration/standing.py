@@ -112,6 +112,14 @@ class Standing:
         return subprocess.Popen([str(LAB / "exec"), *where, *words], stdin=subprocess.DEVNULL, **how)
 
 
+def end_inside(process: subprocess.Popen[bytes]) -> None:
+    """Ends what `Standing.on` has started: nsenter stands between, so the signal goes to its child."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children or [process.pid]:
+        os.kill(int(child), signal.SIGTERM)
+    process.wait(timeout=10)
+
+
 def _make_room() -> None:
     """Takes down what an earlier demo kept; anybody else's cloud is not ours to end."""
     if not state.is_up():

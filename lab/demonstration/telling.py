@@ -59,7 +59,7 @@ def moves(evidence: Evidence) -> str:
 
 def silences(evidence: Evidence) -> str:
     """How often each guest was not heard for longer than the threshold, by cause."""
-    causes = ("switchover", "copy", "machine", None)
+    causes = ("switchover", "copy", "link", "machine", None)
     rows = []
     for guest in evidence.guests:
         row = evidence.seen_by_client(guest.name)
@@ -67,7 +67,7 @@ def silences(evidence: Evidence) -> str:
         longest = f"{row['longest_gap_ms']:.0f} ms" if row else "?"
         rows.append([guest.name, *(str(found.count(cause)) for cause in causes), longest])
     over = f"SILENT > {evidence.client.get('threshold_ms', 0)} MS BY"
-    return table((over, "SWITCHOVER", "COPY", "MACHINE", "NOTHING KNOWN", "LONGEST"), rows)
+    return table((over, "SWITCHOVER", "COPY", "FULL LINK", "MACHINE", "NOTHING KNOWN", "LONGEST"), rows)
 
 
 def reservations(held: Sequence[Held]) -> str:
@@ -115,6 +115,7 @@ def record(evidence: Evidence, checks: Sequence[Check], seconds: float) -> dict[
         "vms": evidence.vms,
         "client": evidence.client,
         "reserved": [asdict(one) for one in evidence.held],
+        "uplink_full": [asdict(one) for one in evidence.full],
         "waited_for_processor_ms": as_record(evidence.waits),
         "serial": {name: asdict(account) for name, account in evidence.accounts.items()},
         "looks": {"before": evidence.before, "after": evidence.after},

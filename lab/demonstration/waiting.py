@@ -10,6 +10,7 @@ from a gap (gaps.py) and named in the record; it is measured, never assumed.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -20,34 +21,42 @@ from cloud.state import RUN
 
 from .gaps import Span
 
-SAMPLE_SECONDS = 0.04
+# How exactly it is known when somebody waited, at 2 % of a core.
+SAMPLE_SECONDS = 0.01
 SEARCH_SECONDS = 1.0
 # Shorter waits are how a scheduler works.
-LEAST_MS = 1.0
+LEAST_MS = 0.5
 # Time that the host of a virtual machine kept its processors from it ("steal" of /proc/stat).
 STOLEN = "this machine"
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 CORES = os.cpu_count() or 1
 PROGRAMS = {"qemu-system-x86": "qemu", "ovs-vswitchd": "switch"}
+# Of real-time threads the least: punctual beside whatever is not one.
+PUNCTUAL = 1
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Some thread of `who` waited `length_ms`, and was let run before `until_ms` (Unix time)."""
+    """Some thread of `who` waited `length_ms`, and was let run between two looks (Unix times).
+
+    It may have waited several times in between, and the first look may have come in the middle."""
 
     who: str
+    since_ms: float
     until_ms: float
     length_ms: float
+
+    def stretch_in(self, gap: Span) -> tuple[float, float]:
+        """Where in a gap it can have been: as late as the gap lasts, but no later than it was seen."""
+        end = min(max(gap.end, self.since_ms), self.until_ms)
+        return max(end - self.length_ms, gap.start), min(end, gap.end)
 
 
 def waited(waits: Sequence[Wait], who: Sequence[str], gap: Span) -> float:
     """How many milliseconds of a gap some thread of `who` waited for a processor. When two wait at
     the same time, that time counts once."""
-    slack = SAMPLE_SECONDS * 1000
-    stretches = sorted(
-        (max(wait.until_ms - wait.length_ms, gap.start), wait.until_ms) for wait in waits
-        if wait.who in who and gap.start < wait.until_ms <= gap.end + slack
-    )
+    possible = (wait.stretch_in(gap) for wait in waits if wait.who in who)
+    stretches = sorted((start, end) for start, end in possible if start < end)
     total, reached = 0.0, gap.start
     for start, end in stretches:
         total += max(0.0, end - max(start, reached))
@@ -62,29 +71,46 @@ class Waiting(threading.Thread):
         super().__init__(daemon=True)
         self.waits: list[Wait] = []
         self._threads: dict[Path, str] = {}
+        self._open: dict[Path, int] = {}
         self._counted: dict[Path, int] = {}
+        self._looked_ms = time.time() * 1000
         self._over = threading.Event()
 
     def run(self) -> None:
+        # A witness that waits for a processor itself sees every wait too late.
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PUNCTUAL))
         searched = 0.0
         while not self._over.wait(SAMPLE_SECONDS):
             if time.monotonic() - searched > SEARCH_SECONDS:
                 searched = time.monotonic()
-                self._threads = dict(_threads())
+                self._watch(dict(_threads()))
             now_ms = time.time() * 1000
             self._sample(now_ms)
             self._stolen(now_ms)
+            self._looked_ms = now_ms
+        self._watch({})
+
+    def _watch(self, threads: dict[Path, str]) -> None:
+        """Keeps what is read a hundred times a second open."""
+        for file in self._threads.keys() - threads.keys():
+            os.close(self._open.pop(file))
+        for file in threads.keys() - self._threads.keys():
+            try:
+                self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                del threads[file]  # it has ended
+        self._threads = threads
 
     def _sample(self, now_ms: float) -> None:
         for file, who in self._threads.items():
             try:
-                total = int(file.read_text().split()[1])
+                total = int(os.pread(self._open[file], 100, 0).split()[1])
             except (OSError, IndexError, ValueError):
                 continue  # it has ended
             length = (total - self._counted.get(file, total)) / 1e6
             self._counted[file] = total
             if length >= LEAST_MS:
-                self.waits.append(Wait(who, now_ms, length))
+                self.waits.append(Wait(who, self._looked_ms, now_ms, length))
 
     def _stolen(self, now_ms: float) -> None:
         """What was stolen of one processor, on average over all."""
@@ -93,7 +119,7 @@ class Waiting(threading.Thread):
         length = (total - self._counted.get(file, total)) * 1000 / TICKS_PER_SECOND / CORES
         self._counted[file] = total
         if length >= LEAST_MS:
-            self.waits.append(Wait(STOLEN, now_ms, length))
+            self.waits.append(Wait(STOLEN, self._looked_ms, now_ms, length))
 
     def finish(self) -> list[Wait]:
         """Ends it and returns what it has seen."""
@@ -113,17 +139,19 @@ def _threads() -> Iterator[tuple[Path, str]]:
         except OSError:
             continue
         # Another cloud's, of another checkout, has other paths in its command line.
-        if program and (who := _owner(program, words)):
+        if program and (who := owner_of(program, words)):
             yield from ((task / "schedstat", who) for task in _busy(entry, program))
 
 
-def _owner(program: str, words: str) -> str:
-    _, found, rest = words.partition(f"{RUN}/")
-    parts = rest.split("/")
-    if not found:
-        return ""
-    # RUN/h1/qemu/web/io/..., RUN/h1/ovs/db.sock, RUN/fabric/db.sock
-    return f"qemu {parts[2]} {parts[0]}" if program == "qemu" else f"switch {parts[0]}"
+def owner_of(program: str, words: str) -> str:
+    """By the sockets in its own folder: RUN/h1/qemu/web/io/..., RUN/h1/ovs/db.sock, RUN/fabric/db.sock.
+    A QEMU's command line names images in other folders as well."""
+    folder = re.escape(str(RUN))
+    if program == "qemu":
+        found = re.search(rf"{folder}/([^/]+)/qemu/([^/]+)/", words)
+        return f"qemu {found[2]} {found[1]}" if found else ""
+    found = re.search(rf"{folder}/([^/]+)/", words)
+    return f"switch {found[1]}" if found else ""
 
 
 def _busy(entry: Path, program: str) -> Iterator[Path]:

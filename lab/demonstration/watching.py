@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ from cloud.state import RUN, LabError
 
 from .evidence import Held
 from .serial import Account
-from .standing import OUT, Standing
+from .standing import OUT, Standing, end_inside
 
 INTERVAL_MS = 20
 # Two heartbeats missed in a row. TCP's shortest retransmission time-out is four times this.
@@ -103,12 +102,8 @@ class Client:
 
     def finish(self) -> Any:
         """Ends it in order and returns its last report."""
-        # nsenter stands between: the signal goes to the workload itself.
-        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children"
-                          ).read_text().split():
-            os.kill(int(child), signal.SIGTERM)
         try:
-            self.process.wait(timeout=10)
+            end_inside(self.process)
         except subprocess.TimeoutExpired as late:
             self.process.kill()
             raise LabError("the client does not end, and gave no report") from late

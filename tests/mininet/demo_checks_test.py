@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "lab"))
 
 # pylint: disable=wrong-import-position
+from cloud.state import RUN  # noqa: E402
 from demonstration import telling  # noqa: E402
 from demonstration.checks import QUESTIONS, judge  # noqa: E402
 from demonstration.evidence import Evidence, Guest, Held  # noqa: E402
 from demonstration.gaps import Span, left_of  # noqa: E402
 from demonstration.serial import Account, Tick  # noqa: E402
-from demonstration.waiting import Wait  # noqa: E402
+from demonstration.uplink import dropped, drops  # noqa: E402
+from demonstration.waiting import Wait, owner_of, waited  # noqa: E402
 
 SAMPLE = json.loads((Path(__file__).parent / "testdata/evacuation.json").read_text())
 (RUNS, EMPTY, BYTES, READ, DISK, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (
@@ -48,6 +50,7 @@ def evidence(record: Any) -> Evidence:
         after=record["looks"]["after"],
         held=[Held(**one) for one in record["reserved"]],
         waits=[Wait(**one) for one in record.get("waits", [])],
+        full=[Span(**one) for one in record.get("uplink_full", [])],
     )
 
 
@@ -208,7 +211,8 @@ class Silence(Spoilt):
         at = self.row["stop_unix_us"] / 1000 + 5000
         self.add_gap(at, 400)
         who = f"qemu {self.name} {self.row['destination']}"
-        self.record["waits"] = [{"who": who, "until_ms": at + 390, "length_ms": 380.0}]
+        self.record["waits"] = [
+            {"who": who, "since_ms": at + 380, "until_ms": at + 390, "length_ms": 380.0}]
         self.breaks()
         self.record["waits"][0]["length_ms"] = 100.0
         self.assertIn("100 ms of it for want of a processor", self.breaks(GAPS))
@@ -217,8 +221,53 @@ class Silence(Spoilt):
         at = self.row["stop_unix_us"] / 1000 + 5000
         self.add_gap(at, 400)
         self.record["waits"] = [
-            {"who": "qemu other h2", "until_ms": at + 390, "length_ms": 380.0}]
+            {"who": "qemu other h2", "since_ms": at + 380, "until_ms": at + 390,
+             "length_ms": 380.0}]
         self.breaks(GAPS)
+
+    def test_a_full_uplink_explains_what_is_behind_it_and_short(self) -> None:
+        at = self.row["stop_unix_us"] / 1000 - self.row["total_ms"] - 5000
+        self.record["uplink_full"] = [{"start": at, "end": at + 1000}]
+        self.add_gap(at + 100, 140)
+        self.breaks()
+        self.add_gap(at + 500, 400)
+        self.breaks(GAPS)
+        self.client["gaps"].pop()
+        self.add_gap(at + 950, 140)
+        self.breaks(GAPS)
+
+    def test_a_full_uplink_explains_nothing_of_a_guest_that_has_left(self) -> None:
+        at = self.row["resume_unix_us"] / 1000 + 5000
+        self.record["uplink_full"] = [{"start": at, "end": at + 1000}]
+        self.add_gap(at + 100, 140)
+        self.breaks(GAPS)
+
+    def test_drops_of_everybodys_queue_are_counted_and_of_no_other(self) -> None:
+        said = ("class htb 1:fffe root rate 1Mbit \n Sent 1 bytes 1 pkt (dropped 9, overlimits 0)\n"
+                "class htb 1:1 parent 1:fffe \n Sent 1 bytes 1 pkt (dropped 7, overlimits 0)\n"
+                "class htb 1:4 parent 1:fffe \n Sent 1 bytes 1 pkt (dropped 3, overlimits 0)\n")
+        self.assertEqual((dropped(said), dropped("")), (7, 0))
+        looks = [(0, 5), (100, 5), (200, 6), (300, 9), (400, 9), (500, 0), (600, 2)]
+        self.assertEqual(drops(looks), [Span(100, 320), Span(500, 620)])
+
+    def test_a_wait_counts_where_it_was_seen(self) -> None:
+        gap = Span(100, 200)
+        for since, until, length, expected in (
+            (110, 120, 5, 5), (50, 60, 50, 0), (95, 105, 30, 5), (195, 205, 60, 60),
+            (205, 215, 30, 25), (240, 250, 30, 0), (90, 300, 150, 100),
+        ):
+            with self.subTest(since=since, until=until):
+                self.assertEqual(waited([Wait("x", since, until, length)], "x", gap), expected)
+        twice = [Wait("x", 110, 120, 20), Wait("x", 110, 120, 15)]
+        self.assertEqual(waited(twice, "x", gap), 20)
+
+    def test_a_qemu_is_known_by_its_own_folder(self) -> None:
+        disk = f"-blockdev\0driver=file,filename={RUN}/h1/disks/web.qcow2,read-only=off"
+        words = f"qemu\0-name\0web\0{disk}\0-qmp\0unix:{RUN}/h1/qemu/web/io/qmp"
+        self.assertEqual(owner_of("qemu", words), "qemu web h1")
+        self.assertEqual(owner_of("switch", f"ovs-vswitchd\0unix:{RUN}/h2/ovs/db.sock"), "switch h2")
+        self.assertEqual(owner_of("qemu", f"qemu\0{disk}"), "")
+        self.assertEqual(owner_of("switch", "ovs-vswitchd\0unix:/run/db.sock"), "")
 
     def test_a_guest_that_is_silent_at_the_end_breaks_it(self) -> None:
         self.client["alive"] = False
