@@ -18,9 +18,9 @@ use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
     HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
-    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, ProbeStorageReply,
-    ProbeStorageRequest, QueryMigrationRequest, SetLimitRequest, StartMigrationRequest,
-    VmMeasurement, VmStatus,
+    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, ProbeShapingReply,
+    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
+    SetLimitRequest, StartMigrationRequest, VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
 use lifeboat_protocol::units::BitsPerSec;
@@ -369,6 +369,16 @@ impl Agents {
         let mut client = self.client(host)?;
         let reply = call(host, "release ports", QUICK, client.remove_classifier(request));
         Ok(reply.await?.ports)
+    }
+
+    /// What the kernel of a switch's agent can do with a port.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn probe_shaping(&self, host: &HostId) -> Result<ProbeShapingReply, AgentError> {
+        let mut client = self.client(host)?;
+        let asked = client.probe_shaping(ProbeShapingRequest {});
+        call(host, "say what its kernel can shape", QUICK, asked).await
     }
 
     /// The head of a command that has to be done each time it is given: what it makes goes with the

@@ -4,7 +4,9 @@ mod network_rig;
 
 use std::sync::atomic::Ordering;
 
-use lifeboat_controller::network::{Adjustment, Network, NetworkError, ReservationRequest};
+use lifeboat_controller::network::{
+    Ability, Adjustment, Network, NetworkError, PaceOnly, ReservationRequest, Shaping,
+};
 use lifeboat_policy::saturation::Saturation;
 use lifeboat_protocol::terms::ReservationKind;
 use lifeboat_protocol::units::BitsPerSec;
@@ -335,4 +337,27 @@ async fn a_link_that_is_not_heard_of_is_unknown_and_a_quiet_one_calm() {
     .await;
     let switches = network.switches().await;
     assert!(switches.iter().all(|switch| switch.saturation == Saturation::Unknown));
+}
+
+#[tokio::test]
+async fn what_a_kernel_cannot_shape_is_only_paced() {
+    for (htb, classifier, why) in
+        [(false, true, PaceOnly::NoShaper), (true, false, PaceOnly::NoFilter)]
+    {
+        let rig = Rig::start().await;
+        let shaping = Shaping { htb, classifier, policing: false };
+        let (network, classifiers) = rig.network_on(shaping).await;
+        let before = rig.everything();
+        let reserved = network.reserve(wish("e1-m1", 75)).await.unwrap();
+        assert!(reserved.hops.iter().all(|hop| hop.is_paced()), "{reserved:?}");
+        assert_eq!(reserved.paced_rate(), Some(BitsPerSec::from_mbit(75)));
+        assert_eq!((rig.everything(), classifiers.take()), (before, vec![]));
+        let switches = network.switches().await;
+        let s1 = switches.iter().find(|switch| switch.name.as_str() == "s1").unwrap();
+        assert_eq!(s1.shaping, Some(shaping));
+        let port = s1.ports.iter().find(|port| port.name == "d2").unwrap();
+        assert_eq!(port.ability, Ability::PaceOnly(why));
+        let released = network.release(evacuation("e1"), None).await;
+        assert_eq!(released.failures, vec![]);
+    }
 }

@@ -2,7 +2,7 @@
 
 mod switch_lab;
 
-use lifeboat_agent::switch::{ClassifierError, PortClassifier, ensure, remove};
+use lifeboat_agent::switch::{ClassifierError, PortClassifier, ensure, probe, remove};
 use switch_lab::{SwitchLab, run};
 
 /// The class of queue 7, and HTB's default.
@@ -107,4 +107,20 @@ async fn what_belongs_to_others_is_refused_and_left_as_it_is() {
     run("tc", theirs);
     assert!(remove(&["v1"]).await[0].problem.is_none());
     assert!(filters().contains("u32") && !filters().contains("bytecode"));
+}
+
+#[tokio::test]
+async fn what_the_kernel_can_do_is_found_out_and_nothing_of_it_stays() {
+    let before = run("tc", "qdisc show dev lo");
+    let found = probe::probe().await.unwrap();
+    assert!(found.htb && found.classifier, "the tests above need both: {found:?}");
+    // Asked by other words: an action without a filter.
+    let polices = succeeds("unshare", "--net tc actions add action police rate 1mbit burst 10k");
+    assert_eq!(found.policing, polices);
+    assert_eq!(run("tc", "qdisc show dev lo"), before);
+}
+
+fn succeeds(program: &str, words: &str) -> bool {
+    let output = std::process::Command::new(program).args(words.split(' ')).output();
+    output.is_ok_and(|output| output.status.success())
 }

@@ -21,11 +21,15 @@ pub(super) async fn run(context: &Context) -> Result<u8, CliError> {
             yes(switch.ovsdb_connected),
             switch.datapath.clone(),
             full(switch),
+            switch.shaping.clone(),
             switch.detail.clone(),
         ]
     });
     let rows: Vec<Vec<String>> = switches.collect();
-    print(&table(&["SWITCH", "DATAPATH ID", "OPENFLOW", "OVSDB", "KIND", "FULL", ""], &rows))?;
+    print(&table(
+        &["SWITCH", "DATAPATH ID", "OPENFLOW", "OVSDB", "KIND", "FULL", "KERNEL", ""],
+        &rows,
+    ))?;
     let ports = reply.switches.iter().flat_map(|switch| {
         switch.ports.iter().map(|port| {
             vec![

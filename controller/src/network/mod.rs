@@ -40,7 +40,7 @@ use crate::clock::UnixMs;
 use crate::config::Site;
 use crate::tls::{TlsError, for_switches};
 
-pub use ability::{Ability, PaceOnly};
+pub use ability::{Ability, PaceOnly, Shaping};
 pub use detached::Detached;
 pub use switched::{ClassifierError, Classifiers, SwitchNetwork};
 
@@ -195,6 +195,9 @@ pub struct SwitchStatus {
     pub ovsdb_connected: bool,
     /// `netdev` or `system`; empty while unknown.
     pub datapath: String,
+    /// What the kernel of its machine can do with a port; `None` where no agent with the role switch
+    /// has said.
+    pub shaping: Option<Shaping>,
     /// For a person: why it is not connected, what was wrong last.
     pub detail: String,
     /// How full its fullest link is.

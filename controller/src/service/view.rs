@@ -117,6 +117,7 @@ pub(super) fn switch(status: SwitchStatus) -> wire::Switch {
         saturation: status.saturation.share().unwrap_or_default(),
         saturation_known: status.saturation.share().is_some(),
         hot_spot: status.saturation.is_hot(),
+        shaping: status.shaping.map(|shaping| shaping.to_string()).unwrap_or_default(),
     }
 }
 

@@ -240,6 +240,10 @@ impl Agent for FakeAgent {
         self.absent()
     }
 
+    async fn probe_shaping(&self, _: Request<ProbeShapingRequest>) -> Reply<ProbeShapingReply> {
+        self.absent()
+    }
+
     async fn probe_storage(&self, _: Request<ProbeStorageRequest>) -> Reply<ProbeStorageReply> {
         self.absent()
     }

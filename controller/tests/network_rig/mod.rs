@@ -18,7 +18,7 @@ use futures_util::future::{BoxFuture, ready};
 use lifeboat_controller::agents::AgentError;
 use lifeboat_controller::config::Site;
 use lifeboat_controller::network::{
-    ClassifierError, Classifiers, Hop, Network, PageFlow, PortRef, ReservationRequest,
+    ClassifierError, Classifiers, Hop, Network, PageFlow, PortRef, ReservationRequest, Shaping,
     SwitchNetwork,
 };
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, SwitchId};
@@ -212,8 +212,13 @@ impl Rig {
 
     /// A controller's network, connected to all switches.
     pub(crate) async fn network(&self) -> (SwitchNetwork, Arc<Recorder>) {
+        self.network_on(Shaping { htb: true, classifier: true, policing: false }).await
+    }
+
+    /// The same on machines whose kernels can do so much.
+    pub(crate) async fn network_on(&self, shaping: Shaping) -> (SwitchNetwork, Arc<Recorder>) {
         let network = SwitchNetwork::start(&self.site(), None);
-        let recorder = Arc::new(Recorder::default());
+        let recorder = Arc::new(Recorder { shaping, ..Recorder::default() });
         network.meet(Arc::clone(&recorder) as Arc<dyn Classifiers>);
         connected(&network).await;
         (network, recorder)
@@ -249,6 +254,7 @@ impl Drop for Rig {
 pub(crate) struct Recorder {
     pub(crate) asked: Mutex<Vec<String>>,
     pub(crate) refuses: std::sync::atomic::AtomicBool,
+    pub(crate) shaping: Shaping,
 }
 
 impl Recorder {
@@ -270,6 +276,10 @@ impl Recorder {
 }
 
 impl Classifiers for Recorder {
+    fn shaping<'a>(&'a self, _: &'a HostId) -> BoxFuture<'a, Result<Shaping, ClassifierError>> {
+        Box::pin(ready(Ok(self.shaping)))
+    }
+
     fn ensure<'a>(
         &'a self,
         agent: &'a HostId,

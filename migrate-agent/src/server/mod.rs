@@ -28,9 +28,9 @@ use lifeboat_protocol::agent::{
     CompletionReply, DescribeHostRequest, HostDescription, ListMigrationsRequest,
     ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MeasureVmRequest, MigrationProgress,
     MigrationReply, PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply,
-    PrepareStoreRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
-    ReleaseStoreReply, ReleaseStoreRequest, SetLimitRequest, StartMigrationRequest, StartVmRequest,
-    StopVmRequest, VmMeasurement, VmReply,
+    PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply,
+    ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreReply, ReleaseStoreRequest,
+    SetLimitRequest, StartMigrationRequest, StartVmRequest, StopVmRequest, VmMeasurement, VmReply,
 };
 use lifeboat_protocol::ids::{HostId, OperationId, Term, VmId};
 use prost::Message;
@@ -331,6 +331,15 @@ impl Agent for Service {
             Ok(ClassifierReply { ports: ports.into_iter().map(Into::into).collect() })
         })
         .await
+    }
+
+    async fn probe_shaping(
+        &self,
+        _: Request<ProbeShapingRequest>,
+    ) -> Result<Response<ProbeShapingReply>, Status> {
+        self.must_be(AgentRole::Switch)?;
+        let found = switch::probe::probe().await;
+        found.map(Response::new).map_err(|error| Status::unavailable(crate::vms::chain(&error)))
     }
 
     async fn probe_storage(

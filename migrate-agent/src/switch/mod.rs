@@ -18,9 +18,11 @@
 //! by the queue before it asks any filter: there it is not needed, and does no harm as long as
 //! marks are cleared where they must be anyway.
 //!
-//! A qdisc or a filter that is not of OVS or ours is refused, never changed. Queues, flows, and
+//! What the kernel here has of all this is asked in `probe`. A qdisc or a filter that is not of OVS or
+//! ours is refused, never changed. Queues, flows, and
 //! clearing the marks of those who may not set them are the controller's.
 
+pub mod probe;
 mod program;
 mod tc;
 

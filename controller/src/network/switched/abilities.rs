@@ -1,6 +1,8 @@
 //! What each port can do: whether a queue may be put there, or only the source can keep to a rate.
 //!
-//! Used by the reservation, the discovery and the status. Three things forbid us a port. A link of
+//! Used by the reservation, the discovery and the status. A kernel without HTB, or on a userspace
+//! datapath without the filter beside it, cannot (the agent of the switch is asked, because Open vSwitch
+//! does not say). Three things forbid us a port. A link of
 //! 25 Gbit/s and more must not carry HTB, whose one lock costs such a link its speed. Of a bond each
 //! stream takes one member, and which one is the bond's business. And on a bridge
 //! with another controller's pipeline (OVN, Neutron, a learning controller) a flow of ours that says
@@ -9,22 +11,21 @@
 //!
 //! What a plain switch is: every flow that is not ours is in table 0 and drops, or marks and then
 //! forwards NORMAL. Flows are looked at when a switch has connected, and again now and then; a
-//! pipeline of many thousand flows is not asked for often. Deliberately not here: meters, and
-//! policing at ingress.
+//! pipeline of many thousand flows is not asked for often. Deliberately not here: meters.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use lifeboat_ovs::openflow::multipart::FlowStats;
 use lifeboat_ovs::openflow::{Action, Instruction, PortNo};
-use lifeboat_protocol::ids::SwitchId;
+use lifeboat_protocol::ids::{HostId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
 use super::mark::Cookie;
 use super::queues::WITHIN;
 use super::{Inner, locked, of_openflow};
 use crate::clock::{self, UnixMs};
-use crate::network::{Ability, Hop, NetworkError, PaceOnly, PortRef};
+use crate::network::{Ability, Hop, NetworkError, PaceOnly, PortRef, Shaping};
 
 /// From here on a link carries no HTB.
 const TOO_FAST: BitsPerSec = BitsPerSec::from_mbit(25_000);
@@ -35,6 +36,9 @@ const FOREIGN_AGAIN: u64 = 300_000;
 
 /// What was seen of every switch's flows.
 pub(super) type Pipelines = Mutex<BTreeMap<SwitchId, Pipeline>>;
+
+/// What agents have said of their kernels.
+pub(super) type Shapers = Mutex<BTreeMap<HostId, Shaping>>;
 
 /// What was seen of a switch's flows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,16 +99,42 @@ impl Inner {
         if let Some(flow) = pipeline.foreign {
             return Ability::PaceOnly(PaceOnly::ForeignPipeline { flow });
         }
-        match bridge {
-            None => Ability::Unknown,
-            Some(bridge) if !bridge.needs_classifier() => Ability::Queue,
-            Some(_) => {
+        match (bridge, self.shaping(&at.switch)) {
+            (None, _) => Ability::Unknown,
+            (Some(_), Some(shaping)) if !shaping.htb => Ability::PaceOnly(PaceOnly::NoShaper),
+            (Some(bridge), Some(shaping)) if bridge.needs_classifier() && !shaping.classifier => {
+                Ability::PaceOnly(PaceOnly::NoFilter)
+            }
+            (Some(bridge), _) if !bridge.needs_classifier() => Ability::Queue,
+            (Some(_), _) => {
                 let known = self.connections.known(&at.switch);
                 match known.is_ok_and(|known| known.agent.is_some()) {
                     true => Ability::ClassifiedQueue,
                     false => Ability::NoClassifier,
                 }
             }
+        }
+    }
+
+    /// What the kernel of a switch's machine can do, as far as its agent has said.
+    pub(super) fn shaping(&self, switch: &SwitchId) -> Option<Shaping> {
+        let agent = self.connections.known(switch).ok()?.agent.as_ref()?;
+        locked(&self.shapers).get(agent).copied()
+    }
+
+    /// Has the agent of a switch say what its kernel can do, once.
+    async fn ask_kernel(&self, switch: &SwitchId) {
+        let (Ok(known), Some(agents)) = (self.connections.known(switch), self.classifiers.get())
+        else {
+            return;
+        };
+        let Some(agent) = known.agent.as_ref().filter(|_| self.shaping(switch).is_none()) else {
+            return;
+        };
+        match agents.shaping(agent).await {
+            Ok(shaping) => drop(locked(&self.shapers).insert(agent.clone(), shaping)),
+            // An older agent, or one that is away: a reservation that fails will say why.
+            Err(error) => tracing::debug!(%agent, %error, "its kernel was not asked"),
         }
     }
 
@@ -126,6 +156,9 @@ impl Inner {
             let due = locked(&self.pipelines).get(switch).is_none_or(|seen| seen.is_due(now));
             if due && let Err(error) = self.look_at(switch).await {
                 tracing::debug!(%switch, %error, "flows not looked at");
+            }
+            if due {
+                self.ask_kernel(switch).await;
             }
         }
     }
@@ -161,6 +194,7 @@ impl Inner {
             if self.ability(&hop.at) == Ability::Unknown {
                 self.look_at(&hop.at.switch).await?;
             }
+            self.ask_kernel(&hop.at.switch).await;
         }
         Ok(hops.into_iter().partition(|hop| self.ability(&hop.at).pace_only().is_none()))
     }

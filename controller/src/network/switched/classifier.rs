@@ -2,12 +2,14 @@
 //!
 //! Open vSwitch builds HTB queues there, and sends every packet to the default one; a tc classifier
 //! beside them sorts by DSCP. Only a process in the ports' own network namespace can install it:
-//! the agent with the switch role. [`Agents`] is what runs; tests play it.
+//! the agent with the switch role, which also says what the kernel there can do at all. [`Agents`] is
+//! what runs; tests play it.
 
 use futures_util::future::BoxFuture;
 use lifeboat_protocol::ids::HostId;
 
 use crate::agents::Agents;
+use crate::network::Shaping;
 
 /// Who installs and removes classifiers.
 pub trait Classifiers: Send + Sync + 'static {
@@ -24,6 +26,9 @@ pub trait Classifiers: Send + Sync + 'static {
         agent: &'a HostId,
         ports: Vec<String>,
     ) -> BoxFuture<'a, Result<(), ClassifierError>>;
+
+    /// What the kernel there can do with a port.
+    fn shaping<'a>(&'a self, agent: &'a HostId) -> BoxFuture<'a, Result<Shaping, ClassifierError>>;
 }
 
 /// Why a classifier is not as it was wanted.
@@ -45,6 +50,14 @@ pub enum ClassifierError {
 }
 
 impl Classifiers for Agents {
+    fn shaping<'a>(&'a self, agent: &'a HostId) -> BoxFuture<'a, Result<Shaping, ClassifierError>> {
+        Box::pin(async move {
+            let found = self.probe_shaping(agent).await?;
+            let (htb, classifier, policing) = (found.htb, found.classifier, found.policing);
+            Ok(Shaping { htb, classifier, policing })
+        })
+    }
+
     fn ensure<'a>(
         &'a self,
         agent: &'a HostId,

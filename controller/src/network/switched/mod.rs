@@ -99,6 +99,8 @@ struct Inner {
     budgets: BTreeMap<SwitchId, BitsPerSec>,
     /// Whose flows decide on each switch.
     pipelines: abilities::Pipelines,
+    /// What the kernels of switches' machines can do, by agent.
+    shapers: abilities::Shapers,
     /// Releases that could not reach every switch.
     debts: Mutex<BTreeMap<Debt, Owed>>,
     /// Migrations that asked for nothing, and so have nothing to release anywhere.
@@ -138,6 +140,7 @@ impl SwitchNetwork {
             saturation: policy.saturation(),
             budgets: budgets(site),
             pipelines: abilities::Pipelines::default(),
+            shapers: abilities::Shapers::default(),
             debts: Mutex::default(),
             empty: Mutex::default(),
             classifiers: OnceLock::new(),

@@ -56,6 +56,7 @@ impl Inner {
             openflow_connected,
             ovsdb_connected: database.is_ok(),
             datapath: bridge.map(|bridge| bridge.datapath).unwrap_or_default(),
+            shaping: self.shaping(name),
             detail: detail.join("; "),
             saturation: of_switch(rates.iter().map(|rate| rate.saturation)),
             migrations: migrations(&rates),
