@@ -26,6 +26,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 const ACK_EVERY: Duration = Duration::from_millis(250);
 /// QEMU may take so long to load the tail once it has it all.
 const LOAD_LIMIT: Duration = Duration::from_secs(15);
+/// QEMU may leave its stream unread for so long: one that emulates holds its main loop now and then.
+const UNREAD_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a destination needs: events; and disks opened only when the guest is resumed, so that a
 /// source that takes its guest back finds them unlocked.
@@ -168,7 +170,9 @@ impl DestinationTask {
                     arrived.bytes += bytes.len() as u64;
                     match sink {
                         Sink::Qemu(socket) => {
-                            socket.write_all(&bytes).await.map_err(Failure::Socket)?;
+                            self.give_qemu(socket, &bytes, writer, arrived.bytes).await?;
+                            // What the source said meanwhile waits to be read.
+                            heard_at = clock::now();
                         }
                         Sink::Read(arriving, _) => arriving.feed(bytes)?,
                         Sink::Nowhere => return Err(unexpected(&Frame::Stream(bytes))),
@@ -186,6 +190,31 @@ impl DestinationTask {
                 Frame::Ping(number) => writer.send(&Frame::Pong(number)).await?,
                 Frame::Abort(reason) => return Err(Failure::Cancelled(reason)),
                 other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    /// Writes to QEMU; where that is busy the source goes on hearing of this side, and an operator is
+    /// heard here.
+    async fn give_qemu(
+        &mut self,
+        socket: &mut UnixStream,
+        bytes: &[u8],
+        writer: &mut FrameWriter,
+        arrived: u64,
+    ) -> Result<(), Failure> {
+        let began = clock::now();
+        let written = socket.write_all(bytes);
+        tokio::pin!(written);
+        loop {
+            let silence = tokio::time::sleep(ACK_EVERY);
+            tokio::select! {
+                written = &mut written => return written.map_err(Failure::Socket),
+                () = silence => writer.send(&Frame::Ack(arrived)).await?,
+                input = self.inputs.recv() => self.take_input_receiving(input)?,
+            }
+            if began.elapsed() > UNREAD_LIMIT {
+                return Err(Failure::Slow { what: "read its stream", limit: UNREAD_LIMIT });
             }
         }
     }

@@ -29,13 +29,7 @@ impl Service {
         let rooms = &self.rooms;
         let settings = rooms.vms.settings();
         let ours: Vec<u32> = rooms.vms.list().iter().filter_map(|view| view.pid).collect();
-        let bridges = match self.watch.bridges(&settings.ovs).await {
-            Ok(bridges) => bridges,
-            Err(error) => {
-                tracing::warn!(error = chain(&error), "Open vSwitch cannot be asked for bridges");
-                vec![]
-            }
-        };
+        let bridges = self.watch.bridges(&settings.ovs).await;
         let facts = &rooms.facts;
         let qemu = facts.qemu.clone().unwrap_or_default();
         let stores = self.stores();

@@ -8,6 +8,7 @@ use lifeboat_protocol::agent::BridgeDescription;
 use crate::clock;
 use crate::host::{self, proc};
 use crate::programs::{self, ProgramError};
+use crate::vms::chain;
 use crate::vms::taps::Ovs;
 
 /// How old an answer about bridges may be.
@@ -21,7 +22,8 @@ const MTU_DEFAULT: u32 = 1500;
 #[derive(Default)]
 pub(super) struct Watch {
     load: Mutex<Option<Load>>,
-    bridges: Mutex<Option<(Instant, Vec<BridgeDescription>)>>,
+    /// The last answer; none after a question that failed.
+    bridges: Mutex<Option<(Instant, Option<Vec<BridgeDescription>>)>>,
 }
 
 #[derive(Clone, Copy)]
@@ -49,23 +51,41 @@ impl Watch {
         cores
     }
 
-    /// The bridges of this host with their MTU.
-    pub(super) async fn bridges(&self, ovs: &Ovs) -> Result<Vec<BridgeDescription>, ProgramError> {
+    /// The bridges of this host with their MTU; none where Open vSwitch does not answer, which is said
+    /// once.
+    pub(super) async fn bridges(&self, ovs: &Ovs) -> Vec<BridgeDescription> {
         let held = self.bridges.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let now = clock::now();
-        if let Some((asked, bridges)) = held
-            && now.saturating_duration_since(asked) < BRIDGES_AGE_MAX
+        if let Some((asked, bridges)) = &held
+            && now.saturating_duration_since(*asked) < BRIDGES_AGE_MAX
         {
-            return Ok(bridges);
+            return bridges.clone().unwrap_or_default();
         }
+        let answered_before = held.is_none_or(|(_, bridges)| bridges.is_some());
+        let bridges = match Self::ask_for_bridges(ovs).await {
+            Ok(bridges) => Some(bridges),
+            Err(error) => {
+                if answered_before {
+                    let error = chain(&error);
+                    tracing::warn!(error, "Open vSwitch cannot be asked for bridges");
+                }
+                None
+            }
+        };
+        if !answered_before && bridges.is_some() {
+            tracing::info!("Open vSwitch answers about its bridges again");
+        }
+        *self.bridges.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, bridges.clone()));
+        bridges.unwrap_or_default()
+    }
+
+    async fn ask_for_bridges(ovs: &Ovs) -> Result<Vec<BridgeDescription>, ProgramError> {
         let database = format!("--db={}", ovs.database);
         let listed = programs::run("ovs-vsctl", &[&database, "--timeout=5", "list-br"]).await?;
         let describe = |name: &str| BridgeDescription {
             name: name.to_owned(),
             mtu: host::bridge_mtu(name).unwrap_or(MTU_DEFAULT),
         };
-        let bridges: Vec<_> = listed.lines().map(describe).collect();
-        *self.bridges.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, bridges.clone()));
-        Ok(bridges)
+        Ok(listed.lines().map(describe).collect())
     }
 }

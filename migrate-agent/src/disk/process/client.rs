@@ -125,8 +125,20 @@ impl Movers {
     pub async fn reach(&self, vm: &VmId) -> Result<Option<Mover>, MoverClientError> {
         let folder = self.folder(vm);
         let Some(setting) = folder.read()? else { return Ok(None) };
-        if let Ok(socket) = UnixStream::connect(folder.control()).await {
-            return Ok(Some(Mover::new(vm, folder, setting, socket)));
+        // One that an agent before us has just started, or that was killed just now, has its folder and
+        // does not listen.
+        let deadline = clock::now() + START_LIMIT;
+        loop {
+            if let Ok(socket) = UnixStream::connect(folder.control()).await {
+                return Ok(Some(Mover::new(vm, folder, setting, socket)));
+            }
+            if folder.take()?.is_some() {
+                break;
+            }
+            if clock::now() > deadline {
+                return Err(MoverClientError::Silent { vm: vm.clone(), limit: START_LIMIT });
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
         tracing::warn!(%vm, "the disk process has gone; starting it again");
         self.start_both(vm, &folder, setting).await.map(Some)

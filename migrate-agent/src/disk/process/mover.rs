@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
 use rustix::io::Errno;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -24,7 +25,7 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use super::control::{self, ControlError, Destination, Limits, Reply, Report, Request, Stage};
 use super::sending::{Counts, Seen, Transfer};
-use super::setting::{Folder, Setting, SettingError};
+use super::setting::{Alone, Folder, Setting, SettingError};
 use crate::disk::fuse::holder::{HolderError, Serving};
 use crate::disk::fuse::{Image, ServeError, Server};
 use crate::disk::sync::mirror::{DEADLINE, Mirror};
@@ -40,6 +41,8 @@ use crate::{clock, tasks};
 const LEFT_FOR_STEP: u64 = 8;
 /// The kernel tells of a closed file late; an unmount waits for it so long.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
+/// A mover that was killed has gone within this time, on a busy machine.
+const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a mover cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,9 @@ pub enum MoverError {
     /// There is none.
     #[error("there is no setting beside {0}")]
     NoSetting(String),
+    /// Two would serve the same mounts.
+    #[error("another process serves the disks of VM `{0}`")]
+    Another(VmId),
     /// Certificates.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -112,6 +118,7 @@ pub async fn run(file: &Path, ready: impl FnOnce()) -> Result<(), MoverError> {
     let folder = Folder::of_setting(file);
     let missing = || MoverError::NoSetting(folder.path().display().to_string());
     let setting = folder.read()?.ok_or_else(missing)?;
+    let _alone = alone(&folder, &setting.vm)?;
     let identity = setting.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
     let mover = Arc::new(Mover::begin(setting, identity, &folder)?);
     let control = folder.control();
@@ -132,6 +139,18 @@ pub async fn run(file: &Path, ready: impl FnOnce()) -> Result<(), MoverError> {
                 });
             }
             _ = finished.wait_for(|finished| *finished) => return Ok(()),
+        }
+    }
+}
+
+/// One that was killed may still be ending.
+fn alone(folder: &Folder, vm: &VmId) -> Result<Alone, MoverError> {
+    let deadline = clock::now() + ENDING_LIMIT;
+    loop {
+        match folder.take()? {
+            Some(alone) => return Ok(alone),
+            None if clock::now() < deadline => clock::pause_thread(Duration::from_millis(5)),
+            None => return Err(MoverError::Another(vm.clone())),
         }
     }
 }

@@ -5,6 +5,7 @@
 //!   RUN_DIR/.disks/VM/          root's
 //!       setting.json            this
 //!       control  holder         sockets
+//!       lock                    held by the one mover that serves, from its first moment to its last
 //!       log                     what both processes say
 //!       0/  1/ ..               mount points, one for each directory with images of the VM
 //! ```
@@ -96,6 +97,10 @@ pub enum SettingError {
     },
 }
 
+/// The proof that no other mover serves a VM, for as long as it is kept.
+#[derive(Debug)]
+pub struct Alone(#[expect(dead_code, reason = "it is kept, and closed at the end")] fs::File);
+
 /// The directory of one VM's mover.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Folder(PathBuf);
@@ -130,6 +135,22 @@ impl Folder {
     #[must_use]
     pub fn setting(&self) -> PathBuf {
         self.0.join("setting.json")
+    }
+
+    /// Makes the calling process the mover of this VM; `None` while there is another, be it one that
+    /// does not listen yet or one that was killed and is still ending.
+    ///
+    /// # Errors
+    /// When the lock's file cannot be used.
+    pub fn take(&self) -> Result<Option<Alone>, SettingError> {
+        let path = self.0.join("lock");
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        let locked = file.and_then(|file| match file.try_lock() {
+            Ok(()) => Ok(Some(Alone(file))),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(source)) => Err(source),
+        });
+        locked.map_err(|source| SettingError::File { path, source })
     }
 
     /// Where it listens.
@@ -308,6 +329,18 @@ mod tests {
         folder.remove().unwrap();
         assert!(!folder.path().exists());
         folder.remove().unwrap();
+    }
+
+    #[test]
+    fn a_vm_has_one_mover_at_a_time() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(run_dir.path(), &vm());
+        assert!(folder.take().is_err(), "it is not there");
+        folder.create(&vm(), &disks(&["/d/a"]), None).unwrap();
+        let first = folder.take().unwrap();
+        assert!(first.is_some() && folder.take().unwrap().is_none());
+        drop(first);
+        assert!(folder.take().unwrap().is_some());
     }
 
     #[test]
