@@ -10,6 +10,7 @@ mod deadline;
 mod experience;
 mod facts;
 mod measure;
+mod notes;
 mod probe;
 mod ways;
 
@@ -243,7 +244,7 @@ impl Planner {
             full.add(self, source, made);
         }
         let held_back = full.keep_date(order);
-        full.notes = notes(order, &full);
+        full.notes = notes::notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
         full.notes.extend(held_back);
         full.notes.extend(promised.forecast_note(&order.hosts).filter(|_| !full.goes.is_empty()));
@@ -406,46 +407,4 @@ fn chosen(goes: &Goes) -> Choice {
         disk_date: goes.disk_date,
     };
     Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
-}
-
-/// SOLive V-A-b: the same is to be reserved at the destination as at the source, where that is
-/// feasible; and where it is not, somebody there pays for it.
-fn narrow_destination(goes: &Goes) -> Option<String> {
-    let reserved = goes.hops.first()?.rate;
-    let facing = goes.step.way.hops.last()?;
-    (facing.spare < reserved).then(|| {
-        format!(
-            "{} is to send {reserved}, and {} has {} unused: applications at {} will feel it",
-            goes.step.vm, facing.egress, facing.spare, goes.step.destination
-        )
-    })
-}
-
-/// What an operator should know before saying yes.
-fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
-    let mut notes = Vec::new();
-    for goes in &full.goes {
-        let likely = &goes.step.predicted.prediction.likely;
-        if !likely.converges {
-            notes.push(format!(
-                "{} writes faster than its path carries: its pause is expected to be {} ms, not {} ms",
-                goes.step.vm,
-                millis(likely.downtime),
-                order.downtime_limit_ms
-            ));
-        }
-        notes.extend(narrow_destination(goes));
-        if goes.step.mode == Mode::Cold {
-            notes.push(format!(
-                "{} will be stopped and started again at its destination",
-                goes.step.vm
-            ));
-        }
-    }
-    if order.urgency.percent() == 0 && !full.goes.is_empty() {
-        notes.push(
-            "urgency 0 reserves nothing: busy links may slow the evacuation without end".to_owned(),
-        );
-    }
-    notes
 }
