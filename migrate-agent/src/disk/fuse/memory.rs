@@ -131,11 +131,19 @@ impl Drop for Map {
     }
 }
 
+/// The slots that nobody uses, the one used last on top: its bytes are still in the CPU's cache.
+struct Free {
+    slots: Vec<usize>,
+    /// Threads that wait for one. Rust's `Condvar` enters the kernel even to wake nobody, which
+    /// every request would pay for.
+    waiting: usize,
+}
+
 /// A FUSE server's memory; a handle that can be cloned.
 #[derive(Clone)]
 pub(crate) struct Memory {
     map: Arc<Map>,
-    free: Arc<(Mutex<Vec<usize>>, Condvar)>,
+    free: Arc<(Mutex<Free>, Condvar)>,
     /// Which slots this process has mapped.
     in_place: Arc<[AtomicBool]>,
     /// Held while a free entry of the table of open files is looked for.
@@ -194,7 +202,7 @@ impl Memory {
         Self {
             map: Arc::new(map),
             in_place: (0..slots).map(|_| AtomicBool::new(false)).collect(),
-            free: Arc::new((Mutex::new(free), Condvar::new())),
+            free: Arc::new((Mutex::new(Free { slots: free, waiting: 0 }), Condvar::new())),
             opening: Arc::default(),
         }
     }
@@ -211,10 +219,12 @@ impl Memory {
         let (free, freed) = &*self.free;
         let mut list = free.lock().unwrap_or_else(PoisonError::into_inner);
         let index = loop {
-            match list.pop() {
-                Some(index) => break index,
-                None => list = freed.wait(list).unwrap_or_else(PoisonError::into_inner),
+            if let Some(index) = list.slots.pop() {
+                break index;
             }
+            list.waiting += 1;
+            list = freed.wait(list).unwrap_or_else(PoisonError::into_inner);
+            list.waiting -= 1;
         };
         drop(list);
         let slot = self.slot(index);
@@ -362,8 +372,13 @@ impl Drop for Slot {
         self.clear();
         self.set_state(State::Free);
         let (free, freed) = &*self.memory.free;
-        free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
-        freed.notify_one();
+        let mut list = free.lock().unwrap_or_else(PoisonError::into_inner);
+        list.slots.push(self.index);
+        let waited_for = list.waiting > 0;
+        drop(list);
+        if waited_for {
+            freed.notify_one();
+        }
     }
 }
 

@@ -29,6 +29,8 @@ use crate::{clock, tasks};
 
 /// The peer is asked for a sign of life so often, and is gone after three without.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
+/// What a destination had to say before it hung up is here within this time.
+const LAST_WORD: Duration = Duration::from_millis(100);
 
 enum Signal {
     Frame(Frame),
@@ -96,7 +98,10 @@ where
     let (task, sealing, last_heard) = (None, None, clock::now());
     let mut connection =
         Connection { own, work, signals, heard, task, tasks: 0, sealing, last_heard };
-    connection.serve(commands, progress).await
+    match connection.serve(commands, progress).await {
+        Err(lost) if lost.may_retry() => Err(connection.last_word(lost).await),
+        outcome => outcome,
+    }
 }
 
 /// One connection, from its begin to its end.
@@ -140,6 +145,25 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 _ = ticks.tick() => self.look_for_life()?,
             }
         }
+    }
+
+    /// Why a connection was lost: a destination whose disk is full says so and hangs up, and our
+    /// next block can find that out before its word is read. Nobody waits for the mirror meanwhile.
+    async fn last_word(&mut self, lost: SendError) -> SendError {
+        self.own.mirror.disarm();
+        self.own.mirror.give_up();
+        let word = async {
+            loop {
+                match self.heard.recv().await? {
+                    Signal::Frame(frame) if frame.kind == Kind::Failed => {
+                        return self.hear_frame(&frame).await.err();
+                    }
+                    _ => {}
+                }
+            }
+        };
+        // A timeout: it said nothing.
+        tokio::time::timeout(LAST_WORD, word).await.ok().flatten().unwrap_or(lost)
     }
 
     fn progress(&self) -> Progress {

@@ -271,8 +271,15 @@ fn is_zeroing(mode: u32) -> bool {
 /// disk, never for the network.
 #[derive(Default)]
 struct Landing {
-    ranges: Mutex<Vec<(u16, Range<u64>)>>,
+    ranges: Mutex<Ranges>,
     left: Condvar,
+}
+
+#[derive(Default)]
+struct Ranges {
+    taken: Vec<(u16, Range<u64>)>,
+    /// Threads that wait; waking nobody would enter the kernel all the same, with each write.
+    waiting: usize,
 }
 
 struct Landed<'a> {
@@ -286,10 +293,12 @@ impl Landing {
             *other == disk && taken.start < range.end && range.start < taken.end
         };
         let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        while ranges.iter().any(overlaps) {
+        while ranges.taken.iter().any(overlaps) {
+            ranges.waiting += 1;
             ranges = self.left.wait(ranges).unwrap_or_else(PoisonError::into_inner);
+            ranges.waiting -= 1;
         }
-        ranges.push((disk, range.clone()));
+        ranges.taken.push((disk, range.clone()));
         Landed { landing: self, range: (disk, range.clone()) }
     }
 }
@@ -297,10 +306,13 @@ impl Landing {
 impl Drop for Landed<'_> {
     fn drop(&mut self) {
         let mut ranges = self.landing.ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = ranges.iter().position(|range| *range == self.range) {
-            ranges.swap_remove(index);
+        if let Some(index) = ranges.taken.iter().position(|range| *range == self.range) {
+            ranges.taken.swap_remove(index);
         }
+        let waited_for = ranges.waiting > 0;
         drop(ranges);
-        self.landing.left.notify_all();
+        if waited_for {
+            self.landing.left.notify_all();
+        }
     }
 }

@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -29,6 +30,9 @@ use super::stream::{FrameReader, FrameWriter, StreamError};
 use super::versions::Version;
 use crate::disk::track::{BlockSize, GeometryError};
 use crate::tasks;
+
+/// Both streams of a connection begin within this time of each other, on a busy machine.
+const ANNOUNCED_WITHIN: Duration = Duration::from_secs(2);
 
 /// The longest image that is taken in, bytes: what ext4 can hold.
 const LONGEST: u64 = 16 << 40;
@@ -129,6 +133,8 @@ impl Disk {
 pub struct Received {
     paths: Vec<PathBuf>,
     disks: Mutex<Vec<Option<Arc<Disk>>>>,
+    /// A disk was announced.
+    announced: Condvar,
     wants: Mutex<Option<mpsc::UnboundedSender<Frame>>>,
     /// Counts what has arrived, for whoever waits for a block.
     arrivals: watch::Sender<u64>,
@@ -141,8 +147,8 @@ impl Received {
     pub fn new(paths: Vec<PathBuf>) -> Arc<Self> {
         let disks = Mutex::new(paths.iter().map(|_| None).collect());
         let arrivals = watch::Sender::new(0);
-        let (wants, closed) = Default::default();
-        Arc::new(Self { paths, disks, wants, arrivals, closed })
+        let (announced, wants, closed) = Default::default();
+        Arc::new(Self { paths, disks, announced, wants, arrivals, closed })
     }
 
     fn disks(&self) -> MutexGuard<'_, Vec<Option<Arc<Disk>>>> {
@@ -300,7 +306,17 @@ impl Received {
         let incoming = Mutex::new(Incoming::new(block, length));
         let (held, sealed) = Default::default();
         *slot = Some(Arc::new(Disk { held, file, incoming, sealed }));
+        self.announced.notify_all();
         Ok(())
+    }
+
+    /// Blocks come over a stream of their own, and may overtake the announcement on the other.
+    fn wait_until_announced(&self, number: u16) {
+        let is_missing = |disks: &mut Vec<Option<Arc<Disk>>>| {
+            disks.get(usize::from(number)).is_some_and(Option::is_none)
+        };
+        // Still missing then: whoever asks for it says so.
+        drop(self.announced.wait_timeout_while(self.disks(), ANNOUNCED_WITHIN, is_missing));
     }
 }
 
@@ -389,7 +405,7 @@ impl Received {
                 let _ = answers.send(frame.clone());
                 return Ok(());
             }
-            _ => {}
+            _ => self.wait_until_announced(frame.disk),
         }
         let disk = self.disk(frame.disk)?;
         disk.wait_until_free();

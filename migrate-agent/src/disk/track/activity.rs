@@ -67,6 +67,9 @@ impl Activity {
     /// The image is at least `length` bytes long now.
     pub fn grow(&self, length: u64) {
         let segments = usize::try_from(length.div_ceil(self.segment.0)).unwrap_or(usize::MAX);
+        if self.segments() >= segments as u64 {
+            return;
+        }
         let mut counters = self.counters.write().unwrap_or_else(PoisonError::into_inner);
         if counters.len() < segments {
             counters.resize_with(segments, Default::default);

@@ -109,6 +109,10 @@ impl DirtyMap {
     /// The image is at least `length` bytes long now; a shorter one keeps its bits.
     pub fn grow(&self, length: u64) {
         let words = usize::try_from(self.block.count(length).div_ceil(64)).unwrap_or(usize::MAX);
+        // Asked with each change: those that come side by side must not wait for each other here.
+        if self.words.read().unwrap_or_else(PoisonError::into_inner).len() >= words {
+            return;
+        }
         let mut own = self.words.write().unwrap_or_else(PoisonError::into_inner);
         if own.len() < words {
             own.resize_with(words, AtomicU64::default);
