@@ -18,9 +18,10 @@ use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
     HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
-    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, ProbeShapingReply,
-    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
-    SetLimitRequest, StartMigrationRequest, VmMeasurement, VmStatus,
+    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply,
+    PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply,
+    ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreRequest, SetLimitRequest,
+    StartMigrationRequest, VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
 use lifeboat_protocol::units::BitsPerSec;
@@ -214,6 +215,36 @@ impl Agents {
         request.command = self.command(&request.migration, "prepare");
         let mut client = self.client(host)?;
         call(host, "make room for a VM", WORK, client.prepare_destination(request)).await
+    }
+
+    /// Has an intermediary open a store.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn prepare_store(
+        &self,
+        host: &HostId,
+        mut request: PrepareStoreRequest,
+    ) -> Result<PrepareStoreReply, AgentError> {
+        request.command = self.command(&request.migration, "store");
+        let mut client = self.client(host)?;
+        call(host, "open a store", WORK, client.prepare_store(request)).await
+    }
+
+    /// Has an intermediary end a store, and says whether that held pages.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn release_store(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+    ) -> Result<bool, AgentError> {
+        let command = self.fresh_command("release-store");
+        let request = ReleaseStoreRequest { command, migration: migration.to_string() };
+        let mut client = self.client(host)?;
+        let reply = call(host, "release a store", WORK, client.release_store(request)).await?;
+        Ok(reply.held_pages)
     }
 
     /// Tells a source to send.

@@ -12,6 +12,7 @@
 //! holds up nobody else. A journal that cannot be written stops all actions until it can: a state
 //! that is not durable must not have consequences. Deliberately not here: what to do next.
 
+mod elsewhere;
 mod hands;
 mod proof;
 mod settle;
@@ -74,7 +75,7 @@ impl Driver {
     pub fn start(fleet: Fleet, journal: Arc<Journal>, hands: Hands) -> Self {
         let (inputs, inbox) = mpsc::channel(INPUTS);
         let (bump, changed) = latest::channel(0);
-        let unfinished: Vec<EvacuationId> = fleet.unfinished().map(|e| e.id.clone()).collect();
+        let unfinished: Vec<EvacuationId> = fleet.to_take_up().map(|e| e.id.clone()).collect();
         let fleet = Arc::new(Mutex::new(fleet));
         let hands = Arc::new(hands.wired(inputs.clone(), Arc::clone(&fleet)));
         tasks::spawn(proof::prove_forever(Arc::clone(&hands), inputs.clone()));

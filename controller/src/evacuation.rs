@@ -36,10 +36,14 @@
 //!                                           +--> Moved | Uncertain | Lost
 //! ```
 //!
+//! A scattered VM goes from Releasing to Gathering before it has Moved: its source is rid of it, its
+//! slot is free, and its stores hold the only copy of what the destination has not fetched yet.
+//!
 //! Settling is where doubt is resolved before anything else happens to the VM: the agents are told
 //! to cancel and asked what became of the migration, until they have answered. Only then may
 //! another attempt begin; that is why a VM never has two live migrations.
 
+mod elsewhere;
 mod event;
 mod fleet;
 mod leg;
@@ -48,6 +52,7 @@ mod order;
 mod progress;
 mod vm;
 
+pub use elsewhere::StoresOwed;
 pub use event::{Action, Change, Choice, Event, PageTicket, PlannedLeg, Settlement};
 pub use fleet::{AdmissionError, Fleet};
 pub use machine::{Evacuation, EvacuationState, Limits};

@@ -7,6 +7,7 @@
 //! them.
 
 mod deadline;
+mod elsewhere;
 mod experience;
 mod facts;
 mod measure;
@@ -18,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use lifeboat_policy::intermediary::ChosenStores;
 use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::plan::{Move, Plan, PlanError, PlanRequest, plan};
 use lifeboat_policy::predict::Range;
@@ -37,7 +39,7 @@ pub use deadline::DiskPromise;
 pub use ways::PageFlowError;
 
 /// The modes that the agents can carry out.
-pub const MODES: [Mode; 2] = [Mode::PreCopy, Mode::Cold];
+pub const MODES: [Mode; 4] = [Mode::PreCopy, Mode::PostCopy, Mode::ScatterGather, Mode::Cold];
 
 /// Why there is no plan at all.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +148,8 @@ pub struct Goes {
     pub disk_promise: DiskPromise,
     /// How its guest is held back for the date; `None`: not at all.
     pub disk_date: Option<DiskDate>,
+    /// Where its pages wait; `None`: nowhere.
+    pub stores: Option<ChosenStores>,
 }
 
 impl Goes {
@@ -243,6 +247,7 @@ impl Planner {
             }
             full.add(self, source, made);
         }
+        self.choose_stores(order, &mut full).await;
         let held_back = full.keep_date(order);
         full.notes = notes::notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
@@ -278,6 +283,7 @@ impl Planner {
             };
             let mut full = FullPlan::default();
             full.add(self, source, made);
+            self.choose_stores(order, &mut full).await;
             full.keep_date(order);
             for goes in &full.goes {
                 let tried = here.get(&goes.step.vm).map_or(&[][..], |tried| tried.as_slice());
@@ -319,6 +325,7 @@ impl Planner {
         let made = self.plan_host(order, source, promised, &only, &left).await;
         let mut full = FullPlan::default();
         full.add(self, source, made.map_err(|error| error.to_string())?);
+        self.choose_stores(order, &mut full).await;
         full.keep_date(order);
         let stays = full.stays.first().map(Stays::sentence);
         full.goes.into_iter().next().ok_or_else(|| stays.unwrap_or_default())
@@ -374,6 +381,7 @@ impl FullPlan {
                 figures,
                 disk_promise,
                 disk_date: None,
+                stores: None,
             });
         }
         self.stays.extend(stuck);
@@ -405,6 +413,7 @@ fn chosen(goes: &Goes) -> Choice {
         hops: goes.hops.clone(),
         prediction: goes.prediction(),
         disk_date: goes.disk_date,
+        stores: goes.stores.clone(),
     };
     Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
 }

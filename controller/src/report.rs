@@ -7,7 +7,7 @@
 use lifeboat_protocol::controller::{HostReport, LeftBehind, Report, VmReport};
 use lifeboat_protocol::ids::HostId;
 
-use crate::evacuation::{Evacuation, VmPhase, VmRecord};
+use crate::evacuation::{Evacuation, Leg, VmPhase, VmRecord};
 
 /// The report of an evacuation, also of one that still runs.
 #[must_use]
@@ -68,15 +68,22 @@ fn vm_report(record: &VmRecord) -> VmReport {
         resume_unix_us: progress.resume_unix_us,
         network_downtime_us: 0,
         network_downtime_known: false,
+        stores: leg.map_or_else(Vec::new, Leg::store_hosts),
+        redundancy: leg.map_or_else(String::new, Leg::redundancy_word),
         ..VmReport::default()
     }
+}
+
+/// Whether its source has nothing of it any more.
+fn rid_of(record: &VmRecord) -> bool {
+    matches!(record.phase, VmPhase::Gathering | VmPhase::Moved)
 }
 
 fn host_report(evacuation: &Evacuation, host: &HostId) -> HostReport {
     let of_host = || evacuation.vms.iter().filter(|record| record.source == *host);
     let count = |phase| of_host().filter(|record| record.phase == phase).count();
     // The host's eviction ends when the last of its VMs has left it wholly.
-    let gone = of_host().filter(|record| record.phase == VmPhase::Moved).filter_map(|record| {
+    let gone = of_host().filter(|record| rid_of(record)).filter_map(|record| {
         let began = record.leg.as_ref()?.started.since(evacuation.started);
         Some(began.saturating_add(record.progress.as_ref()?.eviction_ms))
     });
@@ -108,7 +115,7 @@ mod tests {
         let record = VmRecord::waiting(VmId::new("a").unwrap(), source.clone(), prediction);
         let stays = VmRecord::left_behind(VmId::new("b").unwrap(), source, "no room".to_owned());
         let migration = MigrationId::new("e1-m1").unwrap();
-        let ticket = PageTicket { address: String::new(), token: Vec::new() };
+        let ticket = PageTicket { address: String::new(), token: Vec::new(), scatter: None };
         let progress = MigrationProgress {
             migration: "e1-m1".to_owned(),
             phase: Phase::Completed.into(),

@@ -9,6 +9,7 @@
 //! survive a crash.
 
 pub mod disk;
+pub mod intermediary;
 pub mod measured;
 pub mod order;
 pub mod pace;

@@ -62,6 +62,8 @@ pub struct Question<'a> {
     pub cut_off: &'a BTreeMap<HostId, String>,
     /// What QEMU needs besides the guest's memory.
     pub overhead: Overhead,
+    /// Whether guests run there before all their pages are there.
+    pub fetches: bool,
 }
 
 /// How a host is chosen among those that fit.
@@ -196,6 +198,9 @@ fn obstacles(
         return vec![Obstacle::Source];
     }
     let mut found = Vec::new();
+    if question.fetches && !host.fetch_obstacle.is_empty() {
+        found.push(Obstacle::Fetching { why: host.fetch_obstacle.clone() });
+    }
     if !question.allowed.is_empty() && !question.allowed.contains(&host.id) {
         found.push(Obstacle::NotAllowed);
     }

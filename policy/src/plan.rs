@@ -175,7 +175,7 @@ pub fn plan(
     check(request, inventory)?;
     let mode = choose_mode(request.mode, &inventory.modes)?;
     let (ways, cut_off) = ways(request, inventory, network)?;
-    let placement = places(request, inventory, &cut_off);
+    let placement = places(request, inventory, &cut_off, mode);
     let source = source_link(&ways);
     let leaving = in_order(mode, source, inventory, &placement.places);
     let departures: Vec<Departure<'_>> = leaving
@@ -213,6 +213,7 @@ fn places(
     request: &PlanRequest,
     inventory: &Inventory,
     cut_off: &BTreeMap<HostId, String>,
+    mode: Mode,
 ) -> Placement {
     let wanted = |vm: &&PlannedVm| request.only.is_empty() || request.only.contains(&vm.needs.id);
     let vms: Vec<VmNeeds> =
@@ -224,6 +225,7 @@ fn places(
         allowed: &request.allowed,
         cut_off,
         overhead: inventory.overhead,
+        fetches: matches!(mode, Mode::PostCopy | Mode::ScatterGather),
     })
 }
 

@@ -43,6 +43,13 @@ pub(super) struct Options {
     /// The only hosts that may take the VMs.
     #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
     pub(super) to: Vec<String>,
+    /// The only hosts that may keep pages in scatter-gather; by default any that can.
+    #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
+    intermediaries: Vec<String>,
+    /// How a lost intermediary is made up for; by default parity with three, mirror with two.
+    #[arg(long, value_name = "KIND",
+          value_parser = PossibleValuesParser::new(["parity", "mirror", "none"]))]
+    redundancy: Option<String>,
     /// How many VMs move at a time.
     #[arg(long, default_value_t = 1, value_name = "N")]
     parallel: u32,
@@ -92,6 +99,8 @@ impl Options {
             operation_id: operation_id(),
             reservation: self.reservation.clone().unwrap_or_default(),
             fixed: self.fixed.then_some(true),
+            intermediaries: self.intermediaries.clone(),
+            redundancy: self.redundancy.clone().unwrap_or_default(),
             ..EvacuateRequest::default()
         }
     }

@@ -58,6 +58,7 @@ pub(super) fn text(report: &Report) -> String {
             vm.vm.clone(),
             vm.source.clone(),
             vm.destination.clone(),
+            vm.mode.clone(),
             vm.outcome.clone(),
             time(vm.eviction_ms),
             beside(time(vm.total_ms), time(vm.predicted_total_ms)),
@@ -72,6 +73,7 @@ pub(super) fn text(report: &Report) -> String {
         "VM",
         "FROM",
         "TO",
+        "MODE",
         "OUTCOME",
         "EVICTED",
         "TOTAL / PREDICTED",
@@ -92,6 +94,14 @@ pub(super) fn text(report: &Report) -> String {
     });
     let rows: Vec<Vec<String>> = hosts.collect();
     text.push_str(&table(&["HOST", "EVICTED", "MOVED", "LEFT BEHIND"], &rows));
+    for vm in report.vms.iter().filter(|vm| !vm.stores.is_empty()) {
+        let (stores, kind) = (vm.stores.join(", "), &vm.redundancy);
+        text.push_str(&clean(&format!(
+            "{}: its pages waited at {stores}; redundancy {kind}",
+            vm.vm
+        )));
+        text.push('\n');
+    }
     for vm in report.vms.iter().filter(|vm| !vm.reason.is_empty()) {
         text.push_str(&clean(&format!("{}: {}: {}", vm.vm, vm.outcome, vm.reason)));
         text.push('\n');

@@ -92,6 +92,12 @@ impl Hands {
                 let ends = (&source, &destination);
                 Some(self.settle(migration, ends, &because, committed).await)
             }
+            Action::Gather { migration, destination } => {
+                Some(self.gather(wiring, &id, migration, &destination).await)
+            }
+            Action::ReleaseStores { migration, hosts } => {
+                Some(self.release_stores(migration, hosts).await)
+            }
             Action::Follow { vm, to } => {
                 self.follow(&vm, &to).await;
                 None
@@ -239,6 +245,10 @@ impl Hands {
             let reason = format!("{source} does not know the VM any more");
             return Event::PrepareFailed { migration, reason };
         };
+        let scatter = match self.open_stores(vm, source, leg).await {
+            Ok(scatter) => scatter,
+            Err(reason) => return Event::PrepareFailed { migration, reason },
+        };
         let source_entry = self.planner.inventory.host(source);
         let request = PrepareDestinationRequest {
             source_page_address: source_entry
@@ -250,11 +260,13 @@ impl Hands {
             mode: lifeboat_protocol::agent::Mode::from(leg.mode).into(),
             generation: status.generation,
             source_host: source.to_string(),
+            scatter: scatter.clone(),
             ..PrepareDestinationRequest::default()
         };
         match self.planner.agents.prepare(&leg.destination, request).await {
             Ok(reply) => {
-                let ticket = PageTicket { address: reply.page_address, token: reply.token };
+                let (address, token) = (reply.page_address, reply.token);
+                let ticket = PageTicket { address, token, scatter };
                 Event::Prepared { migration, ticket }
             }
             Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
@@ -283,6 +295,7 @@ impl Hands {
             destination_host: leg.destination.to_string(),
             page_address: ticket.address,
             token: ticket.token,
+            scatter: ticket.scatter,
             network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,

@@ -9,18 +9,23 @@ use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
 
+use lifeboat_policy::intermediary::ChosenStores;
+use lifeboat_protocol::agent::ScatterPlan;
+
 use super::vm::{DiskDate, Leg, Prediction, VmRecord};
 use crate::network::{Hop, Reserved};
 
 /// Where the source is to send the pages, and the secret that opens the door. Passed through, never
 /// kept: the journal holds no secret, and after a restart a migration that had not begun is settled
 /// and tried afresh.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq)]
 pub struct PageTicket {
     /// `host:port` of the destination's page listener.
     pub address: String,
     /// What the source shows there.
     pub token: Vec<u8>,
+    /// The open stores, with what opens them.
+    pub scatter: Option<ScatterPlan>,
 }
 
 impl fmt::Debug for PageTicket {
@@ -53,6 +58,8 @@ pub struct PlannedLeg {
     pub prediction: Prediction,
     /// How its guest is held back for the date; `None`: not at all.
     pub disk_date: Option<DiskDate>,
+    /// Where its pages wait; `None`: nowhere.
+    pub stores: Option<ChosenStores>,
 }
 
 /// What the agents agree to have happened to a migration.
@@ -171,6 +178,20 @@ pub enum Event {
         /// What may remain on which switch; empty when all is gone.
         failures: Vec<String>,
     },
+    /// The destination tells how much it has gathered.
+    Gathering(Box<MigrationProgress>),
+    /// Answer to [`Action::Gather`].
+    Gathered {
+        /// Which migration.
+        migration: MigrationId,
+        /// Why the VM is lost, if it is.
+        lost: Option<String>,
+    },
+    /// Answer to [`Action::ReleaseStores`]: none of them is left.
+    StoresReleased {
+        /// Whose stores.
+        migration: MigrationId,
+    },
     /// The operator wants no more of it.
     CancelRequested,
     /// A controller has loaded it from the journal.
@@ -217,6 +238,20 @@ pub enum Action {
         leg: Box<Leg>,
         /// The way in at the destination.
         ticket: PageTicket,
+    },
+    /// Follow the gathering at the destination's agent to its end.
+    Gather {
+        /// Which migration.
+        migration: MigrationId,
+        /// Who gathers.
+        destination: HostId,
+    },
+    /// End a migration's stores, until all of them have gone.
+    ReleaseStores {
+        /// Which migration.
+        migration: MigrationId,
+        /// Where they are, or may be.
+        hosts: Vec<HostId>,
     },
     /// Follow the migration at the source's agent to its end.
     Watch {

@@ -113,6 +113,12 @@ impl Fleet {
         self.unfinished().find(holds).map(|e| &e.id)
     }
 
+    /// What a new controller goes on with: the unfinished ones, and those that owe stores.
+    pub fn to_take_up(&self) -> impl Iterator<Item = &Evacuation> {
+        let open = |e: &&Evacuation| !e.state.is_final() || !e.stores_owed().is_empty();
+        self.evacuations.values().filter(open)
+    }
+
     /// Where VMs are on their way to, over all evacuations.
     #[must_use]
     pub fn arrivals(&self) -> Vec<(VmId, HostId)> {

@@ -22,6 +22,8 @@ pub(super) fn new_leg(migration: MigrationId, planned: PlannedLeg, now: UnixMs) 
         reserved: Reserved::default(),
         prediction: planned.prediction,
         disk_date: planned.disk_date,
+        stores: planned.stores,
+        followed: false,
         started: now,
         committed: false,
         uncertain_since: None,
@@ -94,8 +96,7 @@ pub(super) fn resolve_uncertain(record: &mut VmRecord, settlement: Settlement) -
     (record.phase, record.reason) = match settlement {
         Settlement::Moved(progress) => {
             record.progress = progress.map(|progress| *progress).or(record.progress.take());
-            record.done = 1.0;
-            (VmPhase::Moved, String::new())
+            (arrived(record), String::new())
         }
         Settlement::Stayed { reason } if reason.is_empty() => {
             (VmPhase::LeftBehind, "it was found at its source".to_owned())
@@ -105,6 +106,15 @@ pub(super) fn resolve_uncertain(record: &mut VmRecord, settlement: Settlement) -
         Settlement::Uncertain { .. } => return Change::Nothing,
     };
     Change::State
+}
+
+/// Where a VM stands once its source is rid of it.
+pub(super) fn arrived(record: &mut VmRecord) -> VmPhase {
+    if record.leg.as_ref().is_some_and(|leg| leg.stores.is_some()) {
+        return VmPhase::Gathering;
+    }
+    record.done = 1.0;
+    VmPhase::Moved
 }
 
 pub(super) fn release(record: &VmRecord) -> Option<Action> {

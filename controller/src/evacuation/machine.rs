@@ -7,10 +7,11 @@ use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::elsewhere::StoresOwed;
 use super::event::{Action, Change, Choice, Event, PageTicket, Settlement};
 use super::leg::{
-    CANCELLED, ON_ITS_WAY, cancel_again, commit_seen, cut_off, end_leg, follow, new_leg, new_way,
-    prove_uncertain, release, resolve_uncertain, settle, watch,
+    CANCELLED, ON_ITS_WAY, arrived, cancel_again, commit_seen, cut_off, end_leg, follow, new_leg,
+    new_way, prove_uncertain, release, resolve_uncertain, settle, watch,
 };
 use super::order::EvacuationOrder;
 use super::progress::done_share;
@@ -94,6 +95,9 @@ pub struct Evacuation {
     pub predicted_ms: u64,
     /// What an operator should know about it now.
     pub detail: String,
+    /// Stores that were opened, or were about to be, and are not known to have gone.
+    #[serde(default)]
+    pub(super) stores_owed: Vec<StoresOwed>,
     /// Whether the plan has been there.
     planned: bool,
     /// Whether an answer to `Choose` is awaited.
@@ -116,6 +120,7 @@ impl Evacuation {
             finished: None,
             predicted_ms: 0,
             detail: String::new(),
+            stores_owed: Vec::new(),
             planned: false,
             choosing: false,
             legs_begun: 0,
@@ -157,11 +162,15 @@ impl Evacuation {
                 self.settled(&migration, settlement, actions)
             }
             Event::Released { migration, failures } => self.released(&migration, &failures),
+            Event::Gathering(progress) => self.gathering(&progress),
+            Event::Gathered { migration, lost } => self.gathered(now, &migration, lost),
+            Event::StoresReleased { migration } => self.stores_released(&migration),
             Event::CancelRequested => self.cancel(actions),
             Event::Restarted => self.restarted(actions),
             Event::Tick => self.tick(now, actions),
         };
         if change == Change::State {
+            self.see_to_stores(actions);
             self.schedule(now, actions);
         }
         change
@@ -179,13 +188,17 @@ impl Evacuation {
         self.vms.iter().find(|record| record.vm == *vm)
     }
 
-    fn find(&mut self, migration: &MigrationId) -> Option<&mut VmRecord> {
+    pub(super) fn find(&mut self, migration: &MigrationId) -> Option<&mut VmRecord> {
         let is_this = |record: &VmRecord| record.has_leg(migration);
         self.vms.iter_mut().find(|record| is_this(record))
     }
 
     /// The record whose current leg this is, if it stands in one of `phases`.
-    fn at(&mut self, migration: &MigrationId, phases: &[VmPhase]) -> Option<&mut VmRecord> {
+    pub(super) fn at(
+        &mut self,
+        migration: &MigrationId,
+        phases: &[VmPhase],
+    ) -> Option<&mut VmRecord> {
         self.find(migration).filter(|record| phases.contains(&record.phase))
     }
 
@@ -246,6 +259,7 @@ impl Evacuation {
         record.done = 0.0;
         record.progress = None;
         let leg = new_leg(migration, choice.leg, now);
+        self.stores_owed.extend(StoresOwed::by(&leg));
         let (vm, source) = (record.vm.clone(), record.source.clone());
         actions.push(Action::Reserve { vm, source, leg: Box::new(leg.clone()) });
         record.leg = Some(leg);
@@ -394,7 +408,6 @@ impl Evacuation {
         let outcome = match settlement {
             Settlement::Moved(progress) => {
                 record.progress = progress.map(|progress| *progress).or(record.progress.take());
-                record.done = 1.0;
                 actions.push(follow(record));
                 Outcome::Moved
             }
@@ -416,7 +429,7 @@ impl Evacuation {
         let Some(leg) = record.leg.as_ref() else { return Change::Nothing };
         let destination = leg.destination.clone();
         (record.phase, record.reason) = match leg.outcome.clone() {
-            Some(Outcome::Moved) => (VmPhase::Moved, String::new()),
+            Some(Outcome::Moved) => (arrived(record), String::new()),
             Some(Outcome::Lost(reason)) => (VmPhase::Lost, reason),
             Some(Outcome::Uncertain(reason)) => (VmPhase::Uncertain, reason),
             Some(Outcome::Stayed(reason)) if cancelling || record.attempts >= attempts => {
@@ -462,8 +475,9 @@ impl Evacuation {
 
     /// A new controller has it: whatever was under way is asked about, nothing is assumed.
     fn restarted(&mut self, actions: &mut Vec<Action>) -> Change {
+        let owing = self.ask_again();
         if self.state.is_final() {
-            return Change::Nothing;
+            return if owing { Change::State } else { Change::Nothing };
         }
         if !self.planned {
             actions.push(Action::Plan);
@@ -488,6 +502,7 @@ impl Evacuation {
                 VmPhase::Settling => actions.extend(settle(record)),
                 VmPhase::Releasing => actions.extend(release(record)),
                 VmPhase::Waiting
+                | VmPhase::Gathering
                 | VmPhase::Moved
                 | VmPhase::LeftBehind
                 | VmPhase::Uncertain

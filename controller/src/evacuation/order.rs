@@ -3,6 +3,7 @@
 //! Made by `grpc/` from a request, kept in the journal, never changed afterwards. Whether it can
 //! be done is the planner's business.
 
+use lifeboat_policy::intermediary::Redundancy;
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::{Mode, Reason, ReservationKind, Urgency};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,15 @@ pub struct EvacuationOrder {
     pub deadline: Option<UnixMs>,
     /// The pause to aim for at the switchover, in milliseconds.
     pub downtime_limit_ms: u32,
+    /// The only hosts that may keep pages in scatter-gather; empty for any that can.
+    #[serde(default)]
+    pub intermediaries: Vec<HostId>,
+    /// How many; 0 for as many as the reservation needs.
+    #[serde(default)]
+    pub intermediary_count: u32,
+    /// How a lost store is made up for; `None`: the best for so many stores.
+    #[serde(default)]
+    pub redundancy: Option<Redundancy>,
     /// The caller's operation id: the same one again is the same evacuation.
     pub operation: String,
     /// Who asked, as the audit log names them.

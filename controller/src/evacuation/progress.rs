@@ -33,11 +33,21 @@ pub fn done_share(progress: &MigrationProgress, before: f64) -> f64 {
         Phase::MemoryCopy => copied(progress),
         Phase::Switchover => SWITCHOVER,
         Phase::Committing | Phase::Uncertain => COMMITTED,
-        Phase::PostCopy | Phase::Gather | Phase::DiskRest => COMMITTED,
+        Phase::PostCopy | Phase::Gather => gathered_share(progress),
+        Phase::DiskRest => COMMITTED,
         Phase::Completed => 1.0,
         Phase::Failed | Phase::Cancelled | Phase::Lost => before,
     };
     now.max(before).clamp(0.0, 1.0)
+}
+
+/// Where the guest runs at its destination without its pages: they fill the bar anew from here.
+const ELSEWHERE: f64 = 0.5;
+
+/// How much is done of a VM that runs at its destination while pages are elsewhere.
+pub(super) fn gathered_share(progress: &MigrationProgress) -> f64 {
+    let have = progress.pages_arrived as f64 / progress.pages_total.max(1) as f64;
+    ELSEWHERE + (COMMITTED - ELSEWHERE) * have.clamp(0.0, 1.0)
 }
 
 fn disks_copied(progress: &MigrationProgress) -> f64 {

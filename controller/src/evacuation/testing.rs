@@ -3,6 +3,9 @@
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::{Mode, Reason, ReservationKind};
 
+use lifeboat_policy::intermediary::{ChosenStore, ChosenStores, Redundancy};
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
+
 use super::{Choice, EvacuationOrder, PlannedLeg, Prediction};
 
 /// A host by name.
@@ -29,6 +32,9 @@ pub(crate) fn order(from: &str) -> EvacuationOrder {
         reason: Reason::Maintenance,
         deadline: None,
         downtime_limit_ms: 300,
+        intermediaries: Vec::new(),
+        intermediary_count: 0,
+        redundancy: None,
         operation: String::new(),
         operator: "test".to_owned(),
     }
@@ -47,6 +53,23 @@ pub(crate) fn choice(name: &str, to: &str) -> Box<Choice> {
             ..Prediction::default()
         },
         disk_date: None,
+        stores: None,
     };
     Box::new(Choice { vm: vm(name), source: host("h1"), leg })
+}
+
+/// The same, scattered over h8 and h9.
+pub(crate) fn scattered(name: &str, to: &str) -> Box<Choice> {
+    let store = |name| ChosenStore {
+        host: host(name),
+        memory: Bytes::from_mib(64),
+        rate: BitsPerSec::from_mbit(50),
+    };
+    let mut choice = choice(name, to);
+    choice.leg.mode = Mode::ScatterGather;
+    choice.leg.stores = Some(ChosenStores {
+        stores: vec![store("h8"), store("h9")],
+        redundancy: Redundancy::Mirror,
+    });
+    choice
 }

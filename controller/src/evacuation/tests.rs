@@ -6,7 +6,7 @@ mod world;
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
 
-use super::testing::{choice, host, order, vm};
+use super::testing::{choice, host, order, scattered, vm};
 use super::*;
 use crate::clock::UnixMs;
 use crate::network::Reserved;
@@ -26,7 +26,7 @@ fn progress(n: u32, phase: Phase) -> Event {
 }
 
 fn ticket() -> PageTicket {
-    PageTicket { address: "10.0.0.2:7000".to_owned(), token: vec![7; 32] }
+    PageTicket { address: "10.0.0.2:7000".to_owned(), token: vec![7; 32], scatter: None }
 }
 
 fn begun(names: &[&str], order: EvacuationOrder) -> (Evacuation, Vec<Action>) {
@@ -80,6 +80,83 @@ fn a_destination_that_failed_is_told_to_the_next_choice_and_the_third_failure_is
     let record = evacuation.record(&vm("a")).unwrap();
     assert_eq!((record.phase, record.reason.as_str()), (VmPhase::LeftBehind, "no h4"));
     assert_eq!(evacuation.state, EvacuationState::Failed);
+}
+
+/// What was wanted about stores, in order.
+fn about_stores(actions: &[Action]) -> Vec<&'static str> {
+    let word = |action: &Action| match action {
+        Action::Gather { .. } => Some("gather"),
+        Action::ReleaseStores { .. } => Some("release"),
+        _ => None,
+    };
+    actions.iter().filter_map(word).collect()
+}
+
+#[test]
+fn stores_are_owed_from_before_they_are_opened_until_they_have_gone() {
+    let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
+    let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
+    evacuation.apply(UnixMs(1), chosen, &mut actions);
+    assert_eq!(evacuation.stores_owed().len(), 1);
+    let reserved = Event::Reserved { migration: migration(1), reserved: Reserved::default() };
+    let events = [
+        reserved,
+        Event::Prepared { migration: migration(1), ticket: ticket() },
+        progress(1, Phase::Completed),
+        Event::Released { migration: migration(1), failures: vec![] },
+    ];
+    for event in events {
+        evacuation.apply(UnixMs(2), event, &mut actions);
+    }
+    assert_eq!(about_stores(&actions), ["gather"]);
+    assert_eq!(evacuation.live().count(), 0, "its slot is free while its destination gathers");
+    // The controller is killed; the next one follows the gathering and releases nothing.
+    let text = serde_json::to_string(&evacuation).unwrap();
+    evacuation = serde_json::from_str(&text).unwrap();
+    actions.clear();
+    evacuation.apply(UnixMs(3), Event::Restarted, &mut actions);
+    assert_eq!(about_stores(&actions), ["gather"]);
+    let gathered = Event::Gathered { migration: migration(1), lost: None };
+    evacuation.apply(UnixMs(9), gathered, &mut actions);
+    assert_eq!(about_stores(&actions), ["gather", "release"]);
+    assert_eq!(evacuation.state, EvacuationState::Done);
+    // Killed once more: the evacuation is over, and still owes them.
+    evacuation = serde_json::from_str(&serde_json::to_string(&evacuation).unwrap()).unwrap();
+    actions.clear();
+    assert_eq!(Fleet::new(vec![evacuation.clone()]).to_take_up().count(), 1);
+    evacuation.apply(UnixMs(10), Event::Restarted, &mut actions);
+    assert_eq!(about_stores(&actions), ["release"]);
+    evacuation.apply(UnixMs(11), Event::StoresReleased { migration: migration(1) }, &mut actions);
+    assert!(evacuation.stores_owed().is_empty());
+    assert_eq!(Fleet::new(vec![evacuation]).to_take_up().count(), 0);
+}
+
+#[test]
+fn stores_of_a_vm_in_doubt_stay_and_those_of_a_failed_leg_go() {
+    let started = |outcome: Settlement| {
+        let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
+        let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
+        let reserved = Event::Reserved { migration: migration(1), reserved: Reserved::default() };
+        let reason = "no".to_owned();
+        let events = [
+            chosen,
+            reserved,
+            Event::PrepareFailed { migration: migration(1), reason },
+            Event::Settled { migration: migration(1), settlement: outcome },
+            Event::Released { migration: migration(1), failures: vec![] },
+        ];
+        for event in events {
+            evacuation.apply(UnixMs(2), event, &mut actions);
+        }
+        (evacuation, actions)
+    };
+    let (_, actions) = started(Settlement::Stayed { reason: String::new() });
+    assert_eq!(about_stores(&actions), ["release"]);
+    let (mut doubt, mut actions) = started(Settlement::Uncertain { reason: "silent".to_owned() });
+    assert!(about_stores(&actions).is_empty());
+    let proof = Event::Settled { migration: migration(1), settlement: Settlement::Moved(None) };
+    doubt.apply(UnixMs(9), proof, &mut actions);
+    assert_eq!(about_stores(&actions), ["gather"]);
 }
 
 #[test]

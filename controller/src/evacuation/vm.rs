@@ -2,6 +2,7 @@
 //!
 //! Pure data, kept in the journal. The rules by which it changes are in `machine`.
 
+use lifeboat_policy::intermediary::ChosenStores;
 use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
@@ -31,6 +32,8 @@ pub enum VmPhase {
     Settling,
     /// What was reserved is being given back.
     Releasing,
+    /// Runs at its destination, which gathers its pages; the source is rid of it.
+    Gathering,
     /// Runs at its destination.
     Moved,
     /// Runs at its source, with a reason.
@@ -43,7 +46,7 @@ pub enum VmPhase {
 
 impl VmPhase {
     /// Every phase, for tables.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Waiting,
         Self::Measuring,
         Self::Reserving,
@@ -52,6 +55,7 @@ impl VmPhase {
         Self::Committing,
         Self::Settling,
         Self::Releasing,
+        Self::Gathering,
         Self::Moved,
         Self::LeftBehind,
         Self::Uncertain,
@@ -90,6 +94,7 @@ impl VmPhase {
             Self::Committing => "committing",
             Self::Settling => "settling",
             Self::Releasing => "releasing",
+            Self::Gathering => "gathering",
             Self::Moved => "moved",
             Self::LeftBehind => "left-behind",
             Self::Uncertain => "uncertain",
@@ -142,6 +147,12 @@ pub struct Leg {
     /// How its guest is held back for the date; `None`: not at all.
     #[serde(default)]
     pub disk_date: Option<DiskDate>,
+    /// Where its pages wait; `None`: nowhere.
+    #[serde(default)]
+    pub stores: Option<ChosenStores>,
+    /// Whether this controller follows its gathering.
+    #[serde(skip)]
+    pub(super) followed: bool,
     /// When it was chosen.
     pub started: UnixMs,
     /// Whether COMMIT was seen to be under way: from then on only proof says where the VM is.
@@ -152,6 +163,21 @@ pub struct Leg {
     pub cancel_sent: bool,
     /// How it ended, from Releasing on.
     pub outcome: Option<Outcome>,
+}
+
+impl Leg {
+    /// The hosts that keep its pages.
+    #[must_use]
+    pub fn store_hosts(&self) -> Vec<String> {
+        let stores = self.stores.iter().flat_map(|chosen| &chosen.stores);
+        stores.map(|store| store.host.to_string()).collect()
+    }
+
+    /// How a lost store is made up for; empty where there is none.
+    #[must_use]
+    pub fn redundancy_word(&self) -> String {
+        self.stores.as_ref().map_or_else(String::new, |chosen| chosen.redundancy.to_string())
+    }
 }
 
 /// How a leg ended.

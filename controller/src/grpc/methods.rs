@@ -32,7 +32,6 @@ fn status(error: CommandError) -> Status {
         | CommandError::Name(_)
         | CommandError::Word(_)
         | CommandError::Urgency(_) => Status::invalid_argument(text),
-        CommandError::NotInRelease { .. } => Status::unimplemented(text),
         CommandError::AlreadyThere { .. }
         | CommandError::Plan(_)
         | CommandError::Admission(_)

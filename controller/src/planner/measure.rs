@@ -11,7 +11,7 @@ use lifeboat_policy::plan::{Inventory as PolicyInventory, PlannedVm};
 use lifeboat_policy::predict::{ColdTimes, Experience};
 use lifeboat_policy::reserve::Floor;
 use lifeboat_policy::stop::StopCriteria;
-use lifeboat_protocol::agent::{HostDescription, VmMeasurement, VmState, VmStatus};
+use lifeboat_protocol::agent::{HostDescription, VmDefinition, VmMeasurement, VmState, VmStatus};
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
@@ -201,7 +201,7 @@ fn unmovable(order: &EvacuationOrder, status: &VmStatus) -> Option<String> {
         false => format!(": {}", status.detail),
     };
     match state {
-        VmState::Running | VmState::Paused => None,
+        VmState::Running | VmState::Paused => unfetchable(order.mode, status),
         VmState::Stopped if order.mode == Mode::Cold => None,
         VmState::Stopped => Some("it is stopped; start it, or move it with --mode cold".to_owned()),
         VmState::Sending => Some(format!("migration {} of it is under way", status.migration)),
@@ -212,6 +212,27 @@ fn unmovable(order: &EvacuationOrder, status: &VmStatus) -> Option<String> {
         VmState::Unspecified | VmState::Ceded | VmState::Incoming | VmState::InDoubt => {
             Some(format!("it is {} here{because}", state.words()))
         }
+    }
+}
+
+/// Why a VM's pages cannot follow it in this mode, if they cannot.
+fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
+    let definition = status.definition.as_ref();
+    let forbids = |of: fn(&VmDefinition) -> bool| definition.is_some_and(of);
+    let elsewhere = matches!(mode, Mode::PostCopy | Mode::ScatterGather);
+    match () {
+        () if !elsewhere => None,
+        () if forbids(|vm| vm.forbid_post_copy) => {
+            Some(format!("its owner forbids {mode} (forbid_post_copy)"))
+        }
+        () if mode == Mode::ScatterGather && forbids(|vm| vm.forbid_intermediaries) => Some(
+            "its owner forbids that its pages wait at other hosts (forbid_intermediaries)"
+                .to_owned(),
+        ),
+        () if !status.post_copy_obstacle.is_empty() => {
+            Some(format!("{mode} is not possible: {}", status.post_copy_obstacle))
+        }
+        () => None,
     }
 }
 

@@ -28,6 +28,7 @@ pub(super) fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
             ));
         }
         notes.extend(narrow_destination(goes));
+        notes.extend(super::elsewhere::note(goes));
         if goes.step.mode == Mode::Cold {
             notes.push(format!(
                 "{} will be stopped and started again at its destination",

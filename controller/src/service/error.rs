@@ -1,7 +1,7 @@
 //! Why a command was not carried out: what was asked, what stood in the way, what to do.
 
 use lifeboat_protocol::ids::{EvacuationId, HostId, NameError, VmId};
-use lifeboat_protocol::terms::{Mode, UnknownTermError, UrgencyError};
+use lifeboat_protocol::terms::{UnknownTermError, UrgencyError};
 
 use crate::agents::AgentError;
 use crate::audit::AuditError;
@@ -47,12 +47,6 @@ pub enum CommandError {
     /// An urgency out of range.
     #[error(transparent)]
     Urgency(#[from] UrgencyError),
-    /// A mode that this release does not have.
-    #[error("mode {mode} is not in this release; choose auto, pre-copy or cold")]
-    NotInRelease {
-        /// The mode.
-        mode: Mode,
-    },
     /// `migrate` to where the VM is.
     #[error("VM {vm} is already at {host}; name another host with --to")]
     AlreadyThere {

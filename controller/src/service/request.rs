@@ -34,6 +34,12 @@ impl Service {
             },
             fixed: request.fixed.unwrap_or(!self.site.config.policy.adaptive),
             mode: mode(&request.mode)?,
+            intermediaries: self.known_hosts(&request.intermediaries)?,
+            intermediary_count: request.intermediary_count.min(64),
+            redundancy: match request.redundancy.as_str() {
+                "" => None,
+                given => Some(given.parse()?),
+            },
             to: self.known_hosts(&request.to)?,
             parallel: request.parallel.clamp(1, 64),
             reason,
@@ -125,11 +131,7 @@ impl Service {
 }
 
 fn mode(text: &str) -> Result<Mode, CommandError> {
-    let mode = if text.is_empty() { Mode::Auto } else { text.parse()? };
-    match mode {
-        Mode::Auto | Mode::PreCopy | Mode::Cold => Ok(mode),
-        Mode::PostCopy | Mode::ScatterGather => Err(CommandError::NotInRelease { mode }),
-    }
+    Ok(if text.is_empty() { Mode::Auto } else { text.parse()? })
 }
 
 fn reason(text: &str) -> Result<Reason, CommandError> {
@@ -156,6 +158,8 @@ pub(super) fn words(request: &wire::EvacuateRequest) -> String {
     add("mode", request.mode.clone());
     add("reservation", request.reservation.clone());
     add("to", request.to.join(","));
+    add("intermediaries", request.intermediaries.join(","));
+    add("redundancy", request.redundancy.clone());
     add("reason", request.reason.clone());
     if request.parallel > 1 {
         add("parallel", request.parallel.to_string());
@@ -171,9 +175,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mode_of_a_later_release_names_what_there_is() {
-        let said = mode("post-copy").unwrap_err().to_string();
-        assert_eq!(said, "mode post-copy is not in this release; choose auto, pre-copy or cold");
+    fn an_unknown_mode_names_what_there_is() {
+        assert_eq!(mode("post-copy").unwrap(), Mode::PostCopy);
         let said = mode("warm").unwrap_err().to_string();
         assert!(said.contains("`warm` is not a mode"), "{said}");
         assert_eq!(mode("").unwrap(), Mode::Auto);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use lifeboat_policy::intermediary::ChosenStore;
 use lifeboat_policy::predict::Range;
 use lifeboat_protocol::controller as wire;
 use lifeboat_protocol::ids::HostId;
@@ -9,7 +10,7 @@ use lifeboat_protocol::units::{Bytes, Pages};
 
 use crate::clock::UnixMs;
 use crate::config::HostConfig;
-use crate::evacuation::{Evacuation, EvacuationOrder, Fleet, VmPhase, VmRecord};
+use crate::evacuation::{Evacuation, EvacuationOrder, Fleet, Leg, StoresOwed, VmPhase, VmRecord};
 use crate::evacuation::{time_to_go, vm_time_to_go};
 use crate::inventory::{HostEntry, Inventory, name_of};
 use crate::network::{Hop, PortRate, PortRef, SwitchStatus};
@@ -163,8 +164,20 @@ pub(super) fn status(
         predicted_ms: evacuation.predicted_ms,
         reservations: reservations(evacuation, rates),
         detail: evacuation.detail.clone(),
+        pending_stores: pending_stores(evacuation),
         ..wire::EvacuationStatus::default()
     }
+}
+
+/// Stores that nobody needs any more and that are still there, as far as is known.
+fn pending_stores(evacuation: &Evacuation) -> Vec<wire::PendingStore> {
+    let owed = evacuation.stores_owed().iter();
+    let one = |owed: &StoresOwed, host: &HostId| wire::PendingStore {
+        migration: owed.migration.to_string(),
+        host: host.to_string(),
+        reason: "not released yet".to_owned(),
+    };
+    owed.flat_map(|owed| owed.hosts.iter().map(move |host| one(owed, host))).collect()
 }
 
 fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
@@ -205,6 +218,13 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         reason: record.reason.clone(),
         attempt: record.attempts,
         done: record.done,
+        evicted: matches!(record.phase, VmPhase::Gathering | VmPhase::Moved),
+        pages_total: progress.pages_total,
+        pages_arrived: progress.pages_arrived,
+        pages_stored: progress.pages_stored,
+        stores: leg_now.map_or_else(Vec::new, Leg::store_hosts),
+        redundancy: leg_now.map_or_else(String::new, Leg::redundancy_word),
+        eviction_ms: progress.eviction_ms,
         ..wire::MigrationStatus::default()
     }
 }
@@ -279,7 +299,21 @@ fn planned_vm(wave: u32, goes: &Goes) -> wire::PlannedVm {
         rate_bits_per_sec: goes.step.predicted.bandwidth.0,
         non_zero_bytes: goes.measured.0,
         dirty_pages_per_sec: goes.measured.1,
+        stores: goes
+            .stores
+            .iter()
+            .flat_map(|chosen| chosen.stores.iter().map(planned_store))
+            .collect(),
+        redundancy: goes.stores.as_ref().map_or_else(String::new, |s| s.redundancy.to_string()),
         ..wire::PlannedVm::default()
+    }
+}
+
+fn planned_store(store: &ChosenStore) -> wire::PlannedStore {
+    wire::PlannedStore {
+        host: store.host.to_string(),
+        memory_bytes: store.memory.0,
+        rate_bits_per_sec: store.rate.0,
     }
 }
 

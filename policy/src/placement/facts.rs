@@ -209,6 +209,8 @@ pub struct HostFacts {
     pub storage: BTreeSet<String>,
     /// Where disks may arrive.
     pub disk_rooms: Vec<DiskRoom>,
+    /// Why no guest can fetch its pages there while it runs; empty where one can.
+    pub fetch_obstacle: String,
 }
 
 /// What a QEMU process needs besides the guest's memory: something for itself, something that grows

@@ -141,6 +141,12 @@ pub enum Obstacle {
         /// The disk.
         path: String,
     },
+    /// No guest can fetch its pages there.
+    #[error("guests cannot run there before their pages are there: {why}")]
+    Fetching {
+        /// What its agent says.
+        why: String,
+    },
     /// The disks do not fit.
     #[error("{needed} of disks are to be moved, {free} are free in {room}")]
     DiskRoom {

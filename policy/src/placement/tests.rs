@@ -50,13 +50,22 @@ pub(crate) fn facts(name: &str, free_mib: u64) -> HostFacts {
         profiles: set(&["fast-net"]),
         storage: set(&["nfs1"]),
         disk_rooms: vec![DiskRoom { path: "/disks".to_owned(), free: Bytes::from_mib(100) }],
+        fetch_obstacle: String::new(),
     }
 }
 
 fn ask(vms: &[VmNeeds], hosts: &[HostFacts], allowed: &[&str]) -> Placement {
     let (source, allowed) = (host_id("h1"), allowed.iter().map(|name| host_id(name)).collect());
     let (overhead, cut_off) = (Overhead::default(), BTreeMap::new());
-    place(&Question { source: &source, vms, hosts, allowed: &allowed, cut_off: &cut_off, overhead })
+    place(&Question {
+        source: &source,
+        vms,
+        hosts,
+        allowed: &allowed,
+        cut_off: &cut_off,
+        overhead,
+        fetches: false,
+    })
 }
 
 /// What speaks against host h2, with the host and the VM changed by the two functions.

@@ -98,6 +98,7 @@ fn facts(name: &str) -> HostFacts {
         profiles: set(&[]),
         storage: set(&[]),
         disk_rooms: Vec::new(),
+        fetch_obstacle: String::new(),
     }
 }
 

@@ -5,7 +5,8 @@ use super::*;
 /// An evacuation of one VM, `a`, on its first leg (to h2), standing in `phase`.
 pub(super) fn standing_at(phase: VmPhase) -> Evacuation {
     let (mut evacuation, _) = begun(&["a"], order("h1"));
-    let chosen = Event::Chosen { choice: Some(choice("a", "h2")), no_place: vec![] };
+    let going = if phase == VmPhase::Gathering { scattered } else { choice };
+    let chosen = Event::Chosen { choice: Some(going("a", "h2")), no_place: vec![] };
     let reserved = Event::Reserved { migration: migration(1), reserved: Reserved::default() };
     let prepared = Event::Prepared { migration: migration(1), ticket: ticket() };
     let failed = Event::StartFailed { migration: migration(1), reason: "no".to_owned() };
@@ -24,7 +25,7 @@ pub(super) fn standing_at(phase: VmPhase) -> Evacuation {
         VmPhase::Committing => with(vec![progress(1, Phase::Committing)]),
         VmPhase::Settling => with(vec![failed]),
         VmPhase::Releasing => with(vec![progress(1, Phase::Completed)]),
-        VmPhase::Moved => with(vec![progress(1, Phase::Completed), released]),
+        VmPhase::Gathering | VmPhase::Moved => with(vec![progress(1, Phase::Completed), released]),
         VmPhase::Lost => with(vec![progress(1, Phase::Lost), released]),
         VmPhase::Uncertain => with(vec![failed, unsure, released]),
         VmPhase::LeftBehind => vec![Event::CancelRequested],
@@ -82,6 +83,18 @@ fn events(n: u32) -> Vec<(&'static str, Event)> {
         ("settled: lost", settled(Settlement::Lost { reason: no() })),
         ("settled: uncertain", settled(Settlement::Uncertain { reason: no() })),
         ("released", Event::Released { migration: migration.clone(), failures: vec![] }),
+        (
+            "gathering",
+            Event::Gathering(Box::new(MigrationProgress {
+                migration: migration.to_string(),
+                pages_total: 10,
+                pages_arrived: 5,
+                ..MigrationProgress::default()
+            })),
+        ),
+        ("gathered", Event::Gathered { migration: migration.clone(), lost: None }),
+        ("gathered: lost", Event::Gathered { migration: migration.clone(), lost: Some(no()) }),
+        ("stores released", Event::StoresReleased { migration: migration.clone() }),
         ("cancel", Event::CancelRequested),
         ("restart", Event::Restarted),
         ("tick", Event::Tick),
@@ -107,6 +120,8 @@ fn expected(phase: VmPhase, event: &str) -> VmPhase {
         (Sending | Committing, "completed" | "lost") => Releasing,
         (Committing | Settling, settled) if settled.starts_with("settled") => Releasing,
         (Releasing, "released") => Moved,
+        (Gathering, "gathered") => Moved,
+        (Gathering, "gathered: lost") => Lost,
         (Uncertain, "completed" | "settled: moved") => Moved,
         (Uncertain, "failed" | "settled: stayed") => LeftBehind,
         (Uncertain, "lost" | "settled: lost") => Lost,

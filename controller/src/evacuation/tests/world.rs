@@ -23,6 +23,7 @@ struct World {
     truth: BTreeMap<MigrationId, (VmId, Truth)>,
     reserved: BTreeSet<MigrationId>,
     released: BTreeMap<MigrationId, u32>,
+    gathered: BTreeSet<MigrationId>,
     restarts: u32,
     now: u64,
 }
@@ -38,6 +39,7 @@ impl World {
             truth: BTreeMap::new(),
             reserved: BTreeSet::new(),
             released: BTreeMap::new(),
+            gathered: BTreeSet::new(),
             restarts: 0,
             now: 0,
         }
@@ -69,6 +71,13 @@ impl World {
             Action::Release { migration } => {
                 assert!(self.reserved.contains(migration));
                 *self.released.entry(migration.clone()).or_default() += 1;
+            }
+            Action::ReleaseStores { migration, .. } => {
+                let truth = self.truth[migration].1;
+                assert!(!matches!(truth, Truth::Copying | Truth::Committed), "{migration}: in use");
+                if truth == (Truth::Ended { moved: true }) {
+                    assert!(self.gathered.contains(migration), "{migration}: the only copy");
+                }
             }
             _ => {}
         }
@@ -118,8 +127,10 @@ impl World {
         match action {
             Action::Choose { waiting } => {
                 let first = waiting.first().filter(|_| luck != 7);
-                let choice = first
-                    .map(|(vm, _, tried)| choice(vm.as_str(), &format!("h{}", tried.len() + 2)));
+                // Every other one by way of stores.
+                let way = if luck % 2 == 0 { choice } else { scattered };
+                let choice =
+                    first.map(|(vm, _, tried)| way(vm.as_str(), &format!("h{}", tried.len() + 2)));
                 self.tell(Event::Chosen { choice, no_place: vec![] });
             }
             Action::Reserve { leg, .. } if luck == 1 => {
@@ -147,6 +158,13 @@ impl World {
             }
             Action::Release { migration } => {
                 self.tell(Event::Released { migration, failures: vec![] });
+            }
+            Action::Gather { migration, .. } => {
+                self.gathered.insert(migration.clone());
+                self.tell(Event::Gathered { migration, lost: None });
+            }
+            Action::ReleaseStores { migration, .. } => {
+                self.tell(Event::StoresReleased { migration });
             }
             Action::Plan | Action::Follow { .. } | Action::Finished { .. } => {}
         }

@@ -1,0 +1,129 @@
+//! What is left of a scattered VM once its source is rid of it: a destination that gathers, and
+//! stores that have to go.
+//!
+//! Stores are owed from before they are opened until their hosts have said that they are gone; that
+//! is in the journal, so that no crash leaves memory set aside for ever. They are never released
+//! while they may hold the only copy: neither during a leg, nor while its destination gathers, nor
+//! while it is uncertain where the VM is.
+
+use lifeboat_protocol::agent::MigrationProgress;
+use lifeboat_protocol::ids::{HostId, MigrationId};
+use serde::{Deserialize, Serialize};
+
+use super::event::{Action, Change};
+use super::machine::Evacuation;
+use super::progress::gathered_share;
+use super::vm::{Leg, VmPhase};
+use crate::clock::UnixMs;
+
+/// Stores of one migration that have to be released.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoresOwed {
+    /// Whose.
+    pub migration: MigrationId,
+    /// Where they are, or may be.
+    pub hosts: Vec<HostId>,
+    /// Whether this controller is at it already.
+    #[serde(skip)]
+    asked: bool,
+}
+
+impl StoresOwed {
+    pub(super) fn by(leg: &Leg) -> Option<Self> {
+        let chosen = leg.stores.as_ref()?;
+        let hosts = chosen.stores.iter().map(|store| store.host.clone()).collect();
+        Some(Self { migration: leg.migration.clone(), hosts, asked: false })
+    }
+}
+
+/// Phases in which the stores of the last leg hold nothing that anybody needs.
+const DONE_WITH: [VmPhase; 5] =
+    [VmPhase::Waiting, VmPhase::Measuring, VmPhase::Moved, VmPhase::LeftBehind, VmPhase::Lost];
+
+impl Evacuation {
+    /// Stores that are not known to have gone.
+    #[must_use]
+    pub fn stores_owed(&self) -> &[StoresOwed] {
+        &self.stores_owed
+    }
+
+    /// Has gatherings followed that nobody follows, and stores released that nobody needs.
+    pub(super) fn see_to_stores(&mut self, actions: &mut Vec<Action>) {
+        for record in self.vms.iter_mut().filter(|record| record.phase == VmPhase::Gathering) {
+            let Some(leg) = record.leg.as_mut().filter(|leg| !leg.followed) else { continue };
+            leg.followed = true;
+            let (migration, destination) = (leg.migration.clone(), leg.destination.clone());
+            actions.push(Action::Gather { migration, destination });
+        }
+        let vms = &self.vms;
+        let needed = |migration: &MigrationId| {
+            vms.iter().any(|vm| vm.has_leg(migration) && !DONE_WITH.contains(&vm.phase))
+        };
+        for owed in self.stores_owed.iter_mut().filter(|owed| !owed.asked) {
+            if !needed(&owed.migration) {
+                owed.asked = true;
+                let (migration, hosts) = (owed.migration.clone(), owed.hosts.clone());
+                actions.push(Action::ReleaseStores { migration, hosts });
+            }
+        }
+    }
+
+    /// A new controller follows and releases anew. Whether there is anything.
+    pub(super) fn ask_again(&mut self) -> bool {
+        for leg in self.vms.iter_mut().filter_map(|record| record.leg.as_mut()) {
+            leg.followed = false;
+        }
+        for owed in &mut self.stores_owed {
+            owed.asked = false;
+        }
+        !self.stores_owed.is_empty()
+    }
+
+    pub(super) fn gathering(&mut self, said: &MigrationProgress) -> Change {
+        let Ok(migration) = MigrationId::new(said.migration.clone()) else {
+            return Change::Nothing;
+        };
+        let Some(record) = self.at(&migration, &[VmPhase::Gathering]) else {
+            return Change::Nothing;
+        };
+        record.done = gathered_share(said).max(record.done);
+        let progress = record.progress.get_or_insert_default();
+        progress.pages_total = said.pages_total.max(progress.pages_total);
+        progress.pages_arrived = said.pages_arrived;
+        progress.faults_served = said.faults_served;
+        if progress.resume_unix_us == 0 {
+            progress.resume_unix_us = said.resume_unix_us;
+        }
+        Change::Progress
+    }
+
+    pub(super) fn gathered(
+        &mut self,
+        now: UnixMs,
+        migration: &MigrationId,
+        lost: Option<String>,
+    ) -> Change {
+        let Some(record) = self.at(migration, &[VmPhase::Gathering]) else {
+            return Change::Nothing;
+        };
+        let began = record.leg.as_ref().map_or(now, |leg| leg.started);
+        if let Some(progress) = record.progress.as_mut() {
+            // The source's own figure ends when the source is rid of it.
+            progress.total_ms = now.since(began).max(progress.total_ms);
+        }
+        (record.phase, record.reason) = match lost {
+            Some(reason) => (VmPhase::Lost, reason),
+            None => (VmPhase::Moved, String::new()),
+        };
+        if record.phase == VmPhase::Moved {
+            record.done = 1.0;
+        }
+        Change::State
+    }
+
+    pub(super) fn stores_released(&mut self, migration: &MigrationId) -> Change {
+        let before = self.stores_owed.len();
+        self.stores_owed.retain(|owed| owed.migration != *migration);
+        if self.stores_owed.len() == before { Change::Nothing } else { Change::State }
+    }
+}
