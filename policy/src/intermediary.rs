@@ -201,7 +201,8 @@ pub fn choose(candidates: &[Candidate], wish: &Wish) -> Result<ChosenStores, NoS
         let why = refusal(one, wish).unwrap_or_else(|| format!("it has {} for stores", one.room));
         Some(format!("{}: {why}", one.host))
     });
-    Err(NoStoresError::TooFew { wanted: least, found: 0, refusals: refusals.collect() })
+    let found = if able.len() < least { able.len() } else { 0 };
+    Err(NoStoresError::TooFew { wanted: least, found, refusals: refusals.collect() })
 }
 
 fn refusal(one: &Candidate, wish: &Wish) -> Option<String> {
