@@ -110,6 +110,9 @@ impl Evacuation {
         if let Some(progress) = record.progress.as_mut() {
             // The source's own figure ends when the source is rid of it.
             progress.total_ms = now.since(began).max(progress.total_ms);
+            if lost.is_none() {
+                progress.pages_arrived = progress.pages_total;
+            }
         }
         (record.phase, record.reason) = match lost {
             Some(reason) => (VmPhase::Lost, reason),
