@@ -197,9 +197,9 @@ pub fn choose(candidates: &[Candidate], wish: &Wish) -> Result<ChosenStores, NoS
             return Ok(stores);
         }
     }
-    let refusals = candidates.iter().filter_map(|one| {
+    let refusals = candidates.iter().map(|one| {
         let why = refusal(one, wish).unwrap_or_else(|| format!("it has {} for stores", one.room));
-        Some(format!("{}: {why}", one.host))
+        format!("{}: {why}", one.host)
     });
     let found = if able.len() < least { able.len() } else { 0 };
     Err(NoStoresError::TooFew { wanted: least, found, refusals: refusals.collect() })

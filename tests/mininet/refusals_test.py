@@ -97,9 +97,10 @@ class ALiveController(Refusals):
         said = self.refused("evacuate", "h1", "--urgency", "140", "--yes")
         self.says(said, "140", "100")
 
-    def test_a_mode_of_a_later_release(self) -> None:
-        said = self.refused("evacuate", "h1", "--mode", "post-copy", "--yes")
-        self.says(said, "post-copy is not in this release", "choose auto, pre-copy or cold")
+    def test_an_intermediary_that_is_not_there(self) -> None:
+        said = self.refused("evacuate", "h1", "--mode", "scatter-gather", "--intermediaries", "h9",
+                            "--yes")
+        self.says(said, "no host `h9`", "h1, h2, h3")
 
     def test_an_order_that_nobody_can_confirm(self) -> None:
         said = self.refused("evacuate", "h1")

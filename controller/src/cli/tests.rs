@@ -83,6 +83,7 @@ fn the_report_table_is_pinned() {
         source: "h1".to_owned(),
         destination: "h2".to_owned(),
         outcome: "moved".to_owned(),
+        mode: "pre-copy".to_owned(),
         eviction_ms: 9_400,
         total_ms: 9_300,
         downtime_us: 61_250,
@@ -121,9 +122,9 @@ fn the_report_table_is_pinned() {
     let expected = "\
 e1 of h1: partial in 9.5 s (predicted 9.0 s), 200 MiB on the wire, urgency 90 %
 
-VM   FROM  TO  OUTCOME      EVICTED  TOTAL / PREDICTED  PAUSE / PREDICTED  BYTES / PREDICTED  ITERATIONS  ATTEMPTS
-web  h1    h2  moved        9.4 s    9.3 s / 9.0 s      61.2 ms / 60 ms    200 MiB / 192 MiB  3           1
-db   h1        left-behind  0 ms     0 ms / 0 ms        0.0 ms / 0 ms      0 B / 0 B          0           0
+VM   FROM  TO  MODE      OUTCOME      EVICTED  TOTAL / PREDICTED  PAUSE / PREDICTED  BYTES / PREDICTED  ITERATIONS  ATTEMPTS
+web  h1    h2  pre-copy  moved        9.4 s    9.3 s / 9.0 s      61.2 ms / 60 ms    200 MiB / 192 MiB  3           1
+db   h1                  left-behind  0 ms     0 ms / 0 ms        0.0 ms / 0 ms      0 B / 0 B          0           0
 
 HOST  EVICTED  MOVED  LEFT BEHIND
 h1    9.4 s    1      1

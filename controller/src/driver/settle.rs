@@ -32,6 +32,11 @@ impl Said {
         }
     }
 
+    /// Whether the guest runs elsewhere already, and its pages are still being brought.
+    fn serves_pages(&self) -> bool {
+        matches!(self.phase(), Some(Phase::PostCopy | Phase::Gather))
+    }
+
     fn reason(&self) -> String {
         match self {
             Self::Progress(progress) => progress.reason.clone(),
@@ -49,13 +54,17 @@ impl Hands {
         because: &str,
         committed: bool,
     ) -> Event {
-        let begun = clock::now();
+        let mut begun = clock::now();
         loop {
             // The source first: once it has let go, the destination's no is final, too.
             let at_source = self.cancel_and_ask(source, &migration, because).await;
             let at_destination = self.cancel_and_ask(destination, &migration, because).await;
             if let Some(settlement) = judge(&at_source, &at_destination, committed) {
                 return Event::Settled { migration, settlement };
+            }
+            if at_source.serves_pages() {
+                // The guest runs at the destination and its pages follow: that ends by itself.
+                begun = clock::now();
             }
             if elapsed(begun) >= self.patience.settle {
                 let reason = undecided(source, destination, &at_source, &at_destination);
@@ -157,6 +166,15 @@ mod tests {
         assert!(moved(&said(Phase::Completed), &silent()));
         assert!(moved(&silent(), &said(Phase::Completed)));
         assert!(moved(&said(Phase::Uncertain), &said(Phase::Completed)));
+    }
+
+    #[test]
+    fn a_source_that_serves_pages_is_waited_for() {
+        for phase in [Phase::PostCopy, Phase::Gather] {
+            assert!(said(phase).serves_pages());
+            assert_eq!(judge(&said(phase), &silent(), true), None);
+        }
+        assert!(!said(Phase::Committing).serves_pages() && !silent().serves_pages());
     }
 
     #[test]

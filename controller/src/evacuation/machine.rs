@@ -5,6 +5,7 @@
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, VmId};
+use lifeboat_protocol::terms::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::elsewhere::StoresOwed;
@@ -362,8 +363,10 @@ impl Evacuation {
         if record.phase == VmPhase::Uncertain {
             return prove_uncertain(record, progress);
         }
-        record.done = done_share(&progress, record.done);
+        let mode = record.leg.as_ref().map_or(Mode::Auto, |leg| leg.mode);
+        record.done = done_share(mode, &progress, record.done);
         let reason = progress.reason.clone();
+        let before = record.progress.as_ref().map(MigrationProgress::phase);
         record.progress = Some(progress);
         match phase {
             Phase::Completed => {
@@ -381,7 +384,12 @@ impl Evacuation {
                 record.reason = reason;
                 commit_seen(record).max(first.map_or(Change::Progress, |()| Change::State))
             }
-            Phase::Committing | Phase::PostCopy | Phase::Gather | Phase::DiskRest => {
+            Phase::Committing => commit_seen(record),
+            Phase::PostCopy | Phase::Gather | Phase::DiskRest => {
+                // The guest runs there, long before the rest of it has come: so does its traffic.
+                if before != Some(phase) {
+                    actions.push(follow(record));
+                }
                 commit_seen(record)
             }
             Phase::Unspecified

@@ -5,6 +5,7 @@
 //! unknown makes the whole unknown.
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
+use lifeboat_protocol::terms::Mode;
 
 use super::machine::Evacuation;
 use super::vm::{VmPhase, VmRecord};
@@ -19,6 +20,10 @@ const ITERATIONS_END: f64 = 0.95;
 const SWITCHOVER: f64 = 0.96;
 /// Shown from COMMIT on.
 const COMMITTED: f64 = 0.98;
+/// Where pages follow their guest, what comes before COMMIT costs little: it ends here.
+const PAGES_BEGIN: f64 = 0.10;
+/// Shown when everything of a scattered VM is in stores; its destination gathers from here on.
+const SCATTERED: f64 = 0.60;
 
 /// How much of a migration is done, 0 to 1, not below `before`.
 ///
@@ -26,28 +31,50 @@ const COMMITTED: f64 = 0.98;
 /// iteration sends what was dirtied meanwhile; how many there will be is not known, so iteration
 /// n + 1 begins half way between where iteration n began and the end of them all.
 #[must_use]
-pub fn done_share(progress: &MigrationProgress, before: f64) -> f64 {
-    let now = match progress.phase() {
-        Phase::Unspecified | Phase::Setup => 0.0,
-        Phase::DiskBulk => DISKS_END * disks_copied(progress),
-        Phase::MemoryCopy => copied(progress),
-        Phase::Switchover => SWITCHOVER,
-        Phase::Committing | Phase::Uncertain => COMMITTED,
-        Phase::PostCopy | Phase::Gather => gathered_share(progress),
-        Phase::DiskRest => COMMITTED,
-        Phase::Completed => 1.0,
-        Phase::Failed | Phase::Cancelled | Phase::Lost => before,
+pub fn done_share(mode: Mode, progress: &MigrationProgress, before: f64) -> f64 {
+    let now = match (progress.phase(), mode) {
+        (Phase::Completed, Mode::ScatterGather) => SCATTERED,
+        (Phase::Completed, _) => 1.0,
+        (Phase::Failed | Phase::Cancelled | Phase::Lost, _) => before,
+        (_, Mode::PostCopy) => pages_follow(progress, COMMITTED),
+        (_, Mode::ScatterGather) => pages_follow(progress, SCATTERED),
+        (_, Mode::Auto | Mode::PreCopy | Mode::Cold) => copied_first(progress),
     };
     now.max(before).clamp(0.0, 1.0)
 }
 
-/// Where the guest runs at its destination without its pages: they fill the bar anew from here.
-const ELSEWHERE: f64 = 0.5;
+/// Everything goes before COMMIT.
+fn copied_first(progress: &MigrationProgress) -> f64 {
+    match progress.phase() {
+        Phase::DiskBulk => DISKS_END * disks_copied(progress),
+        Phase::MemoryCopy => copied(progress),
+        Phase::Switchover => SWITCHOVER,
+        Phase::Committing | Phase::Uncertain => COMMITTED,
+        Phase::PostCopy | Phase::Gather | Phase::DiskRest => COMMITTED,
+        _ => 0.0,
+    }
+}
 
-/// How much is done of a VM that runs at its destination while pages are elsewhere.
+/// The guest's memory leaves the source after COMMIT; its disks before. All has left at `end`.
+fn pages_follow(progress: &MigrationProgress, end: f64) -> f64 {
+    let disks = progress.disk_bytes_sent.saturating_add(progress.disk_bytes_left) > 0;
+    let begin = if disks { SCATTERED.min(DISKS_END) } else { PAGES_BEGIN };
+    match progress.phase() {
+        Phase::DiskBulk => begin * disks_copied(progress),
+        Phase::MemoryCopy | Phase::Switchover | Phase::Committing | Phase::Uncertain => begin,
+        Phase::PostCopy | Phase::Gather | Phase::DiskRest => {
+            let sent = progress.bytes_sent as f64;
+            let all = sent + progress.bytes_remaining as f64;
+            begin + (end - begin) * sent / all.max(1.0)
+        }
+        _ => 0.0,
+    }
+}
+
+/// How much is done of a VM whose source is rid of it, as its destination tells.
 pub(super) fn gathered_share(progress: &MigrationProgress) -> f64 {
     let have = progress.pages_arrived as f64 / progress.pages_total.max(1) as f64;
-    ELSEWHERE + (COMMITTED - ELSEWHERE) * have.clamp(0.0, 1.0)
+    SCATTERED + (COMMITTED - SCATTERED) * have.clamp(0.0, 1.0)
 }
 
 fn disks_copied(progress: &MigrationProgress) -> f64 {
@@ -94,12 +121,22 @@ pub fn vm_time_to_go(record: &VmRecord) -> Option<u64> {
         (VmPhase::Reserving | VmPhase::Preparing, _) | (VmPhase::Sending, None) => {
             predicted(record)
         }
+        (VmPhase::Committing, Some(progress)) if pages_leave(progress) => {
+            let rate = progress.rate_bits_per_sec / 8;
+            (rate > 0).then(|| progress.bytes_remaining.saturating_mul(1000) / rate)
+        }
         (VmPhase::Sending | VmPhase::Committing, Some(progress)) => {
             progress.time_to_go_known.then_some(progress.time_to_go_ms)
         }
         (VmPhase::Releasing, _) => Some(0),
         _ => None,
     }
+}
+
+/// Whether pages follow their guest now: then what is left, at the rate of the last second, is all that
+/// there is to say.
+fn pages_leave(progress: &MigrationProgress) -> bool {
+    matches!(progress.phase(), Phase::PostCopy | Phase::Gather)
 }
 
 fn predicted(record: &VmRecord) -> Option<u64> {

@@ -11,6 +11,7 @@ use super::*;
 use crate::clock::UnixMs;
 use crate::network::Reserved;
 use lifeboat_protocol::ids::{EvacuationId, MigrationId};
+use lifeboat_protocol::terms::Mode;
 
 fn migration(n: u32) -> MigrationId {
     MigrationId::new(format!("e1-m{n}")).unwrap()
@@ -204,7 +205,7 @@ fn done_never_runs_backwards_and_an_unknown_time_stays_unknown() {
     let mut done = 0.0;
     let mut shown = Vec::new();
     for step in [at(1, 100), at(1, 50), at(1, 0), at(2, 30), at(2, 0), at(3, 90), at(9, 1)] {
-        let next = done_share(&step, done);
+        let next = done_share(Mode::PreCopy, &step, done);
         assert!(next >= done && next < 0.96, "{shown:?} {next}");
         done = next;
         shown.push(done);
@@ -213,6 +214,37 @@ fn done_never_runs_backwards_and_an_unknown_time_stays_unknown() {
     let mut evacuation = table::standing_at(VmPhase::Sending);
     evacuation.apply(UnixMs(1), progress(1, Phase::MemoryCopy), &mut Vec::new());
     assert_eq!(time_to_go(&evacuation), None);
+}
+
+#[test]
+fn where_pages_follow_traffic_follows_at_once_and_the_bar_moves_afterwards() {
+    let at = |phase: Phase, sent: u64| MigrationProgress {
+        migration: migration(1).to_string(),
+        phase: phase.into(),
+        bytes_sent: sent,
+        bytes_remaining: 100 - sent,
+        rate_bits_per_sec: 80,
+        ..MigrationProgress::default()
+    };
+    let mut evacuation = table::standing_at(VmPhase::Sending);
+    evacuation.vms[0].leg.as_mut().unwrap().mode = Mode::PostCopy;
+    let mut step = |phase, sent| {
+        let mut actions = Vec::new();
+        let event = Event::Progress(Box::new(at(phase, sent)));
+        evacuation.apply(UnixMs(2), event, &mut actions);
+        let follows = actions.iter().filter(|action| matches!(action, Action::Follow { .. }));
+        (follows.count(), evacuation.vms[0].done, time_to_go(&evacuation))
+    };
+    let (_, absorbed, _) = step(Phase::MemoryCopy, 0);
+    assert!(absorbed <= 0.1, "memory speed says nothing of the network: {absorbed}");
+    assert_eq!(step(Phase::Committing, 0).0, 0);
+    let (follows, begun, left) = step(Phase::PostCopy, 0);
+    assert_eq!((follows, left), (1, Some(10_000)));
+    let (follows, half, left) = step(Phase::PostCopy, 50);
+    assert_eq!((follows, left), (0, Some(5_000)));
+    assert!(begun < 0.2 && half > 0.5 && half < 0.6, "{begun} {half}");
+    step(Phase::Completed, 100);
+    assert_eq!(evacuation.vms[0].phase, VmPhase::Releasing);
 }
 
 #[test]

@@ -165,7 +165,6 @@ pub(super) fn status(
         reservations: reservations(evacuation, rates),
         detail: evacuation.detail.clone(),
         pending_stores: pending_stores(evacuation),
-        ..wire::EvacuationStatus::default()
     }
 }
 
@@ -225,7 +224,6 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         stores: leg_now.map_or_else(Vec::new, Leg::store_hosts),
         redundancy: leg_now.map_or_else(String::new, Leg::redundancy_word),
         eviction_ms: progress.eviction_ms,
-        ..wire::MigrationStatus::default()
     }
 }
 

@@ -212,7 +212,7 @@ impl Rig {
 
     /// A controller's network, connected to all switches.
     pub(crate) async fn network(&self) -> (SwitchNetwork, Arc<Recorder>) {
-        self.network_on(Shaping { htb: true, classifier: true, policing: false }).await
+        self.network_on(Recorder::default().shaping).await
     }
 
     /// The same on machines whose kernels can do so much.
@@ -250,11 +250,19 @@ impl Drop for Rig {
 }
 
 /// Plays the agents with the switch role: writes down what it is asked, or refuses.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Recorder {
     pub(crate) asked: Mutex<Vec<String>>,
     pub(crate) refuses: std::sync::atomic::AtomicBool,
     pub(crate) shaping: Shaping,
+}
+
+impl Default for Recorder {
+    /// On machines whose kernels can do all that a reservation needs.
+    fn default() -> Self {
+        let shaping = Shaping { htb: true, classifier: true, policing: false };
+        Self { asked: Mutex::default(), refuses: false.into(), shaping }
+    }
 }
 
 impl Recorder {

@@ -14,7 +14,7 @@ use lifeboat_protocol::terms::{Mode, Urgency};
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use serde::Serialize;
 
-use super::{ColdTimes, Experience, Prediction, Range, cold, pre_copy_range};
+use super::{ColdTimes, Experience, Prediction, Range, cold, post_copy, pre_copy, range};
 use crate::measured::MeasuredVm;
 use crate::reserve::{Floor, ReserveParameters, initial};
 use crate::stop::StopCriteria;
@@ -33,7 +33,7 @@ pub struct LinkUse {
 pub struct Departure<'a> {
     /// The VM.
     pub vm: &'a MeasuredVm,
-    /// Pre-copy or cold.
+    /// How it moves.
     pub mode: Mode,
     /// Where to.
     pub destination: &'a HostId,
@@ -158,11 +158,13 @@ fn predict(
 ) -> Range<Prediction> {
     match departure.mode {
         Mode::Cold => cold(terms.cold, departure.vm, bandwidth.bytes_per_sec()),
-        // What waits at the source or in stores is absorbed by the same pre-copy first, so its time
-        // is the upper bound for the other two.
-        Mode::Auto | Mode::PreCopy | Mode::PostCopy | Mode::ScatterGather => {
+        mode => {
+            let model = match mode {
+                Mode::PostCopy | Mode::ScatterGather => post_copy,
+                _ => pre_copy,
+            };
             let rate = bandwidth.bytes_per_sec();
-            pre_copy_range(departure.vm, rate, terms.experience.error, &terms.criteria)
+            range(model, departure.vm, rate, terms.experience.error, &terms.criteria)
         }
     }
 }

@@ -134,7 +134,7 @@ proptest! {
         let mut one = vm("any", pages, dirty, working_set.min(pages));
         one.memory = Pages(pages + zero).bytes();
         one.error = error;
-        let range = pre_copy_range(&one, BytesPerSec(rate), 0.1, &StopCriteria::default());
+        let range = range(pre_copy, &one, BytesPerSec(rate), 0.1, &StopCriteria::default());
         prop_assert!(range.likely.bytes.0 >= pages * PAGE_BYTES);
         prop_assert!(range.likely.total_time >= range.likely.downtime);
         // First iterations are ordered; a non-converging high case may be cut short by its caps.
@@ -150,7 +150,7 @@ proptest! {
     fn nothing_overflows(pages in any::<u64>(), dirty in any::<u64>(), set in any::<u64>(), rate in any::<u64>()) {
         let mut one = vm("any", pages, dirty, set);
         one.memory = Bytes(rate);
-        let range = pre_copy_range(&one, BytesPerSec(rate), 0.1, &StopCriteria::default());
+        let range = range(pre_copy, &one, BytesPerSec(rate), 0.1, &StopCriteria::default());
         prop_assert!(range.likely.total_time >= range.likely.downtime);
     }
 }
@@ -170,4 +170,18 @@ fn disks_go_first_at_what_the_guests_writes_leave() {
     assert!(with(5_000_000).converges);
     // Who writes as fast as the link carries never gets there unless held back.
     assert!(!with(25_000_000).converges);
+}
+
+#[test]
+fn post_copy_sends_each_page_once_whatever_is_written() {
+    let criteria = StopCriteria::default();
+    let idle = post_copy(&vm("idle", 10_000, 0, 0), RATE, &criteria);
+    let busy = post_copy(&vm("busy", 10_000, 9_000, 10_000), RATE, &criteria);
+    assert_eq!((idle, busy.converges), (busy, true));
+    // 42.91 MB as above, 41 ms to absorb them, and the pause's fixed 40 ms.
+    assert_eq!((idle.bytes.0 / 10_000, idle.total_time.as_millis()), (4_291, 1_797));
+    assert_eq!(idle.downtime, Duration::from_millis(40));
+    let mut sparse = vm("sparse", 10_000, 0, 0);
+    sparse.memory = Pages(110_000).bytes();
+    assert_eq!(post_copy(&sparse, RATE, &criteria), idle, "zero pages do not travel");
 }

@@ -128,7 +128,7 @@ impl World {
             Action::Choose { waiting } => {
                 let first = waiting.first().filter(|_| luck != 7);
                 // Every other one by way of stores.
-                let way = if luck % 2 == 0 { choice } else { scattered };
+                let way = if luck.is_multiple_of(2) { choice } else { scattered };
                 let choice =
                     first.map(|(vm, _, tried)| way(vm.as_str(), &format!("h{}", tried.len() + 2)));
                 self.tell(Event::Chosen { choice, no_place: vec![] });
