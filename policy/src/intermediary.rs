@@ -6,84 +6,17 @@
 //! (`scatter-gather/`).
 
 use std::cmp::Reverse;
-use std::fmt;
-use std::str::FromStr;
 
 use lifeboat_protocol::ids::HostId;
-use lifeboat_protocol::terms::UnknownTermError;
+pub use lifeboat_protocol::terms::Redundancy;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use serde::{Deserialize, Serialize};
 
-/// How the loss of one store is made up for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Redundancy {
-    /// Not at all.
-    None,
-    /// Each page in two stores.
-    Mirror,
-    /// An XOR stripe over packs in different stores.
-    Parity,
-}
-
-impl Redundancy {
-    /// The word that operators write.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Mirror => "mirror",
-            Self::Parity => "parity",
-        }
-    }
-
-    /// Stores that it needs at least.
-    #[must_use]
-    pub const fn stores_least(self) -> usize {
-        match self {
-            Self::None => 1,
-            Self::Mirror => 2,
-            Self::Parity => 3,
-        }
-    }
-
-    /// The best one for so many stores.
-    #[must_use]
-    pub const fn by_default(stores: usize) -> Self {
-        match stores {
-            0 | 1 => Self::None,
-            2 => Self::Mirror,
-            _ => Self::Parity,
-        }
-    }
-
-    /// What `pages` become in `stores` stores.
-    #[must_use]
-    pub fn with_copies(self, pages: Bytes, stores: usize) -> Bytes {
-        match self {
-            Self::None => pages,
-            Self::Mirror => pages.scale(2.0),
-            Self::Parity => pages + pages.scale(1.0 / stores.saturating_sub(1).max(1) as f64),
-        }
-    }
-}
-
-impl fmt::Display for Redundancy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Redundancy {
-    type Err = UnknownTermError;
-
-    fn from_str(text: &str) -> Result<Self, UnknownTermError> {
-        let all = [Self::None, Self::Mirror, Self::Parity];
-        all.into_iter().find(|one| one.as_str() == text).ok_or_else(|| UnknownTermError {
-            given: text.chars().take(80).collect(),
-            kind: "redundancy",
-            choices: "parity, mirror, none",
-        })
+/// Stores that are asked for at least. Parity over two would be a mirror with more work.
+const fn stores_least(redundancy: Redundancy) -> usize {
+    match redundancy {
+        Redundancy::Parity => 3,
+        other => other.stores_least(),
     }
 }
 
@@ -174,7 +107,7 @@ const USUAL: usize = 3;
 /// # Errors
 /// Where too few hosts can, with what speaks against each.
 pub fn choose(candidates: &[Candidate], wish: &Wish) -> Result<ChosenStores, NoStoresError> {
-    let least = wish.redundancy.map_or(1, Redundancy::stores_least).max(wish.count);
+    let least = wish.redundancy.map_or(1, stores_least).max(wish.count);
     let mut able: Vec<&Candidate> =
         candidates.iter().filter(|one| refusal(one, wish).is_none()).collect();
     able.sort_by_key(|one| (!one.near, Reverse(one.rate), Reverse(one.room), one.host.clone()));
@@ -223,8 +156,8 @@ fn fitted(chosen: &[&Candidate], wish: &Wish) -> Option<ChosenStores> {
     if count == 0 {
         return None;
     }
-    let redundancy = wish.redundancy.unwrap_or_else(|| Redundancy::by_default(count));
-    let share = redundancy.with_copies(wish.pages, count).scale(UNEVEN / count as f64);
+    let redundancy = wish.redundancy.unwrap_or_else(|| Redundancy::of(count));
+    let share = wish.pages.scale(redundancy.factor(count) * UNEVEN / count as f64);
     let memory = share.max(ROOM_LEAST);
     if chosen.iter().any(|one| one.room < memory) {
         return None;

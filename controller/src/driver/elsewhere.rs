@@ -3,7 +3,6 @@
 //! Opens them before a leg's destination makes room, follows the gathering, and releases them when
 //! the machine says that nobody needs them: until their hosts have said so, however long that takes.
 
-use lifeboat_policy::intermediary::Redundancy;
 use lifeboat_protocol::agent::{self, Phase, PrepareStoreRequest, ScatterPlan};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 
@@ -37,11 +36,7 @@ impl Hands {
             open.rate_bits_per_sec = store.rate.0;
             stores.push(open);
         }
-        let redundancy = match chosen.redundancy {
-            Redundancy::None => agent::Redundancy::None,
-            Redundancy::Mirror => agent::Redundancy::Mirror,
-            Redundancy::Parity => agent::Redundancy::Parity,
-        };
+        let redundancy = agent::Redundancy::from(chosen.redundancy);
         Ok(Some(ScatterPlan { stores, redundancy: redundancy.into(), batch_pages: 0 }))
     }
 
