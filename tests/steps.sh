@@ -93,10 +93,18 @@ tests() {
     fi
 }
 
+# What failed, and what each of them said: a log is gone with the machine that wrote it.
 failures_in() {
     grep -E '^(test .* FAILED|error(\[|:)|FAIL: |ERROR: )' "$logs/$1.log" | sort -u | head -n 40 |
         sed 's/^/    /' || true
-    tail_of "$1" 40
+    # A backtrace hides them, and a world's story (lifeboat_tests::world) comes behind it.
+    grep -v -E '^ +[0-9]+: |^ +at |^stack backtrace:|^note: |^$' "$logs/$1.log" |
+        awk '/^(thread .* panicked at |Traceback )/ { left = 10 }
+             /^== the / { left = 60 }
+             /^test / { left = 0 }
+             left-- > 0' |
+        cut -c 1-400 | head -n 250 | sed 's/^/    | /' || true
+    echo "    (all of it: $logs/$1.log)"
 }
 
 # `test result: ok. 12 passed; 0 failed; 0 ignored; ...`, once per binary.

@@ -226,7 +226,7 @@ fn bad_orders_say_what_why_and_what_to_do_and_change_nothing() {
     let unknown = refused(&|r| r.hosts = vec!["h9".to_owned()]);
     assert_eq!(unknown, "there is no host `h9`; the hosts are h1, h2");
     assert!(refused(&|r| r.urgency = Some(140)).contains("urgency 140 is out of range"));
-    assert!(refused(&|r| r.redundancy = "raid6".to_owned()).contains("parity, mirror, none"));
+    assert!(refused(&|r| r.redundancy = "raid6".to_owned()).contains("none, mirror, parity"));
     assert!(refused(&|r| r.hosts.clear()).contains("no host was named"));
     assert!(refused(&|r| r.to = vec!["h1".to_owned()]).contains("named as a destination"));
     assert!(cloud.truth().migrations.is_empty());

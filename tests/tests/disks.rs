@@ -37,7 +37,7 @@ fn in_a_world(name: &str, number: usize, disk: Disk, play: impl FnOnce(&mut Worl
     world.control.await_sight(0).unwrap();
     let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
     if let Err(panic) = played {
-        println!("the world is kept in {}", world.keep().display());
+        println!("{}the world is kept in {}", world.story(), world.keep().display());
         std::panic::resume_unwind(panic);
     }
 }

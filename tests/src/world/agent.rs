@@ -201,7 +201,7 @@ impl Agent {
         RunDir::new(&self.folder.join("qemu"), VM)
     }
 
-    fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         self.folder.join("agent.log")
     }
 

@@ -41,6 +41,9 @@ pub const HOSTS: usize = 3;
 /// A booted guest says so within this time, on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
+/// Bytes of each log that a story tells: some thirty lines.
+const STORY: usize = 6 << 10;
+
 /// A host by its number, from 0.
 pub type Host = usize;
 
@@ -147,6 +150,27 @@ impl World {
     pub fn keep(&mut self) -> PathBuf {
         self.folder.disable_cleanup(true);
         self.folder.path().to_owned()
+    }
+
+    /// The end of everything that was logged in it, and of what the guest said: what a failure
+    /// looks like to somebody who will not have the folder.
+    #[must_use]
+    pub fn story(&self) -> String {
+        let logs = std::iter::once(self.folder.path().join("controller.log"));
+        let logs = logs.chain(self.agents.iter().map(Agent::log));
+        let mut story = String::new();
+        for log in logs {
+            let bytes = fs::read(&log).unwrap_or_default();
+            let end = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(STORY)..]);
+            story.push_str(&format!("== the end of {}\n{end}\n", log.display()));
+        }
+        for life in self.witness.look().lives() {
+            let said = life.said();
+            let end: Vec<_> = said.lines().rev().take(5).collect();
+            story.push_str(&format!("== the guest at {}\n", host_name(life.host)));
+            end.iter().rev().for_each(|line| story.push_str(&format!("{line}\n")));
+        }
+        story
     }
 
     /// Cuts or heals what is between two hosts, both ways.
