@@ -109,7 +109,7 @@ async fn swap_a_hundred_times(format: &str) {
     for number in 0..100 {
         let to = if number % 2 == 0 { Side::Mount } else { Side::Native };
         times.push(swap(&nodes, &qmp, &mount, to).await.unwrap());
-        assert_eq!(nodes.side(&qmp).await.unwrap(), to);
+        assert_eq!(nodes.side(&qmp).await.unwrap(), Some(to));
         // While it is on the mount nobody opens it natively.
         if to == Side::Mount && number < 10 {
             let attempt = ["-f", format, "-c", "write 0 1", &image];
@@ -156,8 +156,45 @@ async fn a_swap_that_cannot_be_leaves_the_guest_on_its_path() {
         let error = nodes.swap(&qmp, Side::Mount, &nowhere).await.unwrap_err();
         assert!(matches!(error, SwapError::Refused { .. }), "{error}");
     }
-    assert_eq!(nodes.side(&qmp).await.unwrap(), Side::Native);
+    assert_eq!(nodes.side(&qmp).await.unwrap(), Some(Side::Native));
     disk_lab::qemu_io(&["-f", "raw"], &url, &["write -P 1 0 4k", "flush", "read -P 1 0 4k"]);
+}
+
+/// What an agent has done of a swap onto the mount when it is killed.
+async fn half_a_swap(qmp: &Qmp, mount: &disk_lab::Mounted, reopened: bool) {
+    let execute = |command, arguments| qmp.execute(command, arguments, Duration::from_secs(5));
+    mount.server.begin_swap("a.img".as_ref()).unwrap();
+    let file = json!({"driver": "file", "node-name": "mount0", "read-only": false,
+                      "filename": mount.through("a.img")});
+    execute("blockdev-add", file).await.unwrap();
+    if reopened {
+        let disk = json!({"driver": "raw", "node-name": "disk0", "read-only": false,
+                          "file": "mount0"});
+        execute("blockdev-reopen", json!({"options": [disk]})).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_swap_that_an_agent_left_unfinished_is_ended_by_the_next_in_either_direction() {
+    for (reopened, to) in
+        [(false, Side::Native), (false, Side::Mount), (true, Side::Native), (true, Side::Mount)]
+    {
+        let mount =
+            disk_lab::Mounted::with(std::sync::Arc::new(lifeboat_agent::disk::fuse::PassThrough));
+        let image = mount.native("a.img");
+        run("qemu-img", &["create", "-q", "-f", "raw", &image, "64M"]);
+        let (_qemu, qmp, url) = qemu_with(Path::new(&image), "raw").await;
+        let load = patterned_load(&url, 500);
+        half_a_swap(&qmp, &mount, reopened).await;
+        let nodes = DiskNodes::launched(0, "raw");
+        assert_eq!(nodes.side(&qmp).await.unwrap(), None);
+        for to in [to, Side::Mount, Side::Native] {
+            swap(&nodes, &qmp, &mount, to).await.unwrap();
+            assert_eq!(nodes.side(&qmp).await.unwrap(), Some(to), "reopened: {reopened}");
+        }
+        assert_clean(load);
+        qmp.quit().await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

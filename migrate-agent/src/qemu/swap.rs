@@ -13,9 +13,14 @@
 //! `blockdev-reopen` drains the node, so no request is between the two paths. It takes QEMU 7.0. All
 //! options of the format node have to be repeated; what is left out gets its default.
 //!
+//! An agent may die between two of these commands. QEMU has both file nodes then, and does not say
+//! in 7.2 which of them the format node uses, so a swap asks what there is and leaves out what has
+//! been done: it may be begun again from any point, in either direction.
+//!
 //! Deliberately not here: the mount and its locks. Whoever swaps tells the server before and after
 //! (`disk::fuse::Server::begin_swap`), because for a moment QEMU has both paths open.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -117,7 +122,7 @@ impl DiskNodes {
     /// As [`Qmp::execute`].
     pub async fn with_its_backing(self, qmp: &Qmp) -> Result<Self, QmpError> {
         let backing = backing_node(self.number);
-        match has_node(qmp, &backing).await? {
+        match nodes(qmp).await?.contains(&backing) {
             true => Ok(self.with_format_option("backing", backing.into())),
             false => Ok(self),
         }
@@ -130,20 +135,24 @@ impl DiskNodes {
         }
     }
 
-    /// Where the disk is: for an agent that has started again.
+    /// Where the disk is; `None` in the middle of a swap, which an agent before us may have begun.
     ///
     /// # Errors
     /// As [`Qmp::execute`].
-    pub async fn side(&self, qmp: &Qmp) -> Result<Side, QmpError> {
-        let on_mount = has_node(qmp, &self.file_node(Side::Mount)).await?;
-        Ok(if on_mount { Side::Mount } else { Side::Native })
+    pub async fn side(&self, qmp: &Qmp) -> Result<Option<Side>, QmpError> {
+        let nodes = nodes(qmp).await?;
+        let has = |side| nodes.contains(&self.file_node(side));
+        Ok(match (has(Side::Native), has(Side::Mount)) {
+            (true, true) => None,
+            (_, on_mount) => Some(if on_mount { Side::Mount } else { Side::Native }),
+        })
     }
 
-    /// Moves the disk to `to`, where its image is `path`. Returns how long QEMU took, all three
-    /// commands together.
+    /// Moves the disk to `to`, where its image is `path`. Returns how long QEMU took, all
+    /// commands together. Also ends a swap that was begun and not ended, whatever its direction.
     ///
     /// # Errors
-    /// After [`SwapError::Refused`] everything is as before.
+    /// After [`SwapError::Refused`] the disk is where it was.
     pub async fn swap(&self, qmp: &Qmp, to: Side, path: &Path) -> Result<Duration, SwapError> {
         let begin = clock::now();
         let from = match to {
@@ -153,23 +162,27 @@ impl DiskNodes {
         let (disk, shown) = (self.number, path.display().to_string());
         let refused = |source| SwapError::Refused { disk, path: shown.clone(), source };
         let execute = |command, options| qmp.execute(command, options, DEADLINE);
-        execute("blockdev-add", self.file_options(to, &shown)).await.map_err(refused)?;
+        let added = !nodes(qmp).await.map_err(refused)?.contains(&self.file_node(to));
+        if added {
+            execute("blockdev-add", self.file_options(to, &shown)).await.map_err(refused)?;
+        }
         if let Err(source) = execute("blockdev-reopen", self.reopen_options(to)).await {
             if !matches!(source, QmpError::Refused { .. }) {
                 return Err(SwapError::Unknown { disk, path: shown, source });
             }
             let undo = json!({"node-name": self.file_node(to)});
-            if let Err(error) = execute("blockdev-del", undo).await {
+            if added && let Err(error) = execute("blockdev-del", undo).await {
                 tracing::warn!(%error, "a node that was added in vain stays");
             }
             return Err(refused(source));
         }
         let old = json!({"node-name": self.file_node(from)});
-        execute("blockdev-del", old).await.map_err(|source| SwapError::StillOpen {
-            disk,
-            path: shown,
-            source,
-        })?;
+        let deleted = match nodes(qmp).await {
+            Ok(nodes) if !nodes.contains(&self.file_node(from)) => Ok(()),
+            Ok(_) => execute("blockdev-del", old).await.map(drop),
+            Err(source) => Err(source),
+        };
+        deleted.map_err(|source| SwapError::StillOpen { disk, path: shown, source })?;
         Ok(begin.elapsed())
     }
 
@@ -193,11 +206,12 @@ pub fn backing_node(number: usize) -> String {
     format!("backing{number}")
 }
 
-async fn has_node(qmp: &Qmp, name: &str) -> Result<bool, QmpError> {
+/// The names of all nodes.
+async fn nodes(qmp: &Qmp) -> Result<HashSet<String>, QmpError> {
     let arguments = json!({"flat": true});
     let nodes = qmp.execute("query-named-block-nodes", arguments, DEADLINE).await?;
-    let is_it = |node: &Value| node["node-name"].as_str() == Some(name);
-    Ok(nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_it)))
+    let names = nodes.as_array().into_iter().flatten();
+    Ok(names.filter_map(|node| node["node-name"].as_str().map(str::to_owned)).collect())
 }
 
 #[cfg(test)]

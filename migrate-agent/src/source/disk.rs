@@ -460,14 +460,15 @@ async fn swap_all(mover: &mut Mover, qmp: &Qmp, to: Side) -> Result<(), DiskFail
         let nodes = DiskNodes::launched(disk.number, &disk.format).with_its_backing(qmp).await?;
         let (natively, through) = setting.paths(disk);
         let path = if to == Side::Mount { through } else { natively };
-        if nodes.side(qmp).await? == to {
+        if nodes.side(qmp).await? == Some(to) {
             continue;
         }
         let place = u16::try_from(place).unwrap_or(u16::MAX);
         mover.ask(&Request::BeginSwap { disk: place }, ANSWER_LIMIT).await?;
         let swapped = nodes.swap(qmp, to, &path).await;
-        // What QEMU says of itself: an answer that was lost proves nothing.
-        let on_mount = nodes.side(qmp).await? == Side::Mount;
+        // What QEMU says of itself: an answer that was lost proves nothing. In the middle of a swap it
+        // may write through the mount.
+        let on_mount = nodes.side(qmp).await? != Some(Side::Native);
         mover.ask(&Request::EndSwap { disk: place, on_mount }, ANSWER_LIMIT).await?;
         let took_us = u64::try_from(swapped?.as_micros()).unwrap_or(u64::MAX);
         tracing::info!(disk = disk.number, ?to, took_us, "disk swapped");
