@@ -47,6 +47,16 @@ impl Namespace {
         }
     }
 
+    /// As [`Self::command`], with the mounts of its caller: `ip netns exec` gives every program a
+    /// mount namespace of its own, in which one that is started later does not see what was mounted.
+    #[must_use]
+    pub fn command_beside(&self, line: &str) -> Command {
+        match &self.name {
+            Some(name) => words(&format!("nsenter --net=/run/netns/{name} {line}")),
+            None => words(line),
+        }
+    }
+
     /// `netns NAME`, where `ip link` is to put an end there.
     fn place(&self) -> String {
         self.name.as_ref().map_or_else(String::new, |name| format!("netns {name}"))

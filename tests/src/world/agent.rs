@@ -170,7 +170,7 @@ impl Agent {
     /// Defines the VM here, started with the host.
     pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
         let writes = match disk {
-            Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=100"),
+            Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300"),
             Disk::None | Disk::Shared => String::new(),
         };
         let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;
@@ -220,7 +220,8 @@ impl Agent {
         let log = log.map_err(RigError::io("cannot open an agent's log"))?;
         self.log_from = log.metadata().map_or(0, |metadata| metadata.len());
         let again = log.try_clone().map_err(RigError::io("cannot open an agent's log"))?;
-        let mut command = self.namespace.command(&self.program.to_string_lossy());
+        // A mover of the next agent mounts what the QEMU of this one has to see.
+        let mut command = self.namespace.command_beside(&self.program.to_string_lossy());
         command.arg("--config").arg(self.folder.join("agent.toml"));
         command.env("LIFEBOAT_LOG", "info,lifeboat_agent=debug").env("NO_COLOR", "1");
         if let Some(mark) = mark {
