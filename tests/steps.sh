@@ -11,8 +11,8 @@ logs=
 begin_checks() {
     # The logs are read by people and by awk, not by a terminal.
     export TERM=dumb CARGO_TERM_COLOR=never
-    # What a build from nothing keeps for the next one costs a tenth of its time; CI has no next one.
-    [ "${CI:-}" != true ] || export CARGO_INCREMENTAL=0
+    # CI has no next build to keep anything for, and panics say their line without debug information.
+    [ "${CI:-}" != true ] || export CARGO_INCREMENTAL=0 CARGO_PROFILE_DEV_DEBUG=none
     logs=${CARGO_TARGET_DIR:-target}/checks
     mkdir -p "$logs"
     trap 'interrupted INT 130' INT
