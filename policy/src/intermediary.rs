@@ -87,6 +87,14 @@ pub enum NoStoresError {
         /// What speaks against each of the others.
         refusals: Vec<String>,
     },
+    /// Enough could, and have too little memory set aside.
+    #[error("its pages, {pages} with what protects them, find no room{}", list(.refusals))]
+    NoRoom {
+        /// The pages of the VM.
+        pages: Bytes,
+        /// What speaks against each.
+        refusals: Vec<String>,
+    },
 }
 
 fn list(refusals: &[String]) -> String {
@@ -134,8 +142,15 @@ pub fn choose(candidates: &[Candidate], wish: &Wish) -> Result<ChosenStores, NoS
         let why = refusal(one, wish).unwrap_or_else(|| format!("it has {} for stores", one.room));
         format!("{}: {why}", one.host)
     });
-    let found = if able.len() < least { able.len() } else { 0 };
-    Err(NoStoresError::TooFew { wanted: least, found, refusals: refusals.collect() })
+    let (found, refusals) = (able.len(), refusals.collect());
+    match found < least {
+        true => Err(NoStoresError::TooFew { wanted: least, found, refusals }),
+        false => {
+            let redundancy = wish.redundancy.unwrap_or_else(|| Redundancy::of(found));
+            let pages = wish.pages.scale(redundancy.factor(found));
+            Err(NoStoresError::NoRoom { pages, refusals })
+        }
+    }
 }
 
 fn refusal(one: &Candidate, wish: &Wish) -> Option<String> {
@@ -243,6 +258,8 @@ mod tests {
         far.near = false;
         let all = [busy, silent, small, far];
         assert_eq!(names(&choose(&all, &wish()).unwrap()), "d");
+        let full = choose(&all[2..3], &wish()).unwrap_err().to_string();
+        assert!(full.contains("find no room: c: it has 10 MiB for stores"), "{full}");
         let rack = Wish { near_only: true, ..wish() };
         let error = choose(&all, &rack).unwrap_err().to_string();
         for part in ["a: its CPUs", "b: its agent", "c: it has", "d: it is in another rack"] {

@@ -11,6 +11,7 @@
 pub mod disk;
 pub mod intermediary;
 pub mod measured;
+pub mod mode;
 pub mod order;
 pub mod pace;
 pub mod placement;

@@ -41,6 +41,8 @@ pub struct PlanRequest {
     pub urgency: Urgency,
     /// How the VMs shall move.
     pub mode: Mode,
+    /// How those move of which more is known already (`mode::choose`).
+    pub modes: BTreeMap<VmId, Mode>,
     /// How many at a time; 0 counts as 1, SOLive's way.
     pub parallel: usize,
 }
@@ -195,7 +197,7 @@ pub fn plan(
     let step = |(departure, predicted): (&Departure<'_>, &VmPrediction)| Move {
         vm: departure.vm.id.clone(),
         destination: departure.destination.clone(),
-        mode,
+        mode: departure.mode,
         way: ways[departure.destination].clone(),
         predicted: predicted.clone(),
     };
@@ -253,6 +255,7 @@ fn departure<'a>(
 ) -> Option<Departure<'a>> {
     let destination = places.get(&vm.id)?;
     let between = between(ways.get(destination)?, request.urgency, inventory.floor);
+    let mode = request.modes.get(&vm.id).copied().unwrap_or(mode);
     Some(Departure { vm, mode, destination, between })
 }
 
@@ -276,8 +279,8 @@ fn check(request: &PlanRequest, inventory: &Inventory) -> Result<(), PlanError> 
     }
 }
 
-/// `Auto` is pre-copy: the only mode that loses nothing when anything fails before the hand-over.
-/// Never cold, which stops the guest: an operator has to ask for that by name.
+/// `Auto` is pre-copy until more is known of each VM: the only mode that loses nothing when anything
+/// fails before the hand-over.
 fn choose_mode(wanted: Mode, available: &BTreeSet<Mode>) -> Result<Mode, PlanError> {
     let mode = if wanted == Mode::Auto { Mode::PreCopy } else { wanted };
     if available.contains(&mode) {

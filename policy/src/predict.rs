@@ -147,6 +147,20 @@ pub fn post_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteri
     }
 }
 
+/// Until every page of a scattered VM is off the source, which sends `sent` bytes/s on the wire: each
+/// page goes `factor` times, to more than one store for redundancy.
+#[must_use]
+pub fn eviction(
+    vm: &MeasuredVm,
+    sent: BytesPerSec,
+    factor: f64,
+    criteria: &StopCriteria,
+) -> Duration {
+    let once = post_copy(vm, sent, criteria);
+    let again = once.bytes.0 as f64 * (factor - 1.0).max(0.0) / sent.0.max(1) as f64;
+    once.total_time.saturating_add(span(again))
+}
+
 /// What a VM's local disks take before its memory moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskCopy {

@@ -128,6 +128,7 @@ fn request() -> PlanRequest {
         allowed: BTreeSet::new(),
         urgency: Urgency::new(30).unwrap(),
         mode: Mode::Auto,
+        modes: BTreeMap::new(),
         parallel: 1,
     }
 }
@@ -151,6 +152,19 @@ fn the_four_roles_leave_in_solive_s_order_and_are_spread() {
         plan.predicted.total_time.likely,
         last.starts.likely + last.prediction.likely.total_time
     );
+}
+
+#[test]
+fn a_mode_that_was_chosen_for_one_vm_is_its_own() {
+    let modes = BTreeMap::from([(vm_id("m"), Mode::PostCopy)]);
+    let mixed = plan(&PlanRequest { modes, ..request() }, &inventory(), &network()).unwrap();
+    let pure = plan(&request(), &inventory(), &network()).unwrap();
+    for (step, before) in mixed.moves.iter().zip(&pure.moves) {
+        assert_eq!((&step.vm, &step.destination), (&before.vm, &before.destination));
+        let own = if step.vm == vm_id("m") { Mode::PostCopy } else { Mode::PreCopy };
+        assert_eq!(step.mode, own);
+    }
+    assert!(mixed.predicted.bytes.likely < pure.predicted.bytes.likely);
 }
 
 #[test]
