@@ -11,6 +11,7 @@ mod elsewhere;
 mod experience;
 mod facts;
 mod measure;
+mod modes;
 mod notes;
 mod probe;
 mod ways;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use lifeboat_policy::intermediary::ChosenStores;
 use lifeboat_policy::measured::MeasuredVm;
+use lifeboat_policy::mode::ChosenMode;
 use lifeboat_policy::plan::{Move, Plan, PlanError, PlanRequest, plan};
 use lifeboat_policy::predict::Range;
 use lifeboat_protocol::ids::{HostId, VmId};
@@ -140,6 +142,8 @@ pub struct Goes {
     pub why_here: String,
     /// Why at this place in the order.
     pub why_now: String,
+    /// Why by this mode.
+    pub why_mode: ChosenMode,
     /// From the end of the one before it to its first page.
     pub between: Duration,
     /// All that was measured.
@@ -150,6 +154,10 @@ pub struct Goes {
     pub disk_date: Option<DiskDate>,
     /// Where its pages wait; `None`: nowhere.
     pub stores: Option<ChosenStores>,
+    /// What is wanted on each port of the ways to them.
+    pub store_hops: Vec<Hop>,
+    /// Until all of it is off its host, where that is before all of it has arrived.
+    pub eviction: Option<Duration>,
 }
 
 impl Goes {
@@ -222,6 +230,7 @@ pub struct Planner {
 /// One host's plan with what it was made from.
 struct HostPlan {
     plan: Plan,
+    modes: BTreeMap<VmId, ChosenMode>,
     stuck: Vec<Stays>,
     facts: measure::Gathered,
 }
@@ -339,30 +348,48 @@ impl Planner {
         wanted: &(dyn Fn(&VmId) -> bool + Sync),
         allowed: &[HostId],
     ) -> Result<HostPlan, PlannerError> {
-        let (facts, stuck) = self.gather(order, source, promised, wanted).await?;
+        let (mut facts, mut stuck) = self.gather(order, source, promised, wanted).await?;
         let topology = self.fresh_topology().await;
-        let mut inventory = facts.inventory.clone();
-        for host in &mut inventory.hosts {
+        facts.inventory.experience = experience::of(source, &promised.shares);
+        for host in &mut facts.inventory.hosts {
             host.spare_in = self.spare_in(&topology, &host.id);
         }
-        let request = PlanRequest {
+        let mut request = PlanRequest {
             source: source.clone(),
             only: BTreeSet::new(),
             allowed: allowed.iter().cloned().collect(),
             urgency: order.urgency,
             mode: order.mode,
+            modes: BTreeMap::new(),
             parallel: order.parallel as usize,
         };
-        inventory.experience = experience::of(source, &promised.shares);
-        let plan = plan(&request, &inventory, &topology)?;
-        Ok(HostPlan { plan, stuck, facts })
+        let mut made = plan(&request, &facts.inventory, &topology)?;
+        let mut modes = BTreeMap::new();
+        if order.mode == Mode::ScatterGather {
+            let homeless = self.without_stores(order, source, &facts, &made, &topology);
+            if !homeless.is_empty() {
+                // Nobody waits for them: neither the forecast nor the others' places count with them.
+                let goes = |vm: &VmId| homeless.iter().all(|stays| stays.vm != *vm);
+                facts.inventory.vms.retain(|planned| goes(&planned.needs.id));
+                stuck.extend(homeless);
+                made = plan(&request, &facts.inventory, &topology)?;
+            }
+        }
+        if order.mode == Mode::Auto {
+            modes = self.choose_modes(order, source, &facts, &made, &topology);
+            request.modes = modes.iter().map(|(vm, chosen)| (vm.clone(), chosen.mode)).collect();
+            made = plan(&request, &facts.inventory, &topology)?;
+        }
+        Ok(HostPlan { plan: made, modes, stuck, facts })
     }
 }
 
 impl FullPlan {
     fn add(&mut self, planner: &Planner, source: &HostId, made: HostPlan) {
-        let HostPlan { plan, stuck, facts } = made;
+        let HostPlan { plan, mut modes, stuck, facts } = made;
         for step in plan.moves {
+            let why_mode =
+                modes.remove(&step.vm).unwrap_or_else(|| ChosenMode::asked_for(step.mode));
             let hops = planner.hops(&step.way, plan.urgency);
             let measured = facts.figures(&step.vm);
             let why_here = facts.why_here(&step.destination);
@@ -377,11 +404,14 @@ impl FullPlan {
                 measured,
                 why_here,
                 why_now,
+                why_mode,
                 between,
                 figures,
                 disk_promise,
                 disk_date: None,
                 stores: None,
+                store_hops: Vec::new(),
+                eviction: None,
             });
         }
         self.stays.extend(stuck);

@@ -56,6 +56,18 @@ pub fn opening(
     opened.collect()
 }
 
+/// The same wishes, except where the evacuation has a queue already: that stays as it is.
+#[must_use]
+pub fn beside(evacuation: &EvacuationId, mut hops: Vec<Hop>, rates: &[PortRate]) -> Vec<Hop> {
+    for hop in &mut hops {
+        let at = rates.iter().filter(|rate| rate.at == hop.at).flat_map(|rate| &rate.queues);
+        if let Some(held) = at.into_iter().find(|queue| queue.evacuation == *evacuation) {
+            hop.rate = held.reserved;
+        }
+    }
+    hops
+}
+
 /// What an order asks for.
 #[must_use]
 pub fn terms(order: &EvacuationOrder) -> Terms {
@@ -102,8 +114,8 @@ fn followed(evacuation: &Evacuation) -> Followed {
     let sending = sending.map(|(record, leg)| Sending {
         migration: leg.migration.clone(),
         source: record.source.clone(),
-        way: leg.reserved.hops.iter().map(|hop| hop.at.clone()).collect(),
-        paced: leg.reserved.paced_rate(),
+        way: leg.reserved_for_sending().hops.iter().map(|hop| hop.at.clone()).collect(),
+        paced: leg.reserved_for_sending().paced_rate(),
     });
     Followed {
         id: evacuation.id.clone(),

@@ -157,6 +157,33 @@ fn four_vms_leave_one_after_the_other_and_everything_is_given_back() {
 }
 
 #[test]
+fn the_ways_to_a_vm_s_stores_are_reserved_and_given_back() {
+    let (_cloud_runtime, cloud, network) = world(5);
+    let controller = Controller::start(&cloud, 5, &network);
+    let mut asked = request(&["h1"]);
+    asked.mode = "scatter-gather".to_owned();
+    let id = controller.evacuate(&asked).unwrap();
+    assert_eq!(controller.to_the_end(&id).state, "done");
+    let reserved = network.reserved.lock().unwrap().clone();
+    let to_stores: Vec<_> =
+        reserved.iter().filter(|r| r.migration.as_str().contains(".s")).collect();
+    // Four VMs, three stores each.
+    assert_eq!(to_stores.len(), 12);
+    for way in &to_stores {
+        let rates: Vec<_> = way.hops.iter().map(|hop| hop.rate).collect();
+        // All of what is reserved for the source leaves it; each store takes in a half (SOLive, figure 8).
+        assert_eq!(rates, [BitsPerSec::from_mbit(150), BitsPerSec::from_mbit(75)]);
+        assert_eq!(way.traffic.source.to_string(), "10.0.0.1");
+        assert_eq!(way.traffic.destination.port(), 7100);
+    }
+    // The destination's link is none that the source has to wait for: it keeps to its own.
+    let told: Vec<_> = cloud.truth().migrations.values().map(|p| p.limit_bits_per_sec).collect();
+    assert_eq!(told, [200_000_000; 4]);
+    controller.until("the stores have gone", |_| cloud.truth().stores.is_empty());
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
 fn a_failed_move_is_tried_at_another_destination_and_without_one_the_vm_is_left_behind() {
     let (_cloud_runtime, cloud, network) = world(3);
     {

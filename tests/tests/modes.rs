@@ -120,12 +120,14 @@ impl Site {
              [policy]\nmeasure_window_ms = 200\n\
              [[switch]]\nname = \"s1\"\ndatapath_id = \"1\"\novsdb = \"unix:{dir}/no-switch.sock\"\n"
         );
-        for name in (1..=HOSTS).map(|number| format!("h{number}")) {
+        for number in 1..=HOSTS {
+            let name = format!("h{number}");
+            let capacity = if number == HOSTS { "20 Mbit/s" } else { "400 Mbit/s" };
             text.push_str(&format!(
                 "[[host]]\nname = \"{name}\"\nagent = \"unix:{dir}/{name}/agent.sock\"\n\
                  ovsdb = \"unix:{dir}/no-switch.sock\"\nbridge = \"br0\"\nuplink = \"{name}-eth0\"\n\
                  address = \"127.0.0.1\"\n\
-                 [[link]]\na = \"s1:s1-{name}\"\nb = \"{name}:{name}-eth0\"\ncapacity = \"400 Mbit/s\"\n"
+                 [[link]]\na = \"s1:s1-{name}\"\nb = \"{name}:{name}-eth0\"\ncapacity = \"{capacity}\"\n"
             ));
         }
         text
@@ -211,6 +213,20 @@ fn hosts_are_emptied_by_post_copy_and_by_scatter_gather() {
     let mut site = Site::start(folder.path());
     site.await_sight("h1");
     site.ticks_on("h1");
+
+    // Nobody asked for a mode: where the destination takes in what the source sends, pre-copy; where
+    // it has a twentieth of that, the pages wait elsewhere. The plan says why.
+    let plan = site.ask("plan h1 --to h2 --urgency 90").unwrap();
+    let vm = &plan["vms"][0];
+    assert_eq!((&plan["mode"], &vm["mode"]), (&"auto".into(), &"pre-copy".into()), "{plan}");
+    assert!(vm["why_mode"].as_str().is_some_and(|why| why.contains("loses nothing")), "{vm}");
+    let plan = site.ask("plan h1 --to h5 --urgency 90").unwrap();
+    let vm = &plan["vms"][0];
+    assert_eq!(vm["mode"], "scatter-gather", "{plan}");
+    assert!(vm["why_mode"].as_str().is_some_and(|why| why.contains("off the source")), "{vm}");
+    assert_eq!(vm["stores"].as_array().map_or(0, Vec::len), 3, "{vm}");
+    let likely = |figure: &str| vm[figure]["likely"].as_f64().unwrap_or_default();
+    assert!(likely("eviction_ms") > 0.0 && likely("eviction_ms") < likely("total_ms"), "{vm}");
 
     let report = site.ask("evacuate h1 --to h2 --urgency 0 --mode post-copy --yes").unwrap();
     let id = "e1";

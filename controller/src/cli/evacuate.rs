@@ -46,6 +46,10 @@ pub(super) struct Options {
     /// The only hosts that may keep pages in scatter-gather; by default any that can.
     #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
     intermediaries: Vec<String>,
+    /// How many hosts keep pages in scatter-gather; by default as many as the reservation needs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64),
+          conflicts_with = "intermediaries")]
+    intermediary_count: Option<u32>,
     /// How a lost intermediary is made up for; by default parity with three, mirror with two.
     #[arg(long, value_name = "KIND",
           value_parser = PossibleValuesParser::new(["parity", "mirror", "none"]))]
@@ -100,8 +104,8 @@ impl Options {
             reservation: self.reservation.clone().unwrap_or_default(),
             fixed: self.fixed.then_some(true),
             intermediaries: self.intermediaries.clone(),
+            intermediary_count: self.intermediary_count.unwrap_or(0),
             redundancy: self.redundancy.clone().unwrap_or_default(),
-            ..EvacuateRequest::default()
         }
     }
 

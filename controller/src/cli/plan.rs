@@ -1,6 +1,7 @@
 //! `lifeboat plan HOST..`: what an evacuation would do. Nothing is changed.
 
 use lifeboat_protocol::controller::{Estimate, Plan};
+use lifeboat_protocol::terms::Mode;
 
 use super::CliError;
 use super::client::Context;
@@ -46,6 +47,9 @@ pub(super) fn text(plan: &Plan) -> String {
         text.push_str(&moves(plan));
         for vm in &plan.vms {
             text.push_str(&clean(&format!("  {}: {}; {}", vm.vm, vm.why_now, vm.why_here)));
+            if plan.mode == Mode::Auto.as_str() {
+                text.push_str(&clean(&format!("; {}: {}", vm.mode, vm.why_mode)));
+            }
             text.push_str(&clean(&format!("; {} > {}", vm.source, vm.path.join(" > "))));
             text.push_str(&format!(" > {}\n", clean(&vm.destination)));
         }

@@ -3,13 +3,16 @@
 //! Opens them before a leg's destination makes room, follows the gathering, and releases them when
 //! the machine says that nobody needs them: until their hosts have said so, however long that takes.
 
-use lifeboat_protocol::agent::{self, Phase, PrepareStoreRequest, ScatterPlan};
+use lifeboat_protocol::agent::{self, Phase, PrepareStoreRequest, ScatterPlan, VmState, VmStatus};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 
 use super::hands::{Hands, Wiring};
-use super::report;
 use super::settle::Said;
+use super::{lock, report};
 use crate::evacuation::{Event, Leg};
+use crate::inventory::is;
+use crate::network::{PageFlow, ReservationRequest};
+use crate::reservations;
 
 impl Hands {
     /// Opens every store of a leg; `None` for one that has none.
@@ -40,6 +43,50 @@ impl Hands {
         Ok(Some(ScatterPlan { stores, redundancy: redundancy.into(), batch_pages: 0 }))
     }
 
+    /// Reserves the source's way to each of its stores, so that they take in together what it sends.
+    /// Pages go there without it, too: what cannot be had is told, and nobody waits for it.
+    pub(super) async fn reserve_store_ways(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        source: &HostId,
+        leg: &Leg,
+        scatter: &ScatterPlan,
+    ) {
+        let (Some(order), Some(chosen)) = (Self::order(wiring, id), &leg.stores) else { return };
+        let Some(from) = self.planner.site.host(source).map(|host| host.address) else { return };
+        let rates = self.planner.network.rates().await;
+        let ways = self.planner.store_ways(source, chosen, order.urgency).await;
+        for ((name, hops), store) in leg.store_ways().into_iter().zip(ways).zip(&scatter.stores) {
+            let Ok(address) = store.address.parse() else {
+                tracing::warn!(%name, store.address, "no address that a switch can match");
+                continue;
+            };
+            let request = ReservationRequest {
+                evacuation: id.clone(),
+                migration: name.clone(),
+                urgency: order.urgency,
+                kind: order.reservation,
+                hops: reservations::beside(id, hops, &rates),
+                traffic: PageFlow { source: from, destination: address },
+            };
+            if let Err(error) = self.planner.network.reserve(request).await {
+                tracing::warn!(%name, store.host, %error, "nothing is reserved towards a store");
+            }
+        }
+    }
+
+    /// What is reserved towards a migration's stores.
+    pub(super) fn store_ways(
+        wiring: &Wiring,
+        id: &EvacuationId,
+        migration: &MigrationId,
+    ) -> Vec<MigrationId> {
+        let fleet = lock(&wiring.fleet);
+        let legs = fleet.get(id).into_iter().flat_map(|e| &e.vms).filter_map(|r| r.leg.as_ref());
+        legs.filter(|leg| leg.migration == *migration).flat_map(Leg::store_ways).collect()
+    }
+
     /// Asks the destination until it has all, or has lost the guest. Its silence proves nothing, and
     /// the stores stay: they hold the only copy.
     pub(super) async fn gather(
@@ -47,6 +94,7 @@ impl Hands {
         wiring: &Wiring,
         id: &EvacuationId,
         migration: MigrationId,
+        vm: &VmId,
         destination: &HostId,
     ) -> Event {
         loop {
@@ -64,11 +112,30 @@ impl Hands {
                     }
                 },
                 Said::NotKnown => {
-                    tracing::warn!(%migration, %destination, "it gathers, and does not know of it");
+                    if let Some(lost) = self.forgotten(vm, destination).await {
+                        tracing::info!(%migration, %destination, ?lost, "it was over before its agent started anew");
+                        return Event::Gathered { migration, lost };
+                    }
                 }
                 Said::Silent(why) => tracing::debug!(%migration, %destination, why, "gathering"),
             }
             tokio::time::sleep(self.patience.again / 2).await;
+        }
+    }
+
+    /// An agent that does not know a migration has started anew after its end: one that is not over is
+    /// taken up again before anybody is answered. What became of the guest is seen by its state;
+    /// `None` while that cannot be told.
+    async fn forgotten(&self, vm: &VmId, destination: &HostId) -> Option<Option<String>> {
+        let (_, vms) = self.planner.agents.describe(destination).await.ok()?;
+        let state = vms.iter().find(|status| is(status, vm)).map(VmStatus::state);
+        match state {
+            Some(VmState::Running | VmState::Paused) => Some(None),
+            Some(VmState::Stopped | VmState::Crashed) | None => Some(Some(format!(
+                "{destination} has forgotten the migration, and its guest does not run there: \
+                 see the log of its agent"
+            ))),
+            Some(_) => None,
         }
     }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use lifeboat_protocol::agent::{PrepareDestinationRequest, StartMigrationRequest};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
-use lifeboat_protocol::units::BitsPerSec;
 use tokio::sync::mpsc;
 
 use super::{Input, lock, report};
@@ -77,7 +76,9 @@ impl Hands {
             Action::Reserve { source, leg, .. } => {
                 Some(self.reserve(wiring, &id, &source, &leg).await)
             }
-            Action::Prepare { vm, source, leg } => Some(self.prepare(&vm, &source, &leg).await),
+            Action::Prepare { vm, source, leg } => {
+                Some(self.prepare(wiring, &id, &vm, &source, &leg).await)
+            }
             Action::Start { vm, source, leg, ticket } => {
                 Some(self.start(wiring, &id, &vm, &source, &leg, ticket).await)
             }
@@ -92,8 +93,8 @@ impl Hands {
                 let ends = (&source, &destination);
                 Some(self.settle(migration, ends, &because, committed).await)
             }
-            Action::Gather { migration, destination } => {
-                Some(self.gather(wiring, &id, migration, &destination).await)
+            Action::Gather { migration, vm, destination } => {
+                Some(self.gather(wiring, &id, migration, &vm, &destination).await)
             }
             Action::ReleaseStores { migration, hosts } => {
                 Some(self.release_stores(migration, hosts).await)
@@ -102,7 +103,7 @@ impl Hands {
                 self.follow(&vm, &to).await;
                 None
             }
-            Action::Release { migration } => Some(self.release(&id, migration).await),
+            Action::Release { migration } => Some(self.release(wiring, &id, migration).await),
             Action::Finished { evacuation } => {
                 tracing::info!(%evacuation, "evacuation ended; see its report");
                 None
@@ -113,7 +114,7 @@ impl Hands {
         }
     }
 
-    fn order(wiring: &Wiring, id: &EvacuationId) -> Option<EvacuationOrder> {
+    pub(super) fn order(wiring: &Wiring, id: &EvacuationId) -> Option<EvacuationOrder> {
         lock(&wiring.fleet).get(id).map(|evacuation| evacuation.order.clone())
     }
 
@@ -235,7 +236,14 @@ impl Hands {
         reservations::opening(&rules, id, reservations::terms(order), &leg.hops, &rates)
     }
 
-    async fn prepare(&self, vm: &VmId, source: &HostId, leg: &Leg) -> Event {
+    async fn prepare(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        vm: &VmId,
+        source: &HostId,
+        leg: &Leg,
+    ) -> Event {
         let migration = leg.migration.clone();
         let found = self.planner.inventory.host(source).and_then(|entry| {
             let is = |status: &&_| crate::inventory::is(status, vm);
@@ -249,6 +257,9 @@ impl Hands {
             Ok(scatter) => scatter,
             Err(reason) => return Event::PrepareFailed { migration, reason },
         };
+        if let Some(scatter) = &scatter {
+            self.reserve_store_ways(wiring, id, source, leg, scatter).await;
+        }
         let source_entry = self.planner.inventory.host(source);
         let request = PrepareDestinationRequest {
             source_page_address: source_entry
@@ -286,7 +297,7 @@ impl Hands {
         let order = Self::order(wiring, id);
         let left = order.as_ref().and_then(|order| order.deadline);
         let kind = order.as_ref().map_or_else(Default::default, |order| order.reservation);
-        let limit = reservations::sending_limit(kind, &leg.reserved, narrowest(leg));
+        let limit = reservations::sending_limit(kind, &leg.reserved_for_sending(), leg.narrowest());
         let request = StartMigrationRequest {
             command: None,
             migration: migration.to_string(),
@@ -349,11 +360,15 @@ impl Hands {
         }
     }
 
-    async fn release(&self, id: &EvacuationId, migration: MigrationId) -> Event {
+    async fn release(&self, wiring: &Wiring, id: &EvacuationId, migration: MigrationId) -> Event {
         let mut failures = Vec::new();
+        let ways = Self::store_ways(wiring, id, &migration);
         for _ in 0..RELEASE_TRIES {
-            let report = self.planner.network.release(id.clone(), Some(migration.clone())).await;
-            failures = report.failures.iter().map(|failure| failure.error.to_string()).collect();
+            failures.clear();
+            for name in ways.iter().chain([&migration]) {
+                let report = self.planner.network.release(id.clone(), Some(name.clone())).await;
+                failures.extend(report.failures.iter().map(|failure| failure.error.to_string()));
+            }
             if failures.is_empty() {
                 break;
             }
@@ -362,12 +377,6 @@ impl Hands {
         }
         Event::Released { migration, failures }
     }
-}
-
-/// The narrowest link of the path: more than it carries cannot be sent anyway, and the agent's
-/// buffers are measured by it. It may use all of that while nobody else needs it.
-fn narrowest(leg: &Leg) -> BitsPerSec {
-    leg.hops.iter().map(|hop| hop.capacity).min().unwrap_or(BitsPerSec::ZERO)
 }
 
 const fn may_wait(error: &NetworkError) -> bool {

@@ -50,10 +50,11 @@ impl Evacuation {
     /// Has gatherings followed that nobody follows, and stores released that nobody needs.
     pub(super) fn see_to_stores(&mut self, actions: &mut Vec<Action>) {
         for record in self.vms.iter_mut().filter(|record| record.phase == VmPhase::Gathering) {
+            let vm = record.vm.clone();
             let Some(leg) = record.leg.as_mut().filter(|leg| !leg.followed) else { continue };
             leg.followed = true;
             let (migration, destination) = (leg.migration.clone(), leg.destination.clone());
-            actions.push(Action::Gather { migration, destination });
+            actions.push(Action::Gather { migration, vm, destination });
         }
         let vms = &self.vms;
         let needed = |migration: &MigrationId| {

@@ -243,6 +243,8 @@ pub enum Action {
     Gather {
         /// Which migration.
         migration: MigrationId,
+        /// Whose.
+        vm: VmId,
         /// Who gathers.
         destination: HostId,
     },

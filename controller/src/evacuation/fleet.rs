@@ -8,7 +8,7 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 
 use super::machine::Evacuation;
 use super::order::EvacuationOrder;
-use super::vm::VmPhase;
+use super::vm::{Leg, VmPhase};
 
 /// Why an order is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -130,7 +130,8 @@ impl Fleet {
     #[must_use]
     pub fn live_migrations(&self) -> Vec<MigrationId> {
         let live = self.unfinished().flat_map(Evacuation::live);
-        live.map(|(_, leg)| leg.migration.clone()).collect()
+        let names = |leg: &Leg| leg.store_ways().into_iter().chain([leg.migration.clone()]);
+        live.flat_map(|(_, leg)| names(leg).collect::<Vec<_>>()).collect()
     }
 
     /// The evacuation whose order carried this operation id.

@@ -6,7 +6,7 @@ use lifeboat_policy::intermediary::ChosenStores;
 use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
-use lifeboat_protocol::units::BytesPerSec;
+use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMs;
@@ -171,6 +171,34 @@ impl Leg {
     pub fn store_hosts(&self) -> Vec<String> {
         let stores = self.stores.iter().flat_map(|chosen| &chosen.stores);
         stores.map(|store| store.host.to_string()).collect()
+    }
+
+    /// The names under which the ways to its stores are reserved, one for each: a reservation has one
+    /// way and one pair of addresses.
+    #[must_use]
+    pub fn store_ways(&self) -> Vec<MigrationId> {
+        let names = (1..=self.store_hosts().len()).map(|n| format!("{}.s{n}", self.migration));
+        names.filter_map(|name| MigrationId::new(name).ok()).collect()
+    }
+
+    /// What the source has to keep to of what is reserved: all of the way, or where pages go to
+    /// stores its own uplink. How fast its destination is must not hold it up then.
+    #[must_use]
+    pub fn reserved_for_sending(&self) -> Reserved {
+        let mut reserved = self.reserved.clone();
+        if let (Some(_), Some(uplink)) = (&self.stores, self.hops.first()) {
+            reserved.hops.retain(|hop| hop.at == uplink.at);
+        }
+        reserved
+    }
+
+    /// The narrowest link that the source sends over: more than it carries cannot be sent anyway, and
+    /// the agent's buffers are measured by it. It may use all of that while nobody else needs it.
+    #[must_use]
+    pub fn narrowest(&self) -> BitsPerSec {
+        let over = if self.stores.is_some() { 1 } else { self.hops.len() };
+        let links = self.hops.iter().take(over).map(|hop| hop.capacity);
+        links.min().unwrap_or(BitsPerSec::ZERO)
     }
 
     /// How a lost store is made up for; empty where there is none.

@@ -1,21 +1,47 @@
 //! Where the pages of scattered VMs wait: what `policy::intermediary` needs to know, and what an
 //! operator should know of its answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use lifeboat_policy::intermediary::{Candidate, Redundancy, Wish, choose};
+use lifeboat_policy::intermediary::{
+    Candidate, ChosenStore, ChosenStores, NoStoresError, Redundancy, Wish, choose,
+};
+use lifeboat_policy::measured::MeasuredVm;
+use lifeboat_policy::predict::eviction;
 use lifeboat_protocol::ids::HostId;
-use lifeboat_protocol::terms::Mode;
-use lifeboat_protocol::units::{BitsPerSec, Bytes};
+use lifeboat_protocol::terms::{Mode, Urgency};
+use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 use lifeboat_topology::Topology;
 
+use super::measure::criteria;
 use super::{FullPlan, Goes, Planner, Stays};
 use crate::evacuation::EvacuationOrder;
 use crate::inventory::HostEntry;
+use crate::network::{Hop, PortRef};
 
 /// Packs have heads, the last one is not full, and the guest goes on writing until the hand-over.
 const PACKED: f64 = 1.3;
 const PACKED_LEAST: Bytes = Bytes::from_mib(32);
+
+/// A VM whose pages might wait elsewhere.
+pub(super) struct Leaver<'a> {
+    pub(super) source: &'a HostId,
+    pub(super) destination: &'a HostId,
+    pub(super) figures: &'a MeasuredVm,
+    /// What is to be reserved for it on its host's uplink.
+    pub(super) reserved: BitsPerSec,
+}
+
+impl<'a> Leaver<'a> {
+    fn of(goes: &'a Goes) -> Self {
+        Self {
+            source: &goes.source,
+            destination: &goes.step.destination,
+            figures: &goes.figures,
+            reserved: goes.hops.first().map_or(BitsPerSec::ZERO, |hop| hop.rate),
+        }
+    }
+}
 
 impl Planner {
     /// Names the stores of every VM that is to be scattered. One for which there are none stays.
@@ -30,8 +56,13 @@ impl Planner {
                 kept.push(goes);
                 continue;
             }
-            match choose(&self.candidates(order, &goes, &topology), &self.wish(order, &goes)) {
+            match self.stores_for(order, &Leaver::of(&goes), &topology) {
                 Ok(chosen) => {
+                    let sent = sent(&Leaver::of(&goes), &chosen);
+                    let (factor, criteria) = (factor(&chosen), criteria(order));
+                    goes.eviction = Some(eviction(&goes.figures, sent, factor, &criteria));
+                    let ways = self.store_ways(&goes.source, &chosen, order.urgency).await;
+                    goes.store_hops = ways.into_iter().flatten().collect();
                     goes.stores = Some(chosen);
                     kept.push(goes);
                 }
@@ -46,18 +77,53 @@ impl Planner {
         full.goes = kept;
     }
 
-    fn wish(&self, order: &EvacuationOrder, goes: &Goes) -> Wish {
-        let memory = goes.figures.memory;
-        let pages = goes.figures.non_zero.bytes().scale(PACKED) + PACKED_LEAST;
-        let first = goes.hops.first().map_or(BitsPerSec::ZERO, |hop| hop.rate);
-        let source_rack = self.site.rack(&goes.source);
+    /// The stores that one VM would have.
+    pub(super) fn stores_for(
+        &self,
+        order: &EvacuationOrder,
+        leaver: &Leaver<'_>,
+        topology: &Topology,
+    ) -> Result<ChosenStores, NoStoresError> {
+        choose(&self.candidates(order, leaver, topology), &self.wish(order, leaver))
+    }
+
+    /// The best way to each store, with what is wanted on each port: what the stores behind it take
+    /// in together, as far as the urgency goes. Empty for a store that no way leads to.
+    pub async fn store_ways(
+        &self,
+        source: &HostId,
+        chosen: &ChosenStores,
+        urgency: Urgency,
+    ) -> Vec<Vec<Hop>> {
+        let topology = self.fresh_topology().await;
+        let way = |store: &ChosenStore| {
+            let ways = topology.ways(source, &store.host, 1).unwrap_or_default();
+            ways.first().map(|way| self.hops(way, urgency)).unwrap_or_default()
+        };
+        let mut ways: Vec<Vec<Hop>> = chosen.stores.iter().map(way).collect();
+        let mut wanted: BTreeMap<PortRef, BitsPerSec> = BTreeMap::new();
+        for (way, store) in ways.iter().zip(&chosen.stores) {
+            for hop in way {
+                *wanted.entry(hop.at.clone()).or_default() += store.rate;
+            }
+        }
+        for hop in ways.iter_mut().flatten() {
+            hop.rate = hop.rate.min(wanted.get(&hop.at).copied().unwrap_or_default());
+        }
+        ways
+    }
+
+    fn wish(&self, order: &EvacuationOrder, leaver: &Leaver<'_>) -> Wish {
+        let memory = leaver.figures.memory;
+        let pages = leaver.figures.non_zero.bytes().scale(PACKED) + PACKED_LEAST;
+        let source_rack = self.site.rack(leaver.source);
         let in_rack = self.site.config.hosts.iter().map(|host| &host.name);
         let in_rack: BTreeSet<&HostId> =
             in_rack.filter(|host| self.site.rack(host) == source_rack).collect();
         let whole_rack = in_rack.len() > 1 && in_rack.iter().all(|host| order.hosts.contains(host));
         Wish {
             pages: pages.min(memory.scale(PACKED) + PACKED_LEAST),
-            rate: first,
+            rate: leaver.reserved,
             near_only: whole_rack && order.intermediaries.is_empty(),
             count: match order.intermediaries.len() {
                 0 => order.intermediary_count as usize,
@@ -70,19 +136,19 @@ impl Planner {
     fn candidates(
         &self,
         order: &EvacuationOrder,
-        goes: &Goes,
+        leaver: &Leaver<'_>,
         topology: &Topology,
     ) -> Vec<Candidate> {
         let hosts = self.inventory.hosts();
         let named =
             |host: &HostId| order.intermediaries.is_empty() || order.intermediaries.contains(host);
-        let rack = self.site.rack(&goes.step.destination);
+        let rack = self.site.rack(leaver.destination);
         let others = hosts.iter().filter(|(host, _)| named(host));
         let candidate = |(host, entry): (&HostId, &HostEntry)| {
             let said = entry.description.clone().unwrap_or_default();
             let obstacle = match () {
-                () if *host == goes.source => "it is the source".to_owned(),
-                () if *host == goes.step.destination => "it is the destination".to_owned(),
+                () if host == leaver.source => "it is the source".to_owned(),
+                () if host == leaver.destination => "it is the destination".to_owned(),
                 () if !entry.connected => "its agent does not answer".to_owned(),
                 () if order.hosts.contains(host) => "it is being evacuated itself".to_owned(),
                 () if entry.cordoned => "it is cordoned".to_owned(),
@@ -96,13 +162,25 @@ impl Planner {
                     true => said.cpu_cores - said.cpu_load,
                     false => f64::INFINITY,
                 },
-                rate: way_rate(topology, &goes.source, host),
+                rate: way_rate(topology, leaver.source, host),
                 obstacle,
                 host: host.clone(),
             }
         };
         others.map(candidate).collect()
     }
+}
+
+/// What a source sends to all of its VM's stores together, bytes/s: what is reserved for it, and no
+/// more than they take in.
+pub(super) fn sent(leaver: &Leaver<'_>, chosen: &ChosenStores) -> BytesPerSec {
+    let stores = chosen.stores.iter().map(|store| store.rate.0).fold(0, u64::saturating_add);
+    leaver.reserved.min(BitsPerSec(stores)).bytes_per_sec()
+}
+
+/// How often each page goes.
+pub(super) fn factor(chosen: &ChosenStores) -> f64 {
+    chosen.redundancy.factor(chosen.stores.len())
 }
 
 /// What the best way between two hosts has to spare at its narrowest.

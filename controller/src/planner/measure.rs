@@ -33,6 +33,7 @@ const FRESH: Duration = Duration::from_secs(10);
 pub(super) struct Gathered {
     pub(super) inventory: PolicyInventory,
     promises: BTreeMap<VmId, DiskPromise>,
+    statuses: BTreeMap<VmId, VmStatus>,
 }
 
 impl Planner {
@@ -86,7 +87,8 @@ impl Planner {
             experience: Experience::default(),
             between: SETTING_UP.saturating_add(measuring.max(self.window())),
         };
-        Ok((Gathered { inventory, promises }, stuck))
+        let statuses = movable.into_iter().collect();
+        Ok((Gathered { inventory, promises, statuses }, stuck))
     }
 
     /// Asks every connected agent at once: what the last poll said may be a second old, and a VM may
@@ -155,7 +157,7 @@ impl Planner {
     }
 }
 
-fn criteria(order: &EvacuationOrder) -> StopCriteria {
+pub(super) fn criteria(order: &EvacuationOrder) -> StopCriteria {
     let downtime = Duration::from_millis(u64::from(order.downtime_limit_ms));
     StopCriteria::within(downtime)
 }
@@ -218,14 +220,17 @@ fn unmovable(order: &EvacuationOrder, status: &VmStatus) -> Option<String> {
 /// Why a VM's pages cannot follow it in this mode, if they cannot.
 fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
     let definition = status.definition.as_ref();
-    let forbids = |of: fn(&VmDefinition) -> bool| definition.is_some_and(of);
+    let has = |of: fn(&VmDefinition) -> bool| definition.is_some_and(of);
     let elsewhere = matches!(mode, Mode::PostCopy | Mode::ScatterGather);
     match () {
         () if !elsewhere => None,
-        () if forbids(|vm| vm.forbid_post_copy) => {
+        () if has(|vm| vm.disks.iter().any(|disk| disk.shared_storage.is_empty())) => {
+            Some(format!("its local disks go along, and {mode} does not take disks; pre-copy does"))
+        }
+        () if has(|vm| vm.forbid_post_copy) => {
             Some(format!("its owner forbids {mode} (forbid_post_copy)"))
         }
-        () if mode == Mode::ScatterGather && forbids(|vm| vm.forbid_intermediaries) => Some(
+        () if mode == Mode::ScatterGather && has(|vm| vm.forbid_intermediaries) => Some(
             "its owner forbids that its pages wait at other hosts (forbid_intermediaries)"
                 .to_owned(),
         ),
@@ -250,6 +255,11 @@ impl Gathered {
         let planned = self.inventory.vms.iter().find(|planned| planned.needs.id == *vm)?;
         let promise = self.promises.get(vm).copied().unwrap_or_default();
         Some((planned.measured.clone(), promise))
+    }
+
+    /// Why a VM cannot move by such a mode, if it cannot.
+    pub(super) fn unfetchable(&self, vm: &VmId, mode: Mode) -> Option<String> {
+        unfetchable(mode, self.statuses.get(vm)?)
     }
 
     /// Why this destination: what it has free.

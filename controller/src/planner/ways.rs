@@ -107,7 +107,7 @@ impl Planner {
 
     /// Where a plan's pages leave by ports that can carry no queue: a sentence for each.
     pub(super) async fn paced_notes(&self, full: &FullPlan) -> Vec<String> {
-        let wanted = full.goes.iter().flat_map(|goes| &goes.hops);
+        let wanted = full.goes.iter().flat_map(|goes| goes.hops.iter().chain(&goes.store_hops));
         let wanted = wanted.filter(|hop| hop.rate > BitsPerSec::ZERO).map(|hop| &hop.at);
         let ports: BTreeSet<&PortRef> = wanted.collect();
         let switches = self.network.switches().await;

@@ -1,6 +1,7 @@
 //! What an operator sees: from the controller's own types to the replies on the wire. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use lifeboat_policy::intermediary::ChosenStore;
 use lifeboat_policy::predict::Range;
@@ -250,7 +251,12 @@ fn reservations(evacuation: &Evacuation, rates: &[PortRate]) -> Vec<wire::Reserv
 
 pub(super) fn plan(order: &EvacuationOrder, plan: &FullPlan) -> wire::Plan {
     let mut ports: BTreeMap<&PortRef, &Hop> = BTreeMap::new();
-    ports.extend(plan.goes.iter().flat_map(|goes| &goes.hops).map(|hop| (&hop.at, hop)));
+    for hop in plan.goes.iter().flat_map(|goes| goes.hops.iter().chain(&goes.store_hops)) {
+        let most = ports.entry(&hop.at).or_insert(hop);
+        if hop.rate > most.rate {
+            *most = hop;
+        }
+    }
     let reservation = |(at, hop): (&PortRef, &Hop)| wire::PlannedReservation {
         switch: at.switch.to_string(),
         port: at.port.clone(),
@@ -294,6 +300,15 @@ fn planned_vm(wave: u32, goes: &Goes) -> wire::PlannedVm {
         path: goes.hops.iter().map(|hop| hop.at.to_string()).collect(),
         why_here: goes.why_here.clone(),
         why_now: goes.why_now.clone(),
+        why_mode: goes.why_mode.why.clone(),
+        mode_refusals: goes.why_mode.refusals.clone(),
+        eviction_ms: Some(estimate(predicted, |p| match goes.eviction {
+            // As unsure as all of it.
+            Some(likely) => {
+                millis(likely) as f64 * ratio(p.total_time, predicted.likely.total_time)
+            }
+            None => millis(p.total_time) as f64,
+        })),
         rate_bits_per_sec: goes.step.predicted.bandwidth.0,
         non_zero_bytes: goes.measured.0,
         dirty_pages_per_sec: goes.measured.1,
@@ -303,8 +318,11 @@ fn planned_vm(wave: u32, goes: &Goes) -> wire::PlannedVm {
             .flat_map(|chosen| chosen.stores.iter().map(planned_store))
             .collect(),
         redundancy: goes.stores.as_ref().map_or_else(String::new, |s| s.redundancy.to_string()),
-        ..wire::PlannedVm::default()
     }
+}
+
+fn ratio(time: Duration, of: Duration) -> f64 {
+    if of.is_zero() { 1.0 } else { time.as_secs_f64() / of.as_secs_f64() }
 }
 
 fn planned_store(store: &ChosenStore) -> wire::PlannedStore {

@@ -75,6 +75,9 @@ impl Agent for FakeAgent {
             memory_free_bytes: 4 << 30,
             bridges: vec![BridgeDescription { name: "br0".to_owned(), mtu: 1500 }],
             page_address: format!("10.0.0.{n}:7000"),
+            modes: [Mode::PreCopy, Mode::PostCopy, Mode::ScatterGather].map(i32::from).to_vec(),
+            store_memory_free_bytes: 2 << 30,
+            cpu_cores: 2.0,
             ..HostDescription::default()
         }))
     }
@@ -134,6 +137,7 @@ impl Agent for FakeAgent {
             phase: Phase::MemoryCopy.into(),
             source_host: self.host.clone(),
             destination_host: request.destination_host,
+            limit_bits_per_sec: request.network_limit_bits_per_sec,
             iteration: 1,
             bytes_total: 256 << 20,
             bytes_remaining: 256 << 20,
@@ -248,11 +252,30 @@ impl Agent for FakeAgent {
         self.absent()
     }
 
-    async fn prepare_store(&self, _: Request<PrepareStoreRequest>) -> Reply<PrepareStoreReply> {
-        self.absent()
+    async fn prepare_store(
+        &self,
+        request: Request<PrepareStoreRequest>,
+    ) -> Reply<PrepareStoreReply> {
+        let request = request.into_inner();
+        self.heed(request.command.as_ref())?;
+        self.cloud.truth().stores.insert((self.host.clone(), request.migration));
+        let n = self.host.trim_start_matches('h');
+        let store = PageStore {
+            host: self.host.clone(),
+            address: format!("10.0.0.{n}:7100"),
+            memory_bytes: request.memory_bytes,
+            ..PageStore::default()
+        };
+        Ok(Response::new(PrepareStoreReply { store: Some(store) }))
     }
 
-    async fn release_store(&self, _: Request<ReleaseStoreRequest>) -> Reply<ReleaseStoreReply> {
-        self.absent()
+    async fn release_store(
+        &self,
+        request: Request<ReleaseStoreRequest>,
+    ) -> Reply<ReleaseStoreReply> {
+        let request = request.into_inner();
+        self.heed(request.command.as_ref())?;
+        let held_pages = self.cloud.truth().stores.remove(&(self.host.clone(), request.migration));
+        Ok(Response::new(ReleaseStoreReply { held_pages }))
     }
 }

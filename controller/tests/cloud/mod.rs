@@ -37,6 +37,8 @@ pub(crate) struct Truth {
     pub(crate) at: BTreeMap<String, String>,
     /// Every migration that ever began, as its source knows it.
     pub(crate) migrations: BTreeMap<String, MigrationProgress>,
+    /// Stores that are open: host and migration.
+    pub(crate) stores: BTreeSet<(String, String)>,
     /// Hosts that refuse to prepare.
     pub(crate) refusing: BTreeSet<String>,
     /// VMs whose next migration fails half way.
