@@ -364,21 +364,33 @@ impl Planner {
             parallel: order.parallel as usize,
         };
         let mut made = plan(&request, &facts.inventory, &topology)?;
+        let first = modes::First {
+            planner: self,
+            order,
+            source,
+            facts: &facts,
+            plan: &made,
+            topology: &topology,
+        };
         let mut modes = BTreeMap::new();
-        if order.mode == Mode::ScatterGather {
-            let homeless = self.without_stores(order, source, &facts, &made, &topology);
-            if !homeless.is_empty() {
-                // Nobody waits for them: neither the forecast nor the others' places count with them.
-                let goes = |vm: &VmId| homeless.iter().all(|stays| stays.vm != *vm);
-                facts.inventory.vms.retain(|planned| goes(&planned.needs.id));
-                stuck.extend(homeless);
+        match order.mode {
+            Mode::ScatterGather => {
+                let homeless = first.without_stores();
+                if !homeless.is_empty() {
+                    // Nobody waits for them: neither the forecast nor the others' places count with them.
+                    let goes = |vm: &VmId| homeless.iter().all(|stays| stays.vm != *vm);
+                    facts.inventory.vms.retain(|planned| goes(&planned.needs.id));
+                    stuck.extend(homeless);
+                    made = plan(&request, &facts.inventory, &topology)?;
+                }
+            }
+            Mode::Auto => {
+                modes = first.modes();
+                request.modes =
+                    modes.iter().map(|(vm, chosen)| (vm.clone(), chosen.mode)).collect();
                 made = plan(&request, &facts.inventory, &topology)?;
             }
-        }
-        if order.mode == Mode::Auto {
-            modes = self.choose_modes(order, source, &facts, &made, &topology);
-            request.modes = modes.iter().map(|(vm, chosen)| (vm.clone(), chosen.mode)).collect();
-            made = plan(&request, &facts.inventory, &topology)?;
+            Mode::PreCopy | Mode::PostCopy | Mode::Cold => {}
         }
         Ok(HostPlan { plan: made, modes, stuck, facts })
     }

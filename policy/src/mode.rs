@@ -59,7 +59,6 @@ pub fn choose(facts: &ModeFacts) -> ChosenMode {
     let refusal = |mode: Mode, why: &String| format!("{mode}: {why}");
     let refusals = [
         eviction.as_ref().err().map(|why| refusal(Mode::ScatterGather, why)),
-        // Where pre-copy gets there, nobody asks for it.
         post_copy.as_ref().err().map(|why| refusal(Mode::PostCopy, why)),
     ];
     let refusals = refusals.into_iter().flatten().collect();

@@ -1,15 +1,15 @@
-//! The mode of each VM when the operator leaves it to us: what `policy::mode` needs to know.
+//! What is made of a first plan before the second: the mode of each VM when the operator leaves it to
+//! us, and who stays because there is no place for its pages.
 //!
-//! Used by the planner between two looks of `policy::plan`: the first one says where each VM goes
-//! and what pre-copy takes there. Not here: the choice itself, and the stores (`elsewhere`).
+//! The first plan says where each VM goes and what pre-copy takes there. Not here: the choice of a
+//! mode (`policy::mode`), and the stores themselves (`elsewhere`).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use lifeboat_policy::intermediary::Redundancy;
-use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::mode::{ChosenMode, ModeFacts, choose};
-use lifeboat_policy::plan::{Move, Plan};
+use lifeboat_policy::plan::{Move, Plan, PlannedVm};
 use lifeboat_policy::predict::{eviction, post_copy};
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
@@ -21,30 +21,28 @@ use super::measure::Gathered;
 use super::{Planner, Stays};
 use crate::evacuation::EvacuationOrder;
 
-impl Planner {
-    /// The mode of every VM of a first plan.
-    pub(super) fn choose_modes(
-        &self,
-        order: &EvacuationOrder,
-        source: &HostId,
-        facts: &Gathered,
-        first: &Plan,
-        topology: &Topology,
-    ) -> BTreeMap<VmId, ChosenMode> {
+/// A first plan with all that it was made from.
+pub(super) struct First<'a> {
+    pub(super) planner: &'a Planner,
+    pub(super) order: &'a EvacuationOrder,
+    pub(super) source: &'a HostId,
+    pub(super) facts: &'a Gathered,
+    pub(super) plan: &'a Plan,
+    pub(super) topology: &'a Topology,
+}
+
+impl First<'_> {
+    /// The mode of every VM.
+    pub(super) fn modes(&self) -> BTreeMap<VmId, ChosenMode> {
         let known = |step: &Move| {
-            let planned = facts.inventory.vms.iter().find(|vm| vm.needs.id == step.vm)?;
-            let obstacle = |mode| mode_obstacle(facts, step, mode);
+            let vm = self.vm(step)?;
             let bandwidth = step.predicted.bandwidth.bytes_per_sec();
-            let criteria = &facts.inventory.criteria;
-            let by_post_copy = match obstacle(Mode::PostCopy) {
-                None => Ok(post_copy(&planned.measured, bandwidth, criteria)),
+            let by_post_copy = match mode_obstacle(self.facts, step, Mode::PostCopy) {
+                None => Ok(post_copy(&vm.measured, bandwidth, &self.facts.inventory.criteria)),
                 Some(why) => Err(why),
             };
-            let scattered = match obstacle(Mode::ScatterGather) {
-                None => {
-                    let leaver = self.leaver(order, source, &planned.measured, step);
-                    self.evicted(order, &leaver, facts, topology)
-                }
+            let scattered = match mode_obstacle(self.facts, step, Mode::ScatterGather) {
+                None => self.evicted(&self.leaver(vm, step)),
                 Some(why) => Err(why),
             };
             let known = ModeFacts {
@@ -54,64 +52,50 @@ impl Planner {
             };
             Some((step.vm.clone(), choose(&known)))
         };
-        first.moves.iter().filter_map(known).collect()
+        self.plan.moves.iter().filter_map(known).collect()
     }
 
-    /// The VMs of a first plan by scatter-gather for whose pages there is no place.
-    pub(super) fn without_stores(
-        &self,
-        order: &EvacuationOrder,
-        source: &HostId,
-        facts: &Gathered,
-        first: &Plan,
-        topology: &Topology,
-    ) -> Vec<Stays> {
+    /// The VMs for whose pages there is no place, when all are to be scattered.
+    pub(super) fn without_stores(&self) -> Vec<Stays> {
         let stays = |step: &Move| {
-            let planned = facts.inventory.vms.iter().find(|vm| vm.needs.id == step.vm)?;
-            let leaver = self.leaver(order, source, &planned.measured, step);
-            let error = self.stores_for(order, &leaver, topology).err()?;
+            let leaver = self.leaver(self.vm(step)?, step);
+            let error = self.planner.stores_for(self.order, &leaver, self.topology).err()?;
             Some(Stays {
                 vm: step.vm.clone(),
-                host: source.clone(),
+                host: self.source.clone(),
                 reason: error.to_string(),
                 refusals: Vec::new(),
             })
         };
-        first.moves.iter().filter_map(stays).collect()
+        self.plan.moves.iter().filter_map(stays).collect()
     }
 
-    fn leaver<'a>(
-        &self,
-        order: &EvacuationOrder,
-        source: &'a HostId,
-        figures: &'a MeasuredVm,
-        step: &'a Move,
-    ) -> Leaver<'a> {
-        let hops = self.hops(&step.way, order.urgency);
-        let reserved = hops.first().map_or(BitsPerSec::ZERO, |hop| hop.rate);
-        Leaver { source, destination: &step.destination, figures, reserved }
+    fn vm(&self, step: &Move) -> Option<&PlannedVm> {
+        self.facts.inventory.vms.iter().find(|vm| vm.needs.id == step.vm)
     }
 
-    fn evicted(
-        &self,
-        order: &EvacuationOrder,
-        leaver: &Leaver<'_>,
-        facts: &Gathered,
-        topology: &Topology,
-    ) -> Result<Duration, String> {
+    fn leaver<'a>(&'a self, vm: &'a PlannedVm, step: &'a Move) -> Leaver<'a> {
+        let hops = self.planner.hops(&step.way, self.order.urgency);
+        Leaver {
+            source: self.source,
+            destination: &step.destination,
+            figures: &vm.measured,
+            reserved: hops.first().map_or(BitsPerSec::ZERO, |hop| hop.rate),
+        }
+    }
+
+    fn evicted(&self, leaver: &Leaver<'_>) -> Result<Duration, String> {
+        let refused = |why: &str| Err(why.to_owned());
         if leaver.reserved == BitsPerSec::ZERO {
-            return Err(
-                "nothing is reserved for it, so nobody knows how fast it would be".to_owned()
-            );
+            return refused("nothing is reserved for it, so nobody knows how fast it would be");
         }
-        let stores = self.stores_for(order, leaver, topology).map_err(|error| error.to_string())?;
-        if stores.redundancy == Redundancy::None && order.redundancy.is_none() {
-            return Err(
-                "one store alone would hold the only copy: that has to be asked for".to_owned()
-            );
+        let stores = self.planner.stores_for(self.order, leaver, self.topology);
+        let stores = stores.map_err(|error| error.to_string())?;
+        if stores.redundancy == Redundancy::None && self.order.redundancy.is_none() {
+            return refused("one store alone would hold the only copy: that has to be asked for");
         }
-        let sent = sent(leaver, &stores).scale(facts.inventory.experience.share);
-        Ok(eviction(leaver.figures, sent, factor(&stores), &facts.inventory.criteria))
+        let sent = sent(leaver, &stores).scale(self.facts.inventory.experience.share);
+        Ok(eviction(leaver.figures, sent, factor(&stores), &self.facts.inventory.criteria))
     }
 }
 
