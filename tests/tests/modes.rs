@@ -12,30 +12,12 @@ use std::time::Duration;
 use lifeboat_agent::qemu::run_dir::RunDir;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
+use lifeboat_tests::rig::userfaultfd::Allowed;
 use lifeboat_tests::world::inside;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const HOSTS: u16 = 5;
-const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
-
-/// Whether an unprivileged QEMU may fetch pages is the machine's setting: put back afterwards.
-struct Allowed(String);
-
-impl Allowed {
-    fn now() -> Self {
-        let before = fs::read_to_string(SYSCTL).unwrap_or_default();
-        fs::write(SYSCTL, "1").expect("needs root");
-        Self(before)
-    }
-}
-
-impl Drop for Allowed {
-    fn drop(&mut self) {
-        // The namespaces end all the same.
-        let _ = fs::write(SYSCTL, self.0.trim());
-    }
-}
 
 /// A process that ends with the test.
 struct Process(Child);
@@ -207,7 +189,7 @@ fn hosts_are_emptied_by_post_copy_and_by_scatter_gather() {
         return;
     }
     private::settle().unwrap();
-    let _allowed = Allowed::now();
+    let _allowed = Allowed::now().unwrap();
     let folder = tempfile::tempdir().unwrap();
     open_to_all(folder.path());
     let mut site = Site::start(folder.path());

@@ -16,6 +16,7 @@ pub mod program;
 pub mod rack;
 pub mod switch;
 pub mod traffic;
+pub mod userfaultfd;
 
 use std::io;
 

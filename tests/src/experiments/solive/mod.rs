@@ -106,7 +106,6 @@ fn blank(setting: &Setting<'_>, name: &str, rounds: usize, arms: &[Arm]) -> Reco
         parameters: json!({
             "rounds": rounds,
             "arms": arms,
-            "mode": "pre-copy",
             "scenario": scenario.unwrap_or_default(),
         }),
         samples: Vec::new(),
@@ -154,7 +153,7 @@ fn finish_moving(cloud: &Cloud, from: &str, to: &str) -> Result<(), RigError> {
             return Ok(());
         }
         clock::rest(REST);
-        evacuated(cloud, from, to, &["--urgency", "95"])?;
+        evacuated(cloud, from, to, &["--mode", "pre-copy", "--urgency", "95"])?;
     }
     Err(RigError::refused("an evacuation")(format!("guests stay on {from}")))
 }
@@ -165,7 +164,7 @@ fn evacuated(
     to: &str,
     words: &[&str],
 ) -> Result<(Value, Watched), RigError> {
-    let order = ["evacuate", from, "--to", to, "--mode", "pre-copy", "--yes", "--detach"];
+    let order = ["evacuate", from, "--to", to, "--yes", "--detach"];
     let begun = cloud.ask(&[&order[..], words].concat())?;
     let id = begun["evacuation"].as_str().unwrap_or_default().to_owned();
     let deadline = clock::now() + RUN_LIMIT;
