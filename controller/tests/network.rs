@@ -339,8 +339,17 @@ async fn a_link_that_is_not_heard_of_is_unknown_and_a_quiet_one_calm() {
     assert!(switches.iter().all(|switch| switch.saturation == Saturation::Unknown));
 }
 
+/// The same on machines whose kernels have no HTB.
+const UNSHAPED: Shaping = Shaping { htb: false, classifier: true, policing: false };
+
+async fn ability(network: &impl Network, switch: &str, name: &str) -> Ability {
+    let switches = network.switches().await;
+    let status = switches.iter().find(|status| status.name.as_str() == switch).unwrap();
+    status.ports.iter().find(|port| port.name == name).unwrap().ability.clone()
+}
+
 #[tokio::test]
-async fn what_a_kernel_cannot_shape_is_only_paced() {
+async fn what_a_kernel_cannot_shape_is_only_paced_and_on_a_host_others_are_held_back() {
     for (htb, classifier, why) in
         [(false, true, PaceOnly::NoShaper), (true, false, PaceOnly::NoFilter)]
     {
@@ -351,13 +360,129 @@ async fn what_a_kernel_cannot_shape_is_only_paced() {
         let reserved = network.reserve(wish("e1-m1", 75)).await.unwrap();
         assert!(reserved.hops.iter().all(|hop| hop.is_paced()), "{reserved:?}");
         assert_eq!(reserved.paced_rate(), Some(BitsPerSec::from_mbit(75)));
-        assert_eq!((rig.everything(), classifiers.take()), (before, vec![]));
+        assert_eq!(classifiers.take(), Vec::<String>::new());
+        // The switch in the middle leads elsewhere, too: nothing is installed there.
+        assert_eq!(rig.flows("s1").lines().count(), 1);
+        assert_eq!(ability(&network, "s1", "d2").await, Ability::PaceOnly(why.clone()));
+        assert_eq!(ability(&network, "h1.br-h1", "u1").await, Ability::Metered(why));
         let switches = network.switches().await;
         let s1 = switches.iter().find(|switch| switch.name.as_str() == "s1").unwrap();
         assert_eq!(s1.shaping, Some(shaping));
-        let port = s1.ports.iter().find(|port| port.name == "d2").unwrap();
-        assert_eq!(port.ability, Ability::PaceOnly(why));
+        let meter = rig.ofctl("br-h1", "dump-meters", "");
+        assert!(meter.contains("meter=19522 kbps burst stats"), "{meter}");
+        assert!(meter.contains("type=drop rate=25000 burst_size=1250"), "{meter}");
+        let pages =
+            rig.trace("br-h1", "tcp,in_port=LOCAL,nw_src=10.0.0.1,nw_dst=10.0.0.2,tp_dst=7445");
+        assert!(!pages.contains("meter:"), "{pages}");
+        let forged = rig.trace("br-h1", "udp,in_port=LOCAL,nw_tos=12");
+        assert!(
+            forged.contains("meter:19522") && forged.contains("set_field:0->ip_dscp"),
+            "{forged}"
+        );
         let released = network.release(evacuation("e1"), None).await;
         assert_eq!(released.failures, vec![]);
+        assert_eq!(rig.everything(), before);
+        let meters = rig.ofctl("br-h1", "dump-meters", "");
+        assert!(!meters.contains("meter="), "{meters}");
     }
+}
+
+#[tokio::test]
+async fn a_meter_follows_who_comes_and_goes_and_a_restart_of_controller_or_switch() {
+    let mut rig = Rig::start().await;
+    let meter = |rig: &Rig| {
+        let said = rig.ofctl("br-h1", "dump-meters", "");
+        let rate = said.split_once("rate=").and_then(|(_, rest)| rest.split_whitespace().next());
+        rate.map(str::to_owned)
+    };
+    let (network, _) = rig.network_on(UNSHAPED).await;
+    let before = rig.everything();
+    network.reserve(wish("e1-m1", 40)).await.unwrap();
+    assert_eq!(meter(&rig).as_deref(), Some("60000"));
+    network.reserve(wish("e1-m2", 40)).await.unwrap();
+    assert_eq!(meter(&rig).as_deref(), Some("60000"));
+    let ports = vec![(port("h1.br-h1", "u1"), BitsPerSec::from_mbit(20))];
+    network.adjust(Adjustment { evacuation: evacuation("e1"), ports }).await.unwrap();
+    assert_eq!(meter(&rig).as_deref(), Some("80000"));
+    network.reserve(wish("e2-m1", 30)).await.unwrap();
+    assert_eq!(meter(&rig).as_deref(), Some("50000"));
+    network.release(evacuation("e2"), None).await;
+    assert_eq!(meter(&rig).as_deref(), Some("80000"));
+
+    drop(network);
+    let (network, _) = rig.network_on(UNSHAPED).await;
+    let kept = network.release_leftovers(vec![migration("e1-m2")]).await;
+    assert_eq!(kept.failures, vec![]);
+    assert_eq!(meter(&rig).as_deref(), Some("80000"));
+    assert_eq!(rig.flows("br-h1").matches("tp_dst=7445").count(), 1);
+
+    rig.kill_switch();
+    eventually("the switch is missed", async || {
+        network.switches().await.iter().all(|switch| !switch.openflow_connected)
+    })
+    .await;
+    rig.start_switch().await;
+    connected(&network).await;
+    eventually("the meter is back", async || meter(&rig).as_deref() == Some("80000")).await;
+    rig.ofctl("br-h1", "add-flow", "priority=0,actions=NORMAL");
+    rig.ofctl("s1", "add-flow", "priority=0,actions=NORMAL");
+    rig.ofctl("br-h2", "add-flow", "priority=0,actions=NORMAL");
+
+    // Nobody lives: a controller that comes after takes it away.
+    drop(network);
+    let (network, _) = rig.network_on(UNSHAPED).await;
+    assert_eq!(network.release_leftovers(vec![]).await.failures, vec![]);
+    assert_eq!(meter(&rig), None);
+    assert_eq!(rig.everything(), before);
+}
+
+#[tokio::test]
+async fn a_meter_comes_before_no_flow_of_others_that_does_more_than_forward() {
+    let rig = Rig::start().await;
+    rig.ofctl("br-h1", "add-flow", "priority=9,udp,nw_src=10.0.0.66,actions=drop");
+    let (network, _) = rig.network_on(UNSHAPED).await;
+    let before = rig.everything();
+    let reserved = network.reserve(wish("e1-m1", 75)).await.unwrap();
+    assert_eq!(reserved.paced_rate(), Some(BitsPerSec::from_mbit(75)));
+    assert_eq!(rig.everything(), before);
+    let only = Ability::PaceOnly(PaceOnly::NoShaper);
+    assert_eq!(ability(&network, "h1.br-h1", "u1").await, only);
+    network.release(evacuation("e1"), None).await;
+}
+
+/// Real packets: a flood of an application gets what is not reserved, and no more.
+#[tokio::test]
+async fn a_flood_from_a_metered_host_gets_what_is_not_reserved() {
+    let rig = Rig::start().await;
+    let (network, _) = rig.network_on(UNSHAPED).await;
+    tool("ip address add 10.7.0.1/24 dev br-h1");
+    tool("ip link set br-h1 up");
+    tool("ip neighbour add 10.7.0.2 lladdr 02:00:00:00:00:02 dev br-h1 nud permanent");
+    let sent = || -> u64 {
+        // Of the thread's own namespace: name, eight figures of what came, then bytes sent.
+        let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+        let line = text.lines().find(|line| line.trim_start().starts_with("u1:")).unwrap();
+        line.split_whitespace().nth(9).unwrap().parse().unwrap()
+    };
+    // 60 Mbit/s for two seconds, by packets of 1,442 bytes on the wire.
+    let flood = async || {
+        let application = std::net::UdpSocket::bind("10.7.0.1:0").unwrap();
+        let (began, before) = (tokio::time::Instant::now(), sent());
+        let packets = 60_000_000 * 2 / 8 / 1442;
+        for number in 0..packets {
+            tokio::time::sleep_until(began + std::time::Duration::from_micros(number * 192)).await;
+            application.send_to(&[0; 1400], "10.7.0.2:9").unwrap();
+        }
+        let passed = (sent() - before) as f64 * 8.0 / 1e6;
+        passed / began.elapsed().as_secs_f64()
+    };
+    let free = flood().await;
+    assert!(free > 45.0, "{free} Mbit/s without a reservation");
+    network.reserve(wish("e1-m1", 90)).await.unwrap();
+    let held = flood().await;
+    // 10 Mbit/s, and once a burst of 0.5 Mbit.
+    assert!((8.0..11.5).contains(&held), "{held} Mbit/s");
+    network.release(evacuation("e1"), None).await;
+    let free = flood().await;
+    assert!(free > 45.0, "{free} Mbit/s after the release");
 }

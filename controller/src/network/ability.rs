@@ -17,11 +17,14 @@ pub enum Ability {
     ClassifiedQueue,
     /// It would need that classifier, and no agent is configured that could install it.
     NoClassifier,
+    /// No queue; but a meter holds everybody else to what a migration leaves, and the source keeps to
+    /// its rate.
+    Metered(PaceOnly),
     /// Nothing at the port itself: the source keeps to the rate.
     PaceOnly(PaceOnly),
 }
 
-/// Why we install nothing at a port.
+/// Why a port gets no queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PaceOnly {
     /// Its link is too fast for a software shaper.
@@ -76,6 +79,16 @@ impl Ability {
             _ => None,
         }
     }
+
+    /// Why the port gets no queue, whether or not others are held back there; `None` where it does, or
+    /// may.
+    #[must_use]
+    pub const fn no_queue(&self) -> Option<&PaceOnly> {
+        match self {
+            Self::Metered(why) | Self::PaceOnly(why) => Some(why),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Ability {
@@ -85,6 +98,7 @@ impl fmt::Display for Ability {
             Self::Queue => f.write_str("queues"),
             Self::ClassifiedQueue => f.write_str("queues, by classifier"),
             Self::NoClassifier => f.write_str("none: no agent with the role switch"),
+            Self::Metered(why) => write!(f, "pacing, and a meter on the others: {why}"),
             Self::PaceOnly(why) => write!(f, "pacing only: {why}"),
         }
     }

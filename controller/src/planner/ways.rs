@@ -10,7 +10,7 @@ use lifeboat_protocol::units::BitsPerSec;
 use lifeboat_topology::{Egress, End, PortName, Topology, TopologyError, Way};
 
 use super::{FullPlan, Planner};
-use crate::network::{Hop, PageFlow, PortRef};
+use crate::network::{Ability, Hop, PageFlow, PortRef};
 
 /// Why a migration's packets cannot be told from others.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -114,14 +114,18 @@ impl Planner {
         let why = |at: &PortRef| {
             let status = switches.iter().find(|status| status.name == at.switch)?;
             let port = status.ports.iter().find(|port| port.name == at.port)?;
-            port.ability.pace_only().map(ToString::to_string)
+            let kept = match &port.ability {
+                Ability::Metered(_) => {
+                    "a meter holds everything else that leaves the host to what is not reserved, \
+                     also between its own VMs, and the source paces its pages"
+                }
+                _ => "the source paces its pages instead, and nothing is guaranteed there",
+            };
+            Some((port.ability.no_queue()?.to_string(), kept))
         };
         let note = |at: &&PortRef| {
-            Some(format!(
-                "{at} gets no queue ({}): the source paces its pages instead, and nothing is \
-                 guaranteed there",
-                why(at)?
-            ))
+            let (why, kept) = why(at)?;
+            Some(format!("{at} gets no queue ({why}): {kept}"))
         };
         ports.iter().filter_map(note).collect()
     }

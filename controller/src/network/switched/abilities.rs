@@ -1,4 +1,5 @@
-//! What each port can do: whether a queue may be put there, or only the source can keep to a rate.
+//! What each port can do: whether a queue may be put there, or others held back by a meter, or only
+//! the source can keep to a rate.
 //!
 //! Used by the reservation, the discovery and the status. A kernel without HTB, or on a userspace
 //! datapath without the filter beside it, cannot (the agent of the switch is asked, because Open vSwitch
@@ -11,19 +12,23 @@
 //!
 //! What a plain switch is: every flow that is not ours is in table 0 and drops, or marks and then
 //! forwards NORMAL. Flows are looked at when a switch has connected, and again now and then; a
-//! pipeline of many thousand flows is not asked for often. Deliberately not here: meters.
+//! pipeline of many thousand flows is not asked for often.
+//!
+//! A meter instead of a queue takes more than a plain switch (see `hold`): a host's own bridge with
+//! one link, where everything that does not come in by that link may leave by it, and no flow of
+//! anybody that does more than forward, because ours come first.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use lifeboat_ovs::openflow::multipart::FlowStats;
+use lifeboat_ovs::openflow::multipart::{FlowStats, Reply, Request};
 use lifeboat_ovs::openflow::{Action, Instruction, PortNo};
 use lifeboat_protocol::ids::{HostId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
 use super::mark::Cookie;
 use super::queues::WITHIN;
-use super::{Inner, locked, of_openflow};
+use super::{Inner, hold, locked, of_openflow};
 use crate::clock::{self, UnixMs};
 use crate::network::{Ability, Hop, NetworkError, PaceOnly, PortRef, Shaping};
 
@@ -40,12 +45,25 @@ pub(super) type Pipelines = Mutex<BTreeMap<SwitchId, Pipeline>>;
 /// What agents have said of their kernels.
 pub(super) type Shapers = Mutex<BTreeMap<HostId, Shaping>>;
 
+/// The ports of a way by what they can do.
+#[derive(Debug, Default)]
+pub(super) struct Divided {
+    /// Those that get a queue.
+    pub(super) queued: Vec<Hop>,
+    /// Those where others are held back by a meter; the source keeps to the rate.
+    pub(super) metered: Vec<Hop>,
+    /// Those where only the source keeps to the rate.
+    pub(super) paced: Vec<Hop>,
+}
+
 /// What was seen of a switch's flows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Pipeline {
     seen: UnixMs,
     /// The first flow of another controller's pipeline.
     foreign: Option<String>,
+    /// Whether nobody's flow does more than forward, and the switch can have our meter.
+    meters: bool,
 }
 
 impl Pipeline {
@@ -64,6 +82,22 @@ fn foreign(flows: &[FlowStats]) -> Option<String> {
             "flow in table {}, priority {}, cookie {:#x}",
             flow.table, flow.priority, flow.cookie
         )
+    })
+}
+
+/// Whether a meter of ours could stand before all flows of others and change nothing else: they do
+/// nothing but forward.
+fn is_bare(flows: &[FlowStats]) -> bool {
+    let theirs = flows.iter().filter(|flow| Cookie::from_bits(flow.cookie).is_none());
+    let forwards = |instruction: &Instruction| match instruction {
+        Instruction::ApplyActions(actions) => {
+            matches!(actions[..], [Action::Output { port: PortNo::NORMAL, .. }])
+        }
+        _ => false,
+    };
+    theirs.into_iter().all(|flow| match &flow.instructions[..] {
+        [one] => flow.table == 0 && forwards(one),
+        _ => false,
     })
 }
 
@@ -99,11 +133,15 @@ impl Inner {
         if let Some(flow) = pipeline.foreign {
             return Ability::PaceOnly(PaceOnly::ForeignPipeline { flow });
         }
+        let unshaped = |why| match pipeline.meters && self.has_one_link(&at.switch) {
+            true => Ability::Metered(why),
+            false => Ability::PaceOnly(why),
+        };
         match (bridge, self.shaping(&at.switch)) {
             (None, _) => Ability::Unknown,
-            (Some(_), Some(shaping)) if !shaping.htb => Ability::PaceOnly(PaceOnly::NoShaper),
+            (Some(_), Some(shaping)) if !shaping.htb => unshaped(PaceOnly::NoShaper),
             (Some(bridge), Some(shaping)) if bridge.needs_classifier() && !shaping.classifier => {
-                Ability::PaceOnly(PaceOnly::NoFilter)
+                unshaped(PaceOnly::NoFilter)
             }
             (Some(bridge), _) if !bridge.needs_classifier() => Ability::Queue,
             (Some(_), _) => {
@@ -114,6 +152,14 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// Whether a switch is a host's own bridge, and has one link: what does not come in by it may
+    /// leave by it.
+    fn has_one_link(&self, switch: &SwitchId) -> bool {
+        let known = self.connections.known(switch);
+        let links = self.links.keys().filter(|at| at.switch == *switch);
+        known.is_ok_and(|known| known.host.is_some()) && links.count() == 1
     }
 
     /// What the kernel of a switch's machine can do, as far as its agent has said.
@@ -172,7 +218,13 @@ impl Inner {
         let handle = self.connections.openflow(switch)?;
         let flows = handle.flow_stats(0, 0, WITHIN).await;
         let flows = flows.map_err(|error| of_openflow(switch, "list its flows", error))?;
-        let pipeline = Pipeline { seen: clock::now(), foreign: foreign(&flows) };
+        let meters = is_bare(&flows)
+            && match handle.question(Request::MeterFeatures, WITHIN).await {
+                Ok(Reply::MeterFeatures(features)) => features.max_meters >= hold::METER,
+                // A switch that does not know the question has none.
+                _ => false,
+            };
+        let pipeline = Pipeline { seen: clock::now(), foreign: foreign(&flows), meters };
         let before = locked(&self.pipelines).insert(switch.clone(), pipeline.clone());
         if let Some(flow) = pipeline.foreign
             && before.is_none_or(|before| before.foreign.is_none())
@@ -182,21 +234,27 @@ impl Inner {
         Ok(())
     }
 
-    /// The ports of a way that get a queue, and those where the source only keeps to the rate.
+    /// The ports of a way by what they can do.
     ///
     /// # Errors
     /// When a switch that was never looked at does not answer.
-    pub(super) async fn divide(
-        &self,
-        hops: Vec<Hop>,
-    ) -> Result<(Vec<Hop>, Vec<Hop>), NetworkError> {
+    pub(super) async fn divide(&self, hops: Vec<Hop>) -> Result<Divided, NetworkError> {
         for hop in &hops {
             if self.ability(&hop.at) == Ability::Unknown {
                 self.look_at(&hop.at.switch).await?;
             }
             self.ask_kernel(&hop.at.switch).await;
         }
-        Ok(hops.into_iter().partition(|hop| self.ability(&hop.at).pace_only().is_none()))
+        let mut divided = Divided::default();
+        for hop in hops {
+            let kind = match self.ability(&hop.at) {
+                Ability::Metered(_) => &mut divided.metered,
+                Ability::PaceOnly(_) => &mut divided.paced,
+                _ => &mut divided.queued,
+            };
+            kind.push(hop);
+        }
+        Ok(divided)
     }
 }
 
@@ -262,6 +320,20 @@ mod tests {
     }
 
     #[test]
+    fn a_meter_stands_only_before_flows_that_do_nothing_but_forward() {
+        let normal = || apply(vec![Action::output(PortNo::NORMAL)]);
+        let ours = super::super::mark::forward_flow().cookie;
+        assert!(is_bare(&[flow(0, 0, normal()), flow(0, ours, vec![])]));
+        let marks = apply(vec![Action::SetQueue(3), Action::output(PortNo::NORMAL)]);
+        let metered = vec![Instruction::Meter(1), normal().remove(0)];
+        for other in
+            [flow(0, 0, vec![]), flow(1, 0, normal()), flow(0, 0, marks), flow(0, 0, metered)]
+        {
+            assert!(!is_bare(&[flow(0, 0, normal()), other]));
+        }
+    }
+
+    #[test]
     fn flows_of_ours_say_nothing_of_others() {
         let ours = super::super::mark::forward_flow().cookie;
         assert_eq!(foreign(&[flow(0, ours, apply(vec![Action::output(PortNo(4))]))]), None);
@@ -272,6 +344,7 @@ mod tests {
         let seen = |foreign: Option<&str>| Pipeline {
             seen: UnixMs(1000),
             foreign: foreign.map(str::to_owned),
+            meters: false,
         };
         assert!(seen(None).is_due(UnixMs(31_000)) && !seen(None).is_due(UnixMs(30_999)));
         assert!(!seen(Some("flow")).is_due(UnixMs(31_000)));

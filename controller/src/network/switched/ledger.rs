@@ -14,7 +14,8 @@ use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
 use lifeboat_protocol::terms::{ReservationKind, Urgency};
 use lifeboat_protocol::units::BitsPerSec;
 
-use super::mark::{self, FoundPage, Link, SLOTS};
+use super::hold::METER;
+use super::mark::{self, FoundPage, Link, SLOTS, hold_flows};
 use super::queues::FoundQueue;
 use crate::network::{Hop, PortRef};
 
@@ -39,6 +40,8 @@ struct Holding {
 struct Wish {
     capacity: BitsPerSec,
     wanted: BitsPerSec,
+    /// Whether others are held back by a meter there, in place of a queue for us.
+    metered: bool,
 }
 
 /// What a migration needs of it.
@@ -134,13 +137,29 @@ impl Ledger {
         let holding = self.evacuations.entry(evacuation.clone()).or_insert(new);
         holding.terms = terms;
         for hop in hops {
-            let wish = Wish { capacity: hop.capacity, wanted: hop.rate };
+            let wish = Wish { capacity: hop.capacity, wanted: hop.rate, metered: false };
             holding.wishes.insert(hop.at.clone(), wish);
         }
         let ports = hops.iter().map(|hop| hop.at.clone()).collect();
         let pinned = holding.migrations.get(migration).is_some_and(|held| held.pinned);
         holding.migrations.insert(migration.clone(), Held { slot, link, ports, pinned });
         holding.forget_unused();
+    }
+
+    /// Writes down ports of a migration that holds something where others are held back by a meter.
+    pub(super) fn hold_back(
+        &mut self,
+        evacuation: &EvacuationId,
+        migration: &MigrationId,
+        hops: &[Hop],
+    ) {
+        let Some(holding) = self.evacuations.get_mut(evacuation) else { return };
+        let Some(held) = holding.migrations.get_mut(migration) else { return };
+        for hop in hops {
+            let wish = Wish { capacity: hop.capacity, wanted: hop.rate, metered: true };
+            holding.wishes.insert(hop.at.clone(), wish);
+            held.ports.insert(hop.at.clone());
+        }
     }
 
     /// From now on a migration's flows name the ports of its way.
@@ -244,7 +263,7 @@ impl Ledger {
         before.into_iter().filter(|port| !after.contains(port)).collect()
     }
 
-    /// The ports on which an evacuation holds a queue.
+    /// The ports on which an evacuation holds a queue, or has others held back.
     pub(super) fn ports_of(&self, evacuation: &EvacuationId) -> BTreeSet<PortRef> {
         let holding = self.evacuations.get(evacuation);
         holding.into_iter().flat_map(|holding| holding.wishes.keys().cloned()).collect()
@@ -260,12 +279,26 @@ impl Ledger {
         held.filter(|(_, held)| held.ports.contains(at)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// Every port on which anybody holds a queue.
+    /// Every port on which anybody holds a queue, or has others held back.
     pub(super) fn ports(&self) -> BTreeSet<PortRef> {
         self.evacuations.values().flat_map(|held| held.wishes.keys().cloned()).collect()
     }
 
-    /// Whether an evacuation holds a queue on any port of a switch.
+    /// Whether others are held back at a port by a meter.
+    pub(super) fn is_metered(&self, at: &PortRef) -> bool {
+        let wishes = self.evacuations.values().filter_map(|holding| holding.wishes.get(at));
+        wishes.into_iter().any(|wish| wish.metered)
+    }
+
+    /// The port of a switch where others are held back, and how it is divided.
+    pub(super) fn metered_on(&self, switch: &SwitchId) -> Option<(PortRef, Shares)> {
+        let ports = self.ports().into_iter().filter(|at| at.switch == *switch);
+        let at = ports.into_iter().find(|at| self.is_metered(at))?;
+        let shares = self.shares(&at, BitsPerSec::ZERO)?;
+        Some((at, shares))
+    }
+
+    /// Whether an evacuation holds something on any port of a switch.
     pub(super) fn is_on(&self, evacuation: &EvacuationId, switch: &SwitchId) -> bool {
         self.ports_of(evacuation).iter().any(|port| port.switch == *switch)
     }
@@ -323,9 +356,12 @@ impl Ledger {
     /// All flows of ours that a switch should have.
     pub(super) fn flows_on(&self, switch: &SwitchId, ground: &Ground<'_>) -> Vec<FlowMod> {
         let mut flows = Vec::new();
+        let metered = self.metered_on(switch).and_then(|(at, _)| (ground.number)(&at));
+        flows.extend(metered.into_iter().flat_map(|link| hold_flows(PortNo(link), METER)));
+        let meter = metered.map(|_| METER);
         for (id, holding) in &self.evacuations {
             if self.is_on(id, switch) {
-                flows.push(mark::clear_flow(id, holding.queue));
+                flows.push(mark::clear_flow(id, holding.queue, meter));
             }
             for (migration, held) in &holding.migrations {
                 let (slot, link) = (held.slot, held.link);

@@ -7,10 +7,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::future::join_all;
-use lifeboat_ovs::openflow::Message;
+use lifeboat_ovs::openflow::multipart::{Reply, Request};
+use lifeboat_ovs::openflow::{Message, SwitchHandle};
 use lifeboat_ovs::qos;
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
+use lifeboat_protocol::terms::ReservationKind;
+use lifeboat_protocol::units::BitsPerSec;
 
+use super::hold::METER;
 use super::mark::{self, Cookie, FoundPage, Kind, OWNER_COOKIE, OWNER_MASK};
 use super::queues::FoundQueue;
 use super::{Inner, WITHIN, locked, of_openflow, queues};
@@ -18,6 +22,14 @@ use crate::network::{Hop, NetworkError, PortRef, ReleaseFailure, ReleaseReport};
 
 /// The queues that were found: whose, and where.
 type Queues = BTreeMap<(EvacuationId, PortRef), FoundQueue>;
+
+/// What is ours on a switch.
+struct Seen {
+    cookies: Vec<Cookie>,
+    pages: Vec<FoundPage>,
+    /// What everybody else may send, where our meter holds them back.
+    meter: Option<BitsPerSec>,
+}
 
 /// The migrations that live, by the tags in their cookies.
 struct Alive(BTreeMap<(u64, u64), (EvacuationId, MigrationId)>);
@@ -50,14 +62,16 @@ impl Inner {
             BTreeMap::new();
         let seen = switches.iter().map(|switch| async move { (switch, self.ours(switch).await) });
         let mut doomed: Vec<(SwitchId, Vec<Cookie>)> = Vec::new();
+        let mut meters = BTreeMap::new();
         for (switch, seen) in join_all(seen).await {
-            let (cookies, here) = match seen {
+            let Seen { cookies, pages: here, meter } = match seen {
                 Ok(seen) => seen,
                 Err(error) => {
                     report.failures.push(ReleaseFailure { switch: switch.clone(), error });
                     continue;
                 }
             };
+            meters.extend(meter.map(|others| (switch.clone(), others)));
             for page in here {
                 let tags = (page.cookie.evacuation, page.cookie.migration);
                 if let Some(whose) = alive.0.get(&tags) {
@@ -68,7 +82,7 @@ impl Inner {
             let dead = cookies.into_iter().filter(|cookie| !self.is_wanted(*cookie, &alive));
             doomed.push((switch.clone(), dead.collect()));
         }
-        self.adopt(&found, &pages);
+        self.adopt(&found, &pages, &meters);
         for (switch, cookies) in doomed {
             if let Err(error) = self.delete_all(&switch, cookies).await {
                 report.failures.push(ReleaseFailure { switch, error });
@@ -95,13 +109,32 @@ impl Inner {
         found
     }
 
-    /// All cookies of ours on a switch, and its page flows.
-    async fn ours(&self, switch: &SwitchId) -> Result<(Vec<Cookie>, Vec<FoundPage>), NetworkError> {
+    /// What is ours on a switch.
+    async fn ours(&self, switch: &SwitchId) -> Result<Seen, NetworkError> {
         let handle = self.connections.openflow(switch)?;
         let flows = handle.flow_stats(OWNER_COOKIE, OWNER_MASK, WITHIN).await;
         let flows = flows.map_err(|error| of_openflow(switch, "list its flows", error))?;
-        let cookies = flows.iter().filter_map(|flow| Cookie::from_bits(flow.cookie)).collect();
-        Ok((cookies, flows.iter().filter_map(FoundPage::of).collect()))
+        let cookies = flows.iter().filter_map(|flow| Cookie::from_bits(flow.cookie));
+        let cookies: Vec<Cookie> = cookies.collect();
+        let meter = match cookies.iter().any(|cookie| cookie.kind == Kind::Hold) {
+            true => self.found_meter(switch, &handle).await?,
+            false => None,
+        };
+        Ok(Seen { cookies, pages: flows.iter().filter_map(FoundPage::of).collect(), meter })
+    }
+
+    /// What the meter that flows of ours use lets pass. From now on it is known to be there.
+    async fn found_meter(
+        &self,
+        switch: &SwitchId,
+        handle: &SwitchHandle,
+    ) -> Result<Option<BitsPerSec>, NetworkError> {
+        locked(&self.meters).insert(switch.clone());
+        let reply = handle.question(Request::MeterConfig(METER), WITHIN).await;
+        let reply = reply.map_err(|error| of_openflow(switch, "show its meter", error))?;
+        let Reply::MeterConfig(meters) = reply else { return Ok(None) };
+        let band = meters.into_iter().flat_map(|meter| meter.bands).next();
+        Ok(band.map(|band| BitsPerSec(u64::from(band.rate) * 1000)))
     }
 
     /// Whether a flow belongs to a reservation of the ledger, or of a migration that lives.
@@ -113,6 +146,8 @@ impl Inner {
             Kind::Forward => true,
             // A lease that goes by itself.
             Kind::Probe => true,
+            // Goes with its meter: see `settle_meter`.
+            Kind::Hold => true,
             Kind::Clear => known.any(|id| mark::evacuation_tag(id) == cookie.evacuation),
             Kind::Page => {
                 let tags = (cookie.evacuation, cookie.migration);
@@ -126,6 +161,7 @@ impl Inner {
         &self,
         found: &Queues,
         pages: &BTreeMap<(EvacuationId, MigrationId), (FoundPage, BTreeSet<SwitchId>)>,
+        meters: &BTreeMap<SwitchId, BitsPerSec>,
     ) {
         for ((evacuation, migration), (page, switches)) in pages {
             if locked(&self.ledger).holds(evacuation, migration) {
@@ -139,11 +175,27 @@ impl Inner {
                 Some(Hop { at: at.clone(), capacity, rate: queue.rate })
             });
             let hops: Vec<Hop> = hops.collect();
+            // Where others are held back, what is not left to them is reserved.
+            let metered = self.links.iter().filter_map(|(at, link)| {
+                let others = switches.get(&at.switch).and_then(|switch| meters.get(switch))?;
+                let rate = link.capacity - *others;
+                Some(Hop { at: at.clone(), capacity: link.capacity, rate })
+            });
+            let metered: Vec<Hop> = metered.collect();
             let queue = mine.clone().map(|(_, queue)| *queue).next();
-            if let (Some(queue), false) = (queue, hops.is_empty()) {
+            let marked = metered.first().zip(page.queue).map(|(hop, number)| FoundQueue {
+                number,
+                rate: hop.rate,
+                kind: ReservationKind::Borrow,
+            });
+            if let Some(queue) = queue.or(marked)
+                && !(hops.is_empty() && metered.is_empty())
+            {
                 let number = queue.number;
                 tracing::info!(%evacuation, %migration, number, "reservation taken over");
-                locked(&self.ledger).adopt(evacuation, migration, queue, &hops, page);
+                let mut ledger = locked(&self.ledger);
+                ledger.adopt(evacuation, migration, queue, &hops, page);
+                ledger.hold_back(evacuation, migration, &metered);
             }
         }
     }
@@ -159,6 +211,7 @@ impl Inner {
             let deleted = handle.change(changes.collect(), WITHIN).await;
             deleted.map_err(|error| of_openflow(switch, "delete flows", error))?;
         }
+        self.settle_meter(switch).await?;
         self.delete_forward(switch).await
     }
 }

@@ -48,8 +48,13 @@ pub(super) const SLOTS: u16 = 4_000;
 const PROBE_PRIORITY: u16 = 65_100;
 /// Below every page flow, above whatever a network usually has.
 const CLEAR_PRIORITY: u16 = 60_000;
+/// Above those that clear: what comes in by the link does not leave by it.
+const ARRIVING_PRIORITY: u16 = 60_500;
+/// Below them: a packet that needs its mark cleared is metered there.
+const HOLD_PRIORITY: u16 = 59_000;
 
 const IPV4: u16 = 0x0800;
+const ARP: u16 = 0x0806;
 const TCP: u8 = 6;
 
 /// The queue numbers that an evacuation can have.
@@ -68,14 +73,19 @@ pub(super) enum Kind {
     Forward = 3,
     /// Hands LLDP frames up; a lease that nobody has to take away.
     Probe = 4,
+    /// Holds back what is not a migration's, by the switch's meter of ours.
+    Hold = 5,
 }
+
+/// Of the flows that hold others back on a switch: there is one meter, whoever it is for.
+const HOLD: Cookie = Cookie { kind: Kind::Hold, evacuation: 0, migration: 0 };
 
 /// What a cookie of ours says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cookie {
     /// What for.
     pub(super) kind: Kind,
-    /// Of which evacuation; 0 for [`Kind::Forward`] and [`Kind::Probe`].
+    /// Of which evacuation; 0 for [`Kind::Forward`], [`Kind::Probe`] and [`Kind::Hold`].
     pub(super) evacuation: u64,
     /// Of which migration; 0 unless [`Kind::Page`].
     pub(super) migration: u64,
@@ -138,6 +148,7 @@ impl Cookie {
             2 => Kind::Clear,
             3 => Kind::Forward,
             4 => Kind::Probe,
+            5 => Kind::Hold,
             _ => return None,
         };
         let evacuation = bits >> EVACUATION_SHIFT & EVACUATION_BITS;
@@ -169,6 +180,11 @@ pub(super) fn delete_clear(evacuation: &EvacuationId) -> FlowMod {
 /// The deletion of [`forward_flow`].
 pub(super) fn delete_forward() -> FlowMod {
     Cookie { kind: Kind::Forward, evacuation: 0, migration: 0 }.delete()
+}
+
+/// The deletion of all [`hold_flows`].
+pub(super) fn delete_hold() -> FlowMod {
+    HOLD.delete()
 }
 
 /// The two ends of a page link as a switch matches them.
@@ -275,12 +291,32 @@ pub(super) fn probe_flow(from: Option<PortNo>, lease: u16) -> FlowMod {
 }
 
 /// Takes the mark of `queue` from packets that nobody has reserved anything for: an application
-/// that sets it would share the evacuation's queue.
-pub(super) fn clear_flow(evacuation: &EvacuationId, queue: u32) -> FlowMod {
+/// that sets it would share the evacuation's queue. They pass `meter`, where their switch has one.
+pub(super) fn clear_flow(evacuation: &EvacuationId, queue: u32, meter: Option<u32>) -> FlowMod {
     let cookie = Cookie::clear(evacuation).to_bits();
     let matching = Match::any().with(Oxm::EthType(IPV4)).with(Oxm::IpDscp(dscp(queue)));
     let actions = vec![Action::SetField(Oxm::IpDscp(0)), Action::output(PortNo::NORMAL)];
-    FlowMod::add(cookie, CLEAR_PRIORITY, matching, apply(actions))
+    FlowMod::add(cookie, CLEAR_PRIORITY, matching, metered(meter, actions))
+}
+
+/// Has everything pass `meter` that does not come in by the port `link`, but for what has a flow of
+/// its own above, and ARP, without which nobody would find anybody.
+pub(super) fn hold_flows(link: PortNo, meter: u32) -> [FlowMod; 3] {
+    let normal = || vec![Action::output(PortNo::NORMAL)];
+    let arriving = Match::any().with(Oxm::InPort(link));
+    let arp = Match::any().with(Oxm::EthType(ARP));
+    let flow = |priority, matching, meter| {
+        FlowMod::add(HOLD.to_bits(), priority, matching, metered(meter, normal()))
+    };
+    [
+        flow(ARRIVING_PRIORITY, arriving, None),
+        flow(ARRIVING_PRIORITY, arp, None),
+        flow(HOLD_PRIORITY, Match::any(), Some(meter)),
+    ]
+}
+
+fn metered(meter: Option<u32>, actions: Vec<Action>) -> Vec<Instruction> {
+    meter.map(Instruction::Meter).into_iter().chain(apply(actions)).collect()
 }
 
 /// Lets a switch forward as a learning switch does.
@@ -300,6 +336,8 @@ pub(super) struct FoundPage {
     pub(super) link: Link,
     /// Whether it names the port that they leave by.
     pub(super) pinned: bool,
+    /// The queue that it sends them to; `None` for one that brings acknowledgements back.
+    pub(super) queue: Option<u32>,
 }
 
 impl FoundPage {
@@ -312,7 +350,16 @@ impl FoundPage {
             _ => false,
         };
         let pinned = !flow.instructions.iter().any(normal);
-        Some(Self { cookie, slot, link: Link::from_match(&flow.matching)?, pinned })
+        let applied = flow.instructions.iter().flat_map(|instruction| match instruction {
+            Instruction::ApplyActions(actions) => &actions[..],
+            _ => &[],
+        });
+        let mut queues = applied.filter_map(|action| match action {
+            Action::SetQueue(queue) => Some(*queue),
+            _ => None,
+        });
+        let queue = queues.next();
+        Some(Self { cookie, slot, link: Link::from_match(&flow.matching)?, pinned, queue })
     }
 }
 
@@ -379,8 +426,25 @@ mod tests {
         assert_eq!(flow.cookie & all.cookie_mask, all.cookie);
         let back = back_flow(&evacuation, &migration, 5, link, PortNo(4));
         assert_eq!((back.cookie, Link::from_match(&back.matching)), (flow.cookie, None));
-        assert_ne!(clear_flow(&evacuation, 7).cookie & all.cookie_mask, all.cookie);
+        assert_ne!(clear_flow(&evacuation, 7, None).cookie & all.cookie_mask, all.cookie);
         assert_eq!(delete_page(&evacuation, &migration).cookie, flow.cookie);
+    }
+
+    #[test]
+    fn what_arrives_and_pages_pass_no_meter_and_everything_else_does_also_with_a_forged_mark() {
+        let (evacuation, migration) = ids();
+        let link =
+            Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, 2].into(), port: 7445 };
+        let page = page_flow(&evacuation, &migration, 0, 7, link, PortNo::NORMAL);
+        let clear = clear_flow(&evacuation, 7, Some(9));
+        let [arriving, arp, rest] = hold_flows(PortNo(1), 9);
+        let is_metered = |flow: &FlowMod| flow.instructions.contains(&Instruction::Meter(9));
+        assert!(!is_metered(&page) && !is_metered(&arriving) && !is_metered(&arp));
+        assert!(is_metered(&clear) && is_metered(&rest));
+        assert!(page.priority > arriving.priority && arriving.priority > clear.priority);
+        assert!(clear.priority > rest.priority && rest.matching.fields.is_empty());
+        let cookie = Cookie::from_bits(rest.cookie).unwrap();
+        assert_eq!((cookie.kind, delete_hold().cookie), (Kind::Hold, rest.cookie));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  queue rows (OVSDB, installed) -> classifier (agent, userspace datapath only)
-//!                                -> flows (OpenFlow) -> barrier -> Reserved
+//!                                -> meter (where no queue can be), flows (OpenFlow) -> barrier -> Reserved
 //! ```
 //!
 //! What should be is in the `ledger`; what is there is found by the marks of `mark`. Everything is
@@ -22,6 +22,7 @@ mod classifier;
 mod connections;
 mod counters;
 mod discovery;
+mod hold;
 mod ledger;
 mod leftovers;
 mod mark;
@@ -101,6 +102,8 @@ struct Inner {
     pipelines: abilities::Pipelines,
     /// What the kernels of switches' machines can do, by agent.
     shapers: abilities::Shapers,
+    /// Switches that may have our meter.
+    meters: Mutex<BTreeSet<SwitchId>>,
     /// Releases that could not reach every switch.
     debts: Mutex<BTreeMap<Debt, Owed>>,
     /// Migrations that asked for nothing, and so have nothing to release anywhere.
@@ -141,6 +144,7 @@ impl SwitchNetwork {
             budgets: budgets(site),
             pipelines: abilities::Pipelines::default(),
             shapers: abilities::Shapers::default(),
+            meters: Mutex::default(),
             debts: Mutex::default(),
             empty: Mutex::default(),
             classifiers: OnceLock::new(),

@@ -115,7 +115,9 @@ impl Inner {
         let ports = locked(&self.ledger).ports();
         let ports: Vec<_> = ports.into_iter().filter(|at| at.switch == *switch).collect();
         if !ports.is_empty() {
-            let ports = ports.into_iter().map(|at| at.port).collect();
+            // Where others are held back there is no queue to classify for.
+            let queued = ports.into_iter().filter(|at| !locked(&self.ledger).is_metered(at));
+            let ports = queued.map(|at| at.port).collect();
             let mended: Result<(), NetworkError> = async {
                 self.install_flows(switch).await?;
                 self.classify(switch, ports).await

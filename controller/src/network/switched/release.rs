@@ -184,6 +184,7 @@ impl Inner {
         let changes = changes.into_iter().map(Message::FlowMod).collect();
         let doing = "delete flows";
         handle.change(changes, WITHIN).await.map_err(|e| of_openflow(switch, doing, e))?;
+        self.settle_meter(switch).await?;
         self.delete_forward(switch).await
     }
 

@@ -14,6 +14,7 @@ use lifeboat_policy::reserve::Terms;
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
+use super::abilities::Divided;
 use super::{Inner, locked};
 use crate::network::{
     Ability, Hop, NetworkError, PortRef, ReleaseReport, ReservationRequest, Reserved,
@@ -31,8 +32,8 @@ impl Inner {
         let Some(first) = hops.first() else { return Ok(Reserved::default()) };
         let (link, first) = (Self::page_link(&traffic, &first.at.switch)?, first.at.switch.clone());
         let _changing = self.changing.lock().await;
-        let (hops, paced) = self.divide(hops).await?;
-        if let Some(hop) = paced.first() {
+        let Divided { queued: hops, metered, paced } = self.divide(hops).await?;
+        if let Some(hop) = metered.first().or(paced.first()) {
             return Err(Self::unpinnable(hop, &self.ability(&hop.at)));
         }
         self.check(&hops)?;

@@ -13,9 +13,10 @@ use lifeboat_policy::reserve::Terms;
 use lifeboat_protocol::ids::{EvacuationId, SwitchId};
 use lifeboat_protocol::units::BitsPerSec;
 
+use super::abilities::Divided;
 use super::ledger::Ground;
 use super::mark::{self, Cookie, Kind, Link};
-use super::{Inner, WITHIN, locked, of_openflow, queues};
+use super::{Inner, WITHIN, hold, locked, of_openflow, queues};
 use crate::network::{
     Adjustment, Hop, NetworkError, PageFlow, PortRef, ReservationRequest, Reserved, ReservedHop,
 };
@@ -30,27 +31,25 @@ impl Inner {
             request;
         hops.retain(|hop| hop.rate > BitsPerSec::ZERO);
         let _changing = self.changing.lock().await;
-        let (hops, paced) = self.divide(hops).await?;
-        let Some(first) = hops.first() else {
+        let Divided { queued: hops, metered, paced } = self.divide(hops).await?;
+        let Some(first) = hops.first().or(metered.first()) else {
             locked(&self.empty).insert(migration);
             return Ok(Reserved::default().with_paced(paced));
         };
         let link = Self::page_link(&traffic, &first.at.switch)?;
         self.check(&hops)?;
         let queue = self.choose_queue(&evacuation, &first.at.switch).await?;
-        locked(&self.ledger).hold(
-            &evacuation,
-            &migration,
-            Terms { urgency, kind },
-            queue,
-            &hops,
-            link,
-        );
+        {
+            let (mut ledger, terms) = (locked(&self.ledger), Terms { urgency, kind });
+            ledger.hold(&evacuation, &migration, terms, queue, &hops, link);
+            ledger.hold_back(&evacuation, &migration, &metered);
+        }
         let switches = locked(&self.ledger).switches_of(&evacuation, &migration, &self.ground());
         match self.install(&evacuation, &hops, &switches).await {
             Ok(reserved) => {
+                let reserved = self.with_metered(reserved, &evacuation, &metered).with_paced(paced);
                 tracing::info!(%evacuation, %migration, queue, rate = %reserved.rate(), "reserved");
-                Ok(reserved.with_paced(paced))
+                Ok(reserved)
             }
             Err(error) => {
                 let undone = self.release_locked(&evacuation, Some(&migration)).await;
@@ -60,6 +59,21 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// The same with the ports where others are held back.
+    fn with_metered(
+        &self,
+        mut reserved: Reserved,
+        evacuation: &EvacuationId,
+        metered: &[Hop],
+    ) -> Reserved {
+        let given = metered.iter().map(|hop| {
+            let shares = locked(&self.ledger).shares(&hop.at, BitsPerSec::ZERO);
+            hold::reserved(hop, shares.as_ref(), evacuation.as_str())
+        });
+        reserved.hops.extend(given);
+        reserved
     }
 
     pub(super) fn page_link(traffic: &PageFlow, first: &SwitchId) -> Result<Link, NetworkError> {
@@ -185,7 +199,12 @@ impl Inner {
             return Ok(());
         }
         let handle = self.connections.openflow(switch)?;
-        let mut changes: Vec<Message> = flows.into_iter().map(Message::FlowMod).collect();
+        let mut changes = Vec::new();
+        if let Some((_, shares)) = locked(&self.ledger).metered_on(switch) {
+            locked(&self.meters).insert(switch.clone());
+            changes.extend(hold::renewed(&shares));
+        }
+        changes.extend(flows.into_iter().map(Message::FlowMod));
         if self.would_drop(switch, &handle).await? {
             tracing::warn!(%switch, "the switch drops everything; a flow lets it forward");
             changes.push(Message::FlowMod(mark::forward_flow()));
@@ -216,7 +235,9 @@ impl Inner {
         let mut reserved = Reserved::default();
         for (at, rate) in ports {
             let held = locked(&self.ledger).want(&evacuation, &at, rate);
-            if held {
+            if locked(&self.ledger).is_metered(&at) {
+                self.change_meter(&at).await?;
+            } else if held {
                 reserved.hops.extend(self.apply_queues(&evacuation, &at).await?);
             }
         }

@@ -98,7 +98,9 @@ impl Inner {
         let rate = |(at, link): (&PortRef, &super::LinkEnd)| {
             let number = self.connections.port_number(at);
             let transmitted = number.and_then(|n| self.transmitted(&at.switch, n, now));
-            let shares = self.shares(at).into_iter().flat_map(|shares| shares.queues);
+            // Where others are held back there is no queue whose counters could be followed.
+            let shares = self.shares(at).filter(|_| !locked(&self.ledger).is_metered(at));
+            let shares = shares.into_iter().flat_map(|shares| shares.queues);
             let queues = shares.map(|share| {
                 let key = number.map(|number| (at.switch.clone(), number, share.queue));
                 let counters = locked(&self.counters);

@@ -23,9 +23,18 @@ const POST_COPY_WITHOUT: &str = "post-copy, no reservation";
 const POST_COPY: &str = "post-copy, urgency 95";
 const ARMS: [Arm; 6] = [
     Arm { name: WITHOUT, words: &["--mode", "pre-copy", "--urgency", "0"] },
-    Arm { name: "urgency 95", words: &["--mode", "pre-copy", "--urgency", "95", "--reservation", "borrow"] },
-    Arm { name: "urgency 75", words: &["--mode", "pre-copy", "--urgency", "75", "--reservation", "borrow"] },
-    Arm { name: "urgency 55", words: &["--mode", "pre-copy", "--urgency", "55", "--reservation", "borrow"] },
+    Arm {
+        name: "urgency 95",
+        words: &["--mode", "pre-copy", "--urgency", "95", "--reservation", "borrow"],
+    },
+    Arm {
+        name: "urgency 75",
+        words: &["--mode", "pre-copy", "--urgency", "75", "--reservation", "borrow"],
+    },
+    Arm {
+        name: "urgency 55",
+        words: &["--mode", "pre-copy", "--urgency", "55", "--reservation", "borrow"],
+    },
     Arm { name: POST_COPY_WITHOUT, words: &["--mode", "post-copy", "--urgency", "0"] },
     Arm {
         name: POST_COPY,
@@ -114,7 +123,8 @@ fn reserved(record: &Record) -> Plot {
 
 fn by_urgency(record: &Record, name: &str, title: &str, height: &str, figure: &str) -> Plot {
     let places = [0.0, 1.0, 2.0];
-    let ours: Vec<(f64, &str)> = places.into_iter().zip(ARMS[RESERVED_ARMS].iter().map(|a| a.name)).collect();
+    let ours: Vec<(f64, &str)> =
+        places.into_iter().zip(ARMS[RESERVED_ARMS].iter().map(|a| a.name)).collect();
     let without = places.map(|at| (at, WITHOUT));
     Plot {
         name: format!("{NAME}-{name}"),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use lifeboat_ovs::openflow::Instruction;
 use lifeboat_policy::reserve::{Held as HeldPort, Readings, Rules, adapt, begin};
 use proptest::prelude::*;
 
@@ -117,6 +118,31 @@ fn what_foreign_queues_are_promised_is_not_promised_again() {
     assert!(shares.queues[0].rate == BitsPerSec::from_mbit(60), "{shares:?}");
     let none = ledger.shares(&port(1), BitsPerSec(u64::MAX)).unwrap();
     assert_eq!(none.queues[0].rate, BitsPerSec::ZERO);
+}
+
+#[test]
+fn where_others_are_held_back_they_have_what_is_not_reserved_and_pages_pass_beside_the_meter() {
+    let metered = |flows: &[FlowMod]| {
+        flows.iter().filter(|flow| flow.instructions.contains(&Instruction::Meter(METER))).count()
+    };
+    let mut ledger = Ledger::new(Floor::default());
+    hold(&mut ledger, 1, 1, 70, &[hop(2, 70)]);
+    ledger.hold_back(&evacuation(1), &migration(1, 1), &[hop(1, 70)]);
+    let (at, shares) = ledger.metered_on(&port(1).switch).unwrap();
+    assert_eq!((at, shares.others), (port(1), BitsPerSec::from_mbit(30)));
+    assert!(ledger.is_metered(&port(1)) && !ledger.is_metered(&port(2)));
+    // Three that hold back, one that clears, one for the pages.
+    assert_eq!((flows(&ledger, 1).len(), metered(&flows(&ledger, 1))), (5, 2));
+    assert_eq!(metered(&flows(&ledger, 2)), 0);
+    // A second evacuation takes its part, and gives it back.
+    hold(&mut ledger, 2, 1, 10, &[]);
+    ledger.hold_back(&evacuation(2), &migration(2, 1), &[hop(1, 10)]);
+    let others = |ledger: &Ledger| ledger.metered_on(&port(1).switch).map(|(_, s)| s.others);
+    assert_eq!(others(&ledger), Some(BitsPerSec::from_mbit(20)));
+    ledger.let_go(&evacuation(1), None);
+    assert_eq!(others(&ledger), Some(BitsPerSec::from_mbit(90)));
+    ledger.let_go(&evacuation(2), None);
+    assert_eq!((others(&ledger), flows(&ledger, 1).len()), (None, 0));
 }
 
 #[test]
@@ -244,7 +270,13 @@ fn found_again(ledger: &Ledger) -> Ledger {
                 })
                 .collect();
             let cookie = mark::Cookie { kind: mark::Kind::Page, evacuation: 1, migration: 1 };
-            let page = FoundPage { cookie, slot: held.slot, link: held.link, pinned: held.pinned };
+            let page = FoundPage {
+                cookie,
+                slot: held.slot,
+                link: held.link,
+                pinned: held.pinned,
+                queue: None,
+            };
             let found = FoundQueue {
                 number: holding.queue,
                 rate: BitsPerSec::ZERO,
