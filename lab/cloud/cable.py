@@ -36,9 +36,10 @@ _numbers = count(1)
 
 
 class Cable(Link):
-    """A Link with a capacity in bit/s each way: `net.addLink(a, b, cls=Cable, capacity=...)`."""
+    """A Link with a capacity in bit/s towards each of its ends:
+    `net.addLink(a, b, cls=Cable, capacity=(to_a, to_b))`."""
 
-    def __init__(self, *args: Any, capacity: int, mtu: int = 1500, **params: Any) -> None:
+    def __init__(self, *args: Any, capacity: tuple[int, int], mtu: int = 1500, **params: Any) -> None:
         self.capacity = capacity
         self.mtu = mtu
         super().__init__(*args, **params)
@@ -64,8 +65,9 @@ class Cable(Link):
             f"link set {bridge} up",
         ]
         run("ip", "-batch", "-", stdin="\n".join(steps) + "\n")
-        for name, node in ((name1, node1), (name2, node2)):
-            _limit(f"{name}-c", self.capacity)
+        ends = zip((name1, name2), (node1, node2), self.capacity)
+        for name, node, capacity in ends:
+            _limit(f"{name}-c", capacity)
             # The userspace datapath completes no checksums that a sender left to the hardware.
             run("ethtool", "-K", name, "tx", "off", pid=_pid(node))
 

@@ -43,11 +43,14 @@ def write_all(cloud: Cloud) -> None:
 def agent(host: Host) -> str:
     """A host's agent."""
     folder = RUN / host.name
-    return _agent(host.name, host.plug.management, folder, folder / "ovs", {
+    roles = ["hypervisor", "switch"] + (["intermediary"] if host.stores else [])
+    text = _agent(host.name, host.plug.management, folder, folder / "ovs", {
         "page_listen": f"{host.ip}:{PAGE_PORT}",
-        "roles": ["hypervisor", "switch"],
+        "roles": roles,
         "memory": _size(host.memory),
     })
+    stores = {"memory": _size(host.stores)}
+    return text + (_toml(("intermediary", stores)) if host.stores else "")
 
 
 def fabric_agent() -> str:
@@ -129,7 +132,8 @@ def plug_table(name: str, plug: Plug) -> Mapping[str, Any]:
     return {
         "a": f"{plug.edge.switch}:{plug.edge.port}",
         "b": f"{name}:{plug.uplink}",
-        "capacity": _rate(plug.capacity),
+        "capacity": _rate(plug.capacity_in),
+        "capacity_back": _rate(plug.capacity),
     }
 
 

@@ -36,6 +36,7 @@ class Plug:
     uplink: str
     edge: End
     capacity: int
+    capacity_in: int
     datapath: str
     management: str
 
@@ -46,6 +47,7 @@ class Host:
     plug: Plug
     address: str
     memory: int
+    stores: int
 
     @property
     def ip(self) -> str:

@@ -79,11 +79,15 @@ class Cloud:
             self.net.addHost(name, cls=MininetHost, ip=None)
         for link in self.scenario.links:
             one, other = link.ends
-            self._cable(one.switch, other.switch, one.port, other.port, link.capacity)
+            self._cable(one.switch, other.switch, one.port, other.port,
+                        (link.capacity, link.capacity))
         for name, plug in self._plugs():
-            self._cable(name, plug.edge.switch, plug.uplink, plug.edge.port, plug.capacity)
+            self._cable(name, plug.edge.switch, plug.uplink, plug.edge.port,
+                        (plug.capacity_in, plug.capacity))
 
-    def _cable(self, one: str, other: str, port1: str, port2: str, capacity: int) -> None:
+    def _cable(self, one: str, other: str, port1: str, port2: str,
+               capacity: tuple[int, int]) -> None:
+        """The capacities are those towards `one` and towards `other`."""
         self.net.addLink(one, other, cls=Cable, intfName1=port1, intfName2=port2,
                          capacity=capacity, mtu=self.scenario.mtu)
 

@@ -16,6 +16,9 @@ from .shell import CommandFailed, run
 SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 OVSDB_PORT = 6640
 OPENFLOW = "tcp:10.99.0.254:6653"
+# The client takes datagrams for hours and answers none: a switch that forgot where it is (after 300
+# seconds, unless told otherwise) would flood them to every guest.
+MAC_AGING_SECONDS = 3600
 # Reconnect quickly after a controller's restart; never ask for addresses in band.
 CONTROLLER = (
     f"target=\"{OPENFLOW}\" max_backoff=1000 inactivity_probe=5000 connection_mode=out-of-band"
@@ -85,7 +88,8 @@ class Ovs:
         """
         self.vsctl(
             f"--id=@c create Controller {CONTROLLER}",
-            f"set Bridge {bridge} controller=@c fail_mode=secure protocols=OpenFlow13",
+            f"set Bridge {bridge} controller=@c fail_mode=secure protocols=OpenFlow13"
+            f" other-config:mac-aging-time={MAC_AGING_SECONDS}",
         )
         self.run("ovs-ofctl", "-O", "OpenFlow13", "add-flow", bridge, "priority=0,actions=NORMAL")
 

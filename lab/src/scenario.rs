@@ -72,8 +72,10 @@ pub struct Plug {
     pub uplink: String,
     /// The edge switch and the port there.
     pub edge: End,
-    /// What the link carries each way, in bit/s.
+    /// What the link carries from the host, in bit/s.
     pub capacity: BitsPerSec,
+    /// What it carries towards the host, in bit/s.
+    pub capacity_in: BitsPerSec,
     /// Datapath id of the host's own bridge.
     pub datapath: DatapathId,
     /// Its address on the management network.
@@ -91,6 +93,9 @@ pub struct Host {
     pub address: String,
     /// Memory that VMs and their QEMUs may take.
     pub memory: Bytes,
+    /// How much of it may hold pages of VMs that are between two other hosts; zero for a host that is
+    /// no intermediary.
+    pub stores: Bytes,
 }
 
 /// The host from which the guests are watched.
@@ -128,7 +133,7 @@ pub struct Vm {
     pub region: Bytes,
     /// Pages rewritten per second.
     pub dirty: PagesPerSec,
-    /// Pages checked per second: the whole region every 20 s.
+    /// Pages checked per second: the whole region every 20 s, unless the file says less.
     pub check: PagesPerSec,
     /// Its traffic in bit/s: to the client for NO, from it for NI.
     pub rate: BitsPerSec,

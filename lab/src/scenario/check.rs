@@ -106,6 +106,14 @@ pub enum Problem {
         /// What it has.
         has: Bytes,
     },
+    /// More for others' pages than there is.
+    #[error("{stores} for stores is more than the host's memory, {memory}")]
+    LargeStores {
+        /// What was asked for.
+        stores: Bytes,
+        /// What the host has.
+        memory: Bytes,
+    },
     /// Too small to be one, or too large to be filled while a demonstration begins.
     #[error("a disk of {0} is out of range: 1 MiB to 1 GiB are written and checked")]
     Disk(Bytes),
@@ -184,12 +192,27 @@ impl<'a> Checker<'a> {
             let key = format!("host.{name}");
             let link = given.link.as_ref().unwrap_or(&file.links.host);
             let plug = self.plug(&key, name.as_str(), (&given.switch, link), switches, number)?;
+            let capacity_in = match &given.link_in {
+                Some(link) => self.capacity(&format!("{key}.link_in"), link)?,
+                None => plug.capacity,
+            };
+            let plug = Plug { capacity_in, ..plug };
             let memory = self.parsed(&format!("{key}.memory"), &given.memory)?;
+            let stores = self.stores(&format!("{key}.stores"), given.stores.as_ref(), memory)?;
             let address = format!("10.0.0.{number}/24");
             self.taken.insert(format!("10.0.0.{number}"));
-            hosts.push(Host { name, plug, address, memory });
+            hosts.push(Host { name, plug, address, memory, stores });
         }
         Ok(hosts)
+    }
+
+    fn stores(&self, key: &str, given: Option<&Spanned<String>>, memory: Bytes) -> Checked<Bytes> {
+        let Some(given) = given else { return Ok(Bytes::ZERO) };
+        let stores = self.parsed(key, given)?;
+        if stores > memory {
+            return Err(self.wrong(key, given, Problem::LargeStores { stores, memory }));
+        }
+        Ok(stores)
     }
 
     fn client(&mut self, file: &file::File, switches: &[Switch]) -> Checked<Client> {
@@ -216,10 +239,12 @@ impl<'a> Checker<'a> {
         let names = switches.iter().map(|switch| &switch.name);
         let switch: SwitchId = self.known(&format!("{key}.switch"), "switch", switch, names)?;
         let datapath = if number == CLIENT_NUMBER { 0x2001 } else { 0x1000 + number as u64 };
+        let capacity = self.capacity(&format!("{key}.link"), link)?;
         Ok(Plug {
             uplink: format!("{name}-up"),
             edge: End { port: format!("{switch}-{name}"), switch },
-            capacity: self.capacity(&format!("{key}.link"), link)?,
+            capacity,
+            capacity_in: capacity,
             datapath: DatapathId(datapath),
             management: format!("10.99.0.{number}"),
         })
@@ -279,7 +304,10 @@ impl<'a> Checker<'a> {
             nics,
             region,
             dirty: given.dirty.as_ref().map_or(share.dirty, |dirty| PagesPerSec(*dirty.get_ref())),
-            check: PagesPerSec(region.pages().0.div_ceil(CHECK_SECONDS)),
+            check: PagesPerSec(match &given.check {
+                Some(check) => *check.get_ref(),
+                None => region.pages().0.div_ceil(CHECK_SECONDS),
+            }),
             rate,
             cpu: given.cpu.as_ref().map_or(share.cpu, |cpu| *cpu.get_ref()),
             disk,

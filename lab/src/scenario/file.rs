@@ -80,7 +80,9 @@ pub(super) struct Host {
     pub(super) name: Spanned<String>,
     pub(super) switch: Spanned<String>,
     pub(super) link: Option<Spanned<String>>,
+    pub(super) link_in: Option<Spanned<String>>,
     pub(super) memory: Spanned<String>,
+    pub(super) stores: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,6 +110,7 @@ pub(super) struct Vm {
     pub(super) nic: Spanned<Vec<Network>>,
     pub(super) region: Option<Spanned<String>>,
     pub(super) dirty: Option<Spanned<u64>>,
+    pub(super) check: Option<Spanned<u64>>,
     pub(super) rate: Option<Spanned<String>>,
     pub(super) cpu: Option<Spanned<u64>>,
     pub(super) disk: Option<Spanned<String>>,

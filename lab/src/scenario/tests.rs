@@ -56,6 +56,10 @@ fn the_json_has_rates_and_sizes_as_plain_numbers() {
     let json = serde_json::to_value(default()).unwrap();
     assert_eq!(json["hosts"][0]["plug"]["capacity"], 200_000_000);
     assert_eq!(json["mtu"], 9000);
+    assert_eq!(
+        (&json["hosts"][1]["stores"], &json["hosts"][2]["stores"]),
+        (&0.into(), &(256 << 20).into())
+    );
     assert_eq!(json["vms"][1]["memory"], 256 << 20);
 }
 
@@ -103,6 +107,7 @@ fn every_other_rule_speaks_up() {
         ("104/24\", vlan = 10", "104/24\", vlan = 4095", "is 1 to 4094, not 4095"),
         ("nic = [{ address = \"10.0.0.101/24\" }]", "nic = []", "1 or 2 NICs, not 0"),
         ("role = \"M\"", "role = \"M\"\nregion = \"250 MiB\"", "does not fit a VM of 256 MiB"),
+        ("stores = \"256 MiB\"", "stores = \"1 GiB\"", "more than the host's memory, 640 MiB"),
     ];
     for (from, to, expected) in cases {
         let error = changed(from, to);

@@ -85,13 +85,17 @@ pub const EXPERIMENTS: &[Entry] = &[
         name: solive::seven::NAME,
         about: "does a reservation that follows the link beat one that stays?",
     },
+    Entry {
+        name: solive::eight::NAME,
+        about: "how much sooner is a host empty whose pages wait at others, not at a slow destination?",
+    },
 ];
 
 /// Whether an experiment stands on `lab/up`, which makes namespaces of its own; the others are run
 /// inside private ones.
 #[must_use]
 pub fn raises_a_cloud(name: &str) -> bool {
-    [solive::six::NAME, solive::seven::NAME].contains(&name)
+    [solive::six::NAME, solive::seven::NAME, solive::eight::NAME].contains(&name)
 }
 
 /// Runs one; `None` when there is none of that name.
@@ -106,6 +110,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         tenant::NAME => Some(tenant::run(setting).await),
         solive::six::NAME => Some(solive::six::run(setting)),
         solive::seven::NAME => Some(solive::seven::run(setting)),
+        solive::eight::NAME => Some(solive::eight::run(setting)),
         _ => None,
     }
 }
@@ -119,6 +124,7 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
         tenant::NAME => vec![tenant::plot(record)],
         solive::six::NAME => solive::six::plots(record),
         solive::seven::NAME => solive::seven::plots(record),
+        solive::eight::NAME => solive::eight::plots(record),
         _ => vec![],
     }
 }

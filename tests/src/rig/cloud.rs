@@ -157,6 +157,22 @@ impl Cloud {
         run(Command::new(self.lab.join("exec")).arg(node).args(line.split_whitespace()))
     }
 
+    /// The socket of the database of a host's own switch.
+    #[must_use]
+    pub fn database(&self, host: &str) -> PathBuf {
+        self.lab.join("run").join(host).join("ovs/db.sock")
+    }
+
+    /// A host's address on the data network.
+    ///
+    /// # Errors
+    /// When the scenario has no such host.
+    pub fn address(&self, host: &str) -> Result<String, RigError> {
+        let found = self.scenario.hosts.iter().find(|one| one.name.as_str() == host);
+        let address = found.map(|one| one.address.split('/').next().unwrap_or_default().to_owned());
+        address.ok_or_else(|| RigError::refused("a scenario")(format!("it has no host {host}")))
+    }
+
     /// The file with all that came out of a guest's serial line on one host.
     #[must_use]
     pub fn serial(&self, host: &str, vm: &str) -> PathBuf {

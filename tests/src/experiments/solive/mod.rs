@@ -1,4 +1,5 @@
-//! SOLive's experiments on reservations (section V-C): figures 6 and 7, on the lab's cloud.
+//! SOLive's experiments on the lab's cloud: figures 6 and 7 on reservations (section V-C), and figure 8
+//! on scatter-gather, which has a picture of its own in `eight`.
 //!
 //! ```text
 //!   NO, M, C, NI on h1 ── 60 Mbit/s ── s1 ── 60 Mbit/s ── h2          (lab/scenarios/solive.toml)
@@ -13,6 +14,7 @@
 //! controller; a guest's pace is what it has done per second of its own clock, so that its pause,
 //! which is a figure of its own, is not counted twice.
 
+pub mod eight;
 pub mod seven;
 pub mod six;
 
@@ -91,11 +93,16 @@ fn measure(
     Ok(())
 }
 
-fn blank(setting: &Setting<'_>, name: &str, rounds: usize, arms: &[Arm]) -> Record {
+fn blank(
+    setting: &Setting<'_>,
+    (name, scenario): (&str, &str),
+    rounds: usize,
+    arms: &[Arm],
+) -> Record {
     let arms: Vec<Value> =
         arms.iter().map(|arm| json!({"case": arm.name, "words": arm.words})).collect();
     let lab = setting.images.parent().unwrap_or(setting.images);
-    let scenario = fs::read_to_string(lab.join(format!("scenarios/{SCENARIO}.toml")));
+    let scenario = fs::read_to_string(lab.join(format!("scenarios/{scenario}.toml")));
     Record {
         name: name.to_owned(),
         question: String::new(),
@@ -164,23 +171,38 @@ fn evacuated(
     to: &str,
     words: &[&str],
 ) -> Result<(Value, Watched), RigError> {
+    let mut watched = Watched::of(from);
+    let report = reported_at_the_end(cloud, from, to, words, RUN_LIMIT, |evacuation| {
+        watched.look(evacuation);
+    })?;
+    Ok((report, watched))
+}
+
+/// Orders an evacuation and looks at it until it has ended; what the controller reports then.
+fn reported_at_the_end(
+    cloud: &Cloud,
+    from: &str,
+    to: &str,
+    words: &[&str],
+    limit: Duration,
+    mut look: impl FnMut(&Value),
+) -> Result<Value, RigError> {
     let order = ["evacuate", from, "--to", to, "--yes", "--detach"];
     let begun = cloud.ask(&[&order[..], words].concat())?;
     let id = begun["evacuation"].as_str().unwrap_or_default().to_owned();
-    let deadline = clock::now() + RUN_LIMIT;
-    let mut watched = Watched::of(from);
+    let deadline = clock::now() + limit;
     while clock::now() < deadline {
         let status = cloud.ask(&["status", &id])?;
         let evacuation = &status["evacuations"][0];
-        watched.look(evacuation);
+        look(evacuation);
         let state = evacuation["state"].as_str().unwrap_or_default();
         if ["done", "partial", "failed", "cancelled"].contains(&state) {
-            return Ok((cloud.ask(&["report", &id])?, watched));
+            return cloud.ask(&["report", &id]);
         }
         clock::rest(LOOK);
     }
     let what = format!("the end of evacuation {id} of {from}");
-    Err(RigError::TooLate { what, seconds: RUN_LIMIT.as_secs() })
+    Err(RigError::TooLate { what, seconds: limit.as_secs() })
 }
 
 /// What the controller's report says: seconds of all, of each guest, and of all pauses.

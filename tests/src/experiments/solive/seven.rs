@@ -7,7 +7,7 @@
 use lifeboat_lab::experiment::statistics::ratios;
 use lifeboat_lab::experiment::{Bound, Check, Record};
 
-use super::{Arm, TOTAL, USED, WRONG, blank, measure};
+use super::{Arm, SCENARIO, TOTAL, USED, WRONG, blank, measure};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Series, Shape};
 use crate::rig::RigError;
@@ -53,7 +53,7 @@ const FIXED: [&str; 3] = [ARMS[2].name, ARMS[4].name, ARMS[6].name];
 pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let rounds = setting.runs.unwrap_or(if setting.quick { 1 } else { 3 });
     let arms = if setting.quick { &ARMS[5..] } else { &ARMS[..] };
-    let mut record = blank(&setting, NAME, rounds, arms);
+    let mut record = blank(&setting, (NAME, SCENARIO), rounds, arms);
     record.question = "is a host empty sooner when its reservation follows the link?".to_owned();
     record.others_show =
         "SOLive Fig. 7: fixed at 75 or 55 % it takes much longer than adaptive, and \

@@ -9,7 +9,7 @@
 use lifeboat_lab::experiment::statistics::ratios;
 use lifeboat_lab::experiment::{Bound, Check, Record};
 
-use super::{Arm, C_PACE, DOWNTIME, M_PACE, RESERVED, TOTAL, WRONG, blank, measure};
+use super::{Arm, C_PACE, DOWNTIME, M_PACE, RESERVED, SCENARIO, TOTAL, WRONG, blank, measure};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Point, Series, Shape};
 use crate::rig::RigError;
@@ -53,7 +53,7 @@ pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let arms = if setting.quick { &ARMS[..2] } else { &ARMS[..] };
     // QEMU's user fetches pages in post-copy.
     let _allowed = Allowed::now()?;
-    let mut record = blank(&setting, NAME, rounds, arms);
+    let mut record = blank(&setting, (NAME, SCENARIO), rounds, arms);
     record.question =
         "what is reserved while NO, M, C and NI leave, and is it quicker for it?".to_owned();
     record.others_show =
