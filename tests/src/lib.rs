@@ -10,6 +10,7 @@
 //! is tested in its own room; the convention of experiments (samples, checks, record) is in
 //! `lab/src/experiment`. The house rules are `tests/tests/tidy/`.
 
+pub mod chance;
 pub mod clock;
 pub mod experiments;
 pub mod rig;

@@ -17,7 +17,7 @@ use lifeboat_protocol::agent::{Command as Ordered, ListVmsRequest, StartVmReques
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use super::relay::{PAGE_PORT, page_address};
+use super::relay::{PAGE_PORT, page_address, store_ports};
 use super::witness::Watched;
 use super::{Disk, Host, VM, host_name};
 use crate::clock;
@@ -105,6 +105,35 @@ impl Agent {
             page_address(self.host),
             self.storage().display(),
         )
+    }
+
+    /// Has the host keep pages of others' VMs.
+    pub(super) fn keep_stores(&self) -> Result<(), RigError> {
+        let file = self.folder.join("agent.toml");
+        let cannot = || RigError::io("cannot write an agent's configuration");
+        let text = fs::read_to_string(&file).map_err(cannot())?;
+        let ports = store_ports(self.host);
+        let (first, last) = (ports.start(), ports.end());
+        let roles = "roles = [\"hypervisor\", \"intermediary\"]\n";
+        let text = format!("{roles}{text}[intermediary]\nports = \"{first}-{last}\"\n");
+        fs::write(file, text).map_err(cannot())
+    }
+
+    /// The redis-servers of the stores here, by their working directories, which are the stores'.
+    #[must_use]
+    pub fn stores(&self) -> Vec<u32> {
+        let folder = self.folder.join("state/stores");
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_here = |pid: &u32| {
+            fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&folder))
+        };
+        pids.filter(is_here).collect()
+    }
+
+    /// Kills them with -9: what is in them is gone.
+    pub fn kill_stores(&self) {
+        self.stores().into_iter().for_each(kill);
     }
 
     /// What the first two hosts share.
@@ -280,10 +309,7 @@ impl Agent {
 
     /// Kills the VM's QEMU here with -9, if there is one.
     pub fn kill_qemu(&self) {
-        let pid = self.run_dir().claimed_pid().and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+        self.run_dir().claimed_pid().into_iter().for_each(kill);
     }
 
     /// Whether the VM's QEMU process is there.
@@ -365,9 +391,16 @@ impl Agent {
     }
 }
 
+fn kill(pid: u32) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    // It may have ended.
+    let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         self.kill();
         self.kill_qemu();
+        self.kill_stores();
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{HOSTS, Host, host_name, host_of};
+use super::{Host, host_name, host_of};
 use crate::clock;
 use crate::rig::RigError;
 
@@ -24,6 +24,7 @@ const CAPACITY: &str = "400 Mbit/s";
 pub struct Control {
     folder: PathBuf,
     program: PathBuf,
+    hosts: usize,
     child: Option<Child>,
 }
 
@@ -34,9 +35,9 @@ pub struct Attended {
 }
 
 impl Control {
-    pub(super) fn start(world: &Path, programs: &Path) -> Result<Self, RigError> {
-        let folder = world.to_owned();
-        let mut control = Self { folder, program: programs.join("lifeboat"), child: None };
+    pub(super) fn start(world: &Path, programs: &Path, hosts: usize) -> Result<Self, RigError> {
+        let (folder, program) = (world.to_owned(), programs.join("lifeboat"));
+        let mut control = Self { folder, program, hosts, child: None };
         fs::write(control.folder.join("lab.toml"), control.configuration())
             .map_err(RigError::io("cannot write the controller's configuration"))?;
         control.restart()?;
@@ -50,7 +51,7 @@ impl Control {
              [policy]\nmeasure_window_ms = 200\n\
              [[switch]]\nname = \"s1\"\ndatapath_id = \"1\"\novsdb = \"unix:{dir}/no-switch.sock\"\n"
         );
-        for name in (0..HOSTS).map(host_name) {
+        for name in (0..self.hosts).map(host_name) {
             text.push_str(&format!(
                 "[[host]]\nname = \"{name}\"\nagent = \"unix:{dir}/{name}/agent.sock\"\n\
                  ovsdb = \"unix:{dir}/no-switch.sock\"\nbridge = \"br0\"\nuplink = \"{name}-eth0\"\n\
@@ -155,7 +156,8 @@ impl Control {
         let sees = || {
             let hosts = self.ask("hosts").ok()?;
             let hosts = hosts["hosts"].as_array()?.clone();
-            let all = hosts.len() == HOSTS && hosts.iter().all(|host| host["connected"] == true);
+            let all =
+                hosts.len() == self.hosts && hosts.iter().all(|host| host["connected"] == true);
             let vms = self.ask("vms").ok()?;
             let mut vms = vms["vms"].as_array()?.iter();
             let there = vms.any(|vm| vm["host"] == host_name(host) && vm["state"] == "running");

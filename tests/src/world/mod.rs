@@ -36,8 +36,10 @@ use crate::rig::network::Namespace;
 
 /// The VM's name.
 pub const VM: &str = "vm";
-/// How many hosts there are.
+/// How many hosts there are, but for a world [with stores](World::make_with_stores).
 pub const HOSTS: usize = 3;
+/// How many there are where pages wait elsewhere: a source, a destination, and what parity needs.
+pub const HOSTS_WITH_STORES: usize = 5;
 /// A booted guest says so within this time, on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
@@ -56,7 +58,7 @@ pub fn host_name(host: Host) -> String {
 /// The host of a name.
 #[must_use]
 pub fn host_of(name: &str) -> Option<Host> {
-    (0..HOSTS).find(|&host| host_name(host) == name)
+    (0..HOSTS_WITH_STORES).find(|&host| host_name(host) == name)
 }
 
 /// What the VM keeps its data on.
@@ -98,6 +100,18 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
+        Self::raise(number, images, disk, HOSTS)
+    }
+
+    /// The same with five hosts, all of which may keep pages of VMs that are between two others.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_with_stores(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
+        Self::raise(number, images, disk, HOSTS_WITH_STORES)
+    }
+
+    fn raise(number: usize, images: &Path, disk: Disk, hosts: usize) -> Result<Self, RigError> {
         let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
         // QEMU's user must be able to pass through.
         let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
@@ -105,16 +119,24 @@ impl World {
             .map_err(RigError::io("cannot open the temporary folder"))?;
         let programs = keep_programs(folder.path())?;
         let mut agents = vec![];
-        for host in 0..HOSTS {
+        for host in 0..hosts {
             let namespace = Namespace::make(&format!("w{number}{}", host_name(host)))?;
-            agents.push(Agent::prepare(host, namespace, folder.path(), images, &programs)?);
+            let agent = Agent::prepare(host, namespace, folder.path(), images, &programs)?;
+            if hosts > HOSTS {
+                agent.keep_stores()?;
+            }
+            agents.push(agent);
         }
         let mut relays = vec![];
-        for from in 0..HOSTS {
-            for to in (0..HOSTS).filter(|&to| to != from) {
-                let (near, far) =
-                    (agents[from].namespace().clone(), agents[to].namespace().clone());
+        for from in 0..hosts {
+            for to in (0..hosts).filter(|&to| to != from) {
+                let ends = || (agents[from].namespace().clone(), agents[to].namespace().clone());
+                let (near, far) = ends();
                 relays.push(Relay::start((from, to), near, far)?);
+                for port in relay::store_ports(to).filter(|_| hosts > HOSTS) {
+                    let (near, far) = ends();
+                    relays.push(Relay::to_store((from, to), near, far, port)?);
+                }
             }
         }
         let witness = Witness::start(agents.iter().map(Agent::watched).collect());
@@ -122,7 +144,7 @@ impl World {
         for agent in &mut agents {
             agent.start(None)?;
         }
-        let control = Control::start(folder.path(), &programs)?;
+        let control = Control::start(folder.path(), &programs, hosts)?;
         let world = Self { folder, agents, control, witness, relays };
         world.await_guest(0)?;
         Ok(world)

@@ -19,6 +19,10 @@ use crate::rig::network::Namespace;
 pub const PAGE_PORT: u16 = 7001;
 /// Where a host reaches host 0; the others follow.
 const FIRST_PORT: u16 = 7100;
+/// Where host 0's stores are, in every namespace; the others' follow in tens.
+const FIRST_STORE: u16 = 7200;
+/// Stores that a host can have at once: one VM needs one, and its last one may still be owed.
+const STORES: u16 = 3;
 /// Looks at the state at least so often.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -30,6 +34,13 @@ pub fn page_address(host: Host) -> String {
 
 fn port(host: Host) -> u16 {
     FIRST_PORT + u16::try_from(host).unwrap_or_default()
+}
+
+/// Where a host's stores are reached, by itself and by everybody.
+#[must_use]
+pub fn store_ports(host: Host) -> std::ops::RangeInclusive<u16> {
+    let first = FIRST_STORE + 10 * u16::try_from(host).unwrap_or_default();
+    first..=first + STORES - 1
 }
 
 /// What the link does.
@@ -56,12 +67,33 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts to relay from a host's `near` namespace to the other's.
+    /// Starts to relay page links from a host's `near` namespace to the other's.
     ///
     /// # Errors
     /// When it cannot listen.
     pub fn start(ends: (Host, Host), near: Namespace, far: Namespace) -> Result<Self, RigError> {
-        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port(ends.1));
+        Self::between(ends, (near, port(ends.1)), (far, PAGE_PORT))
+    }
+
+    /// The same for what goes to a store of the other one, by the port that it has there.
+    ///
+    /// # Errors
+    /// When it cannot listen.
+    pub fn to_store(
+        ends: (Host, Host),
+        near: Namespace,
+        far: Namespace,
+        port: u16,
+    ) -> Result<Self, RigError> {
+        Self::between(ends, (near, port), (far, port))
+    }
+
+    fn between(
+        ends: (Host, Host),
+        (near, here): (Namespace, u16),
+        (far, there): (Namespace, u16),
+    ) -> Result<Self, RigError> {
+        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, here);
         let listener = near.within(move || TcpListener::bind(address))?;
         let listener = listener.map_err(RigError::io("cannot listen for a relay"))?;
         let relay = Self { ends, state: Arc::new(AtomicU8::new(State::Whole as u8)) };
@@ -69,7 +101,7 @@ impl Relay {
         // New connections are made in the other namespace, so that is where this thread lives.
         far.spawn(move || {
             for socket in listener.incoming().flatten() {
-                take(socket, &state);
+                take(socket, there, &state);
             }
         })?;
         Ok(relay)
@@ -92,11 +124,11 @@ fn now(state: &AtomicU8) -> State {
     State::ALL.get(at).copied().unwrap_or(State::Whole)
 }
 
-fn take(near: TcpStream, state: &Arc<AtomicU8>) {
+fn take(near: TcpStream, port: u16, state: &Arc<AtomicU8>) {
     if now(state) == State::Closed {
         return;
     }
-    let far = TcpStream::connect(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PAGE_PORT));
+    let far = TcpStream::connect(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
     // Nobody listens: closing says so.
     let Ok(far) = far else { return };
     let halves = (near.try_clone(), far.try_clone());

@@ -12,14 +12,13 @@
 //! a change and not by chance, and points that an operator's claim ends are left to `tests/full`.
 
 mod cases;
-mod chance;
 mod play;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cases::{CASES, Case};
-use chance::Chance;
+use lifeboat_tests::chance::Chance;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
 use lifeboat_tests::world::World;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use lifeboat_tests::chance::Chance;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::RigError;
 use lifeboat_tests::world::control::Attended;
@@ -10,7 +11,6 @@ use lifeboat_tests::world::relay::State;
 use lifeboat_tests::world::{HOSTS, Host, VM, World, host_name};
 
 use crate::cases::{Blow, Case, End, Moment, Side};
-use crate::chance::Chance;
 
 /// A moment comes within this time, on a busy machine.
 const MOMENT_LIMIT: Duration = Duration::from_secs(60);

@@ -1,14 +1,17 @@
 //! Chance that can be repeated: SplitMix64 (Steele, Lea and Flood 2014), from a seed.
+//!
+//! Used by the tests that kill, which say their seed, so that a failure can be played again.
 
 use std::time::Duration;
 
 /// A sequence that its seed decides.
 #[derive(Debug, Clone)]
-pub(crate) struct Chance(u64);
+pub struct Chance(u64);
 
 impl Chance {
     /// From a seed.
-    pub(crate) fn from_seed(seed: u64) -> Self {
+    #[must_use]
+    pub fn from_seed(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -20,23 +23,23 @@ impl Chance {
     }
 
     /// A number below `end`; 0 where that is 0.
-    pub(crate) fn below(&mut self, end: usize) -> usize {
+    pub fn below(&mut self, end: usize) -> usize {
         let end = u64::try_from(end).unwrap_or(u64::MAX).max(1);
         usize::try_from(self.next() % end).unwrap_or_default()
     }
 
     /// Yes or no.
-    pub(crate) fn coin(&mut self) -> bool {
+    pub fn coin(&mut self) -> bool {
         self.next() & 1 == 1
     }
 
     /// A time up to `most`.
-    pub(crate) fn up_to(&mut self, most: Duration) -> Duration {
+    pub fn up_to(&mut self, most: Duration) -> Duration {
         most.mul_f64(self.below(1001) as f64 / 1000.0)
     }
 
     /// In another order.
-    pub(crate) fn shuffle<T>(&mut self, things: &mut [T]) {
+    pub fn shuffle<T>(&mut self, things: &mut [T]) {
         for last in (1..things.len()).rev() {
             things.swap(last, self.below(last + 1));
         }

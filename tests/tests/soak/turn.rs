@@ -1,0 +1,316 @@
+//! One migration with one thing that breaks: begun, struck, repaired, and looked at.
+//!
+//! What breaks does so at a moment that chance decides within the phase where the docs promise that
+//! nothing is lost. Before COMMIT that promise is that the guest runs on where it was.
+
+use std::fmt;
+use std::time::Duration;
+
+use lifeboat_tests::chance::Chance;
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::RigError;
+use lifeboat_tests::world::relay::State;
+use lifeboat_tests::world::{HOSTS_WITH_STORES, Host, VM, World, host_name};
+use serde_json::Value;
+
+/// A migration gets under way, and its source empty, within this time on a busy machine.
+const MOMENT_LIMIT: Duration = Duration::from_secs(60);
+/// It ends within this time once everything is repaired.
+const END_LIMIT: Duration = Duration::from_secs(180);
+/// All is at rest within this time after that.
+const REST_LIMIT: Duration = Duration::from_secs(90);
+/// As long as a link is cut (the issue of a cable pulled and plugged in again).
+const CUT: Duration = Duration::from_secs(5);
+/// A copy of this guest takes about so long here.
+const COPY: Duration = Duration::from_millis(1500);
+
+/// How the guest goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    PostCopy,
+    Parity,
+    Mirror,
+}
+
+/// What breaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Blow {
+    Nothing,
+    /// The source's agent, at any moment.
+    SourceAgent,
+    /// The source, once it is empty: agent and QEMU, and what a reboot clears.
+    SourcePower,
+    /// One store, at any moment.
+    Store,
+    /// The destination's agent, at any moment.
+    DestinationAgent,
+    /// The link between source and destination, for five seconds.
+    Link,
+    /// The link between the destination and a store.
+    StoreLink,
+    /// The controller, at any moment.
+    Controller,
+}
+
+/// A turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Case {
+    way: Way,
+    blow: Blow,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}, {:?}", self.way, self.blow)
+    }
+}
+
+impl Case {
+    /// Each once.
+    fn all() -> Vec<Self> {
+        use Blow::{
+            Controller, DestinationAgent, Link, Nothing, SourceAgent, SourcePower, Store, StoreLink,
+        };
+        let anywhere = [Nothing, SourceAgent, DestinationAgent, Link, Controller];
+        let with_stores = [SourcePower, Store, StoreLink];
+        let mut all: Vec<Self> = anywhere.map(|blow| Self { way: Way::PostCopy, blow }).to_vec();
+        for way in [Way::Parity, Way::Mirror] {
+            let blows = anywhere.into_iter().chain(with_stores);
+            all.extend(blows.map(|blow| Self { way, blow }));
+        }
+        all
+    }
+
+    /// One for each blow.
+    pub(crate) fn few(chance: &mut Chance) -> Vec<Self> {
+        let mut all = Self::all();
+        chance.shuffle(&mut all);
+        let mut few: Vec<Self> = Vec::new();
+        for case in all {
+            if few.iter().all(|chosen| chosen.blow != case.blow) {
+                few.push(case);
+            }
+        }
+        few
+    }
+
+    /// One of them.
+    pub(crate) fn by(chance: &mut Chance) -> Self {
+        let all = Self::all();
+        all[chance.below(all.len())]
+    }
+}
+
+/// Why a turn did not end as it must.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The rig.
+    #[error(transparent)]
+    Rig(#[from] RigError),
+    /// Something that must come did not.
+    #[error("{what} did not come within {} s: {seen}", within.as_secs())]
+    Late { what: &'static str, within: Duration, seen: String },
+    /// Something that must never be.
+    #[error("{}", .0.join("; "))]
+    Offence(Vec<String>),
+    /// The controller says something else than what is.
+    #[error("the guest is at {at}, and the controller says: {said}")]
+    Untrue { at: String, said: String },
+}
+
+/// Who is who.
+struct Roles {
+    source: Host,
+    destination: Host,
+    stores: Vec<Host>,
+}
+
+/// Plays `case` and says how it ended.
+pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result<String, Failure> {
+    let source = running(world)?;
+    world.control.await_sight(source)?;
+    let mut others: Vec<Host> = (0..HOSTS_WITH_STORES).filter(|&host| host != source).collect();
+    chance.shuffle(&mut others);
+    let Some(destination) = others.pop() else {
+        return Err(Failure::Offence(vec!["there is one host".to_owned()]));
+    };
+    let roles = Roles { source, destination, stores: others };
+    let id = world.control.detached(&order(&roles, case.way))?;
+    strike(world, case, &roles, &id, chance)?;
+    repair(world, &roles, chance)?;
+    let status = ended(world, &id)?;
+    let at = at_rest(world)?;
+    let moved = status["migrations"][0]["phase"] == "moved";
+    if moved != (at == destination) || (!moved && at != source) {
+        return Err(Failure::Untrue { at: host_name(at), said: status.to_string() });
+    }
+    // Without a blow nothing may keep it.
+    if case.blow == Blow::Nothing && !moved {
+        return Err(Failure::Untrue { at: host_name(at), said: status.to_string() });
+    }
+    emptied(world)?;
+    Ok(format!("{} -> {}, {}", host_name(source), host_name(destination), outcome(&status)))
+}
+
+fn outcome(status: &Value) -> String {
+    let vm = &status["migrations"][0];
+    match vm["phase"].as_str() {
+        Some("moved") => format!("moved, empty after {} ms", vm["eviction_ms"]),
+        _ => format!("stayed: {}", vm["reason"].as_str().unwrap_or_default()),
+    }
+}
+
+fn order(roles: &Roles, way: Way) -> String {
+    let to = host_name(roles.destination);
+    let line = format!("migrate {VM} --to {to} --urgency 0 --yes");
+    let stores = |count: usize| {
+        let names: Vec<String> = roles.stores.iter().take(count).copied().map(host_name).collect();
+        names.join(",")
+    };
+    let scatter = |count, redundancy| {
+        let stores = stores(count);
+        format!("{line} --mode scatter-gather --intermediaries {stores} --redundancy {redundancy}")
+    };
+    match way {
+        Way::PostCopy => format!("{line} --mode post-copy"),
+        Way::Parity => scatter(3, "parity"),
+        Way::Mirror => scatter(2, "mirror"),
+    }
+}
+
+/// Waits for the moment and strikes.
+fn strike(
+    world: &mut World,
+    case: Case,
+    roles: &Roles,
+    id: &str,
+    chance: &mut Chance,
+) -> Result<(), Failure> {
+    if case.blow == Blow::Nothing {
+        return Ok(());
+    }
+    if case.blow == Blow::SourcePower {
+        let empty = |vm: &Value| vm["evicted"] == true;
+        await_moment(world, id, "the source's end", empty)?;
+        // One that stayed has not left its source: that must not be struck.
+        if !migration(world, id).is_some_and(|vm| empty(&vm)) {
+            return Ok(());
+        }
+        world.agents[roles.source].lose_power()?;
+        return Ok(());
+    }
+    await_moment(world, id, "pages", |vm| vm["bytes_sent"].as_u64() > Some(0))?;
+    clock::rest(chance.up_to(COPY));
+    let (source, destination) = (roles.source, roles.destination);
+    let used = if case.way == Way::Mirror { 2 } else { 3 };
+    let store = roles.stores[chance.below(used.min(roles.stores.len()))];
+    match case.blow {
+        Blow::Nothing | Blow::SourcePower => {}
+        Blow::SourceAgent => world.agents[source].kill(),
+        Blow::DestinationAgent => world.agents[destination].kill(),
+        Blow::Store => world.agents[store].kill_stores(),
+        Blow::Controller => world.control.kill(),
+        Blow::Link => cut(world, source, destination),
+        Blow::StoreLink => cut(world, destination, store),
+    }
+    Ok(())
+}
+
+fn cut(world: &World, one: Host, other: Host) {
+    world.link(one, other, State::Silent);
+    clock::rest(CUT);
+}
+
+/// The dead rise after a while, and the cut is healed.
+fn repair(world: &mut World, roles: &Roles, chance: &mut Chance) -> Result<(), Failure> {
+    for host in 0..HOSTS_WITH_STORES {
+        for other in [roles.source, roles.destination] {
+            world.link(host, other, State::Whole);
+        }
+    }
+    clock::rest(chance.up_to(COPY));
+    for agent in &mut world.agents {
+        if !agent.lives() {
+            agent.start(None)?;
+        }
+    }
+    if !world.control.lives() {
+        world.control.restart()?;
+    }
+    Ok(())
+}
+
+fn migration(world: &World, id: &str) -> Option<Value> {
+    let mut status = world.control.status(id).ok()?;
+    status.pointer_mut("/migrations/0").map(Value::take)
+}
+
+/// Waits until the migration has come so far, or has ended.
+fn await_moment(
+    world: &World,
+    id: &str,
+    what: &'static str,
+    is_there: impl Fn(&Value) -> bool,
+) -> Result<(), Failure> {
+    let there = || {
+        let vm = migration(world, id)?;
+        let over =
+            ["moved", "left-behind", "lost", "uncertain"].map(Value::from).contains(&vm["phase"]);
+        (over || is_there(&vm)).then_some(())
+    };
+    let there = clock::wait_for(MOMENT_LIMIT, there);
+    there.ok_or_else(|| late(world, what, MOMENT_LIMIT))
+}
+
+fn ended(world: &World, id: &str) -> Result<Value, Failure> {
+    let ended = || {
+        let status = world.control.status(id).ok()?;
+        let state = status["state"].as_str()?;
+        matches!(state, "done" | "partial" | "cancelled" | "failed").then_some(status)
+    };
+    let ended = clock::wait_for(END_LIMIT, ended);
+    ended.ok_or_else(|| late(world, "the migration's end", END_LIMIT))
+}
+
+/// Waits until the guest runs at one host, has counted on there, and no other QEMU is left.
+fn at_rest(world: &World) -> Result<Host, Failure> {
+    let before = world.witness.look().last_tick().unwrap_or_default();
+    let calm = || {
+        let seen = world.witness.look();
+        let (running, with_qemu) = (seen.running(), seen.with_qemu());
+        let [at] = running[..] else { return None };
+        let goes_on = seen.last_tick_at(at).is_some_and(|tick| tick > before);
+        (with_qemu == [at] && goes_on).then_some(at)
+    };
+    let calm = clock::wait_for(REST_LIMIT, calm);
+    let offences = world.witness.look().offences();
+    if !offences.is_empty() {
+        return Err(Failure::Offence(offences));
+    }
+    calm.ok_or_else(|| late(world, "rest", REST_LIMIT))
+}
+
+/// No store is left anywhere once the guest has everything.
+fn emptied(world: &World) -> Result<(), Failure> {
+    let empty = || world.agents.iter().all(|agent| agent.stores().is_empty()).then_some(());
+    let empty = clock::wait_for(REST_LIMIT, empty);
+    empty.ok_or_else(|| late(world, "the end of the stores", REST_LIMIT))
+}
+
+fn running(world: &World) -> Result<Host, Failure> {
+    let running = world.witness.look().running();
+    match running[..] {
+        [host] => Ok(host),
+        _ => Err(Failure::Offence(vec![format!("it runs at {} hosts", running.len())])),
+    }
+}
+
+fn late(world: &World, what: &'static str, within: Duration) -> Failure {
+    let seen = {
+        let seen = world.witness.look();
+        format!("running at {:?}, QEMU at {:?}", seen.running(), seen.with_qemu())
+    };
+    let status = world.control.ask("status").unwrap_or_default();
+    let newest = status["evacuations"].as_array().and_then(|all| all.first()).cloned();
+    Failure::Late { what, within, seen: format!("{seen}; {}", newest.unwrap_or_default()) }
+}
