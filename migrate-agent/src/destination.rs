@@ -159,13 +159,14 @@ impl DestinationTask {
         self.context.store.end_gathering(&self.vm)?;
         let rooms = &self.context.rooms;
         self.disks = ArrivingDisks::make_way(rooms, &self.vm, &self.definition)?;
-        if let Some(disks) = self.disks.as_ref().filter(|_| self.gathers()) {
-            disks.discard().await?;
-            return Err(Failure::DisksAndPages);
-        }
-        if self.disks.is_some() {
+        if let Some(disks) = &self.disks {
             // What can be said now is said now: the disks may take hours.
-            return Ok(self.context.guests.could_arrive(&self.definition)?);
+            let disks = disks.clone();
+            let possible = self.could_arrive().await;
+            if possible.is_err() {
+                disks.discard().await?;
+            }
+            return possible;
         }
         self.reach_stores().await?;
         match self.bring_up(arrival).await {
@@ -180,6 +181,12 @@ impl DestinationTask {
                 Err(failure)
             }
         }
+    }
+
+    /// Whether the guest could come once its disks are here.
+    async fn could_arrive(&mut self) -> Result<(), Failure> {
+        self.context.guests.could_arrive(&self.definition)?;
+        self.reach_stores().await
     }
 
     fn arrival(&self) -> Arrival {

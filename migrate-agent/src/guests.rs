@@ -65,6 +65,9 @@ pub trait Guests: Send + Sync {
     /// The memory of the VM's guest, to be read from outside.
     fn memory(&self, vm: &VmId) -> Result<Ram, GuestError>;
 
+    /// Whether its QEMU is in the agent's own mount namespace, and so certainly sees what is mounted there.
+    fn shares_our_mounts(&self, vm: &VmId) -> bool;
+
     /// Every VM of which something is here that a migration can leave: a QEMU process, what one
     /// left behind when it went, or the definition that came with an arrival.
     fn present(&self) -> Vec<VmId>;

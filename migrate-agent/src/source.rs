@@ -179,6 +179,9 @@ pub enum Failure {
     /// The disks that arrive.
     #[error(transparent)]
     Arrival(#[from] RoomError),
+    /// The last of the disks.
+    #[error("the rest of the disks did not come within {} s after the guest stopped", .0.as_secs())]
+    Unsealed(Duration),
     /// The guest went away by itself.
     #[error("the guest's QEMU has gone")]
     GuestGone,
@@ -207,11 +210,6 @@ pub enum Failure {
     /// The destination asks for what the guest does not have.
     #[error("{0} is asked for, which the guest does not have")]
     NoSuchPage(PageAt),
-    /// What cannot be done yet.
-    #[error(
-        "a VM whose disks move with it goes by pre-copy or cold: in post-copy and scatter-gather QEMU opens them before they are complete"
-    )]
-    DisksAndPages,
     /// The stream at the destination.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -410,9 +408,6 @@ impl SourceTask {
     /// From nothing to LOADED. Every `?` here ends with the guest running at this host.
     async fn travel(&mut self) -> Result<Generation, Failure> {
         let qmp = self.context.guests.qmp(&self.order.vm).await?;
-        if !matches!(self.order.mode, Mode::PreCopy | Mode::Cold) && self.has_local_disks() {
-            return Err(Failure::DisksAndPages);
-        }
         self.watch_disks(&qmp).await?;
         self.connect().await?;
         self.bring_into_step().await?;
@@ -426,6 +421,7 @@ impl SourceTask {
                 self.reach_stores().await?;
                 self.memory = Some(Arc::new(self.context.guests.memory(&self.order.vm)?));
                 self.copy_memory(&qmp).await?;
+                self.seal().await?;
             }
             Mode::Cold => self.stop_for_cold(&qmp).await?,
         }

@@ -147,18 +147,22 @@ pub fn post_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteri
     }
 }
 
-/// Until every page of a scattered VM is off the source, which sends `sent` bytes/s on the wire: each
-/// page goes `factor` times, to more than one store for redundancy.
+/// Until all of a scattered VM is off the source, which sends pages at `sent` bytes/s on the wire: each
+/// goes `factor` times, to more than one store for redundancy. Its disks go before, and straight to
+/// the destination, at `direct` bytes/s.
 #[must_use]
 pub fn eviction(
     vm: &MeasuredVm,
+    direct: BytesPerSec,
     sent: BytesPerSec,
     factor: f64,
     criteria: &StopCriteria,
 ) -> Duration {
-    let once = post_copy(vm, sent, criteria);
+    let memory = MeasuredVm { disk: Bytes::ZERO, disk_writes: BytesPerSec::ZERO, ..vm.clone() };
+    let once = post_copy(&memory, sent, criteria);
     let again = once.bytes.0 as f64 * (factor - 1.0).max(0.0) / sent.0.max(1) as f64;
-    once.total_time.saturating_add(span(again))
+    let disks = disk_copy(vm, direct).time;
+    once.total_time.saturating_add(span(again)).saturating_add(disks)
 }
 
 /// What a VM's local disks take before its memory moves.

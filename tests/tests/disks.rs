@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
+use lifeboat_tests::rig::userfaultfd::Allowed;
 use lifeboat_tests::world::{Disk, Host, World, host_name, inside, relay};
 
 /// Long enough for a build beside us.
@@ -27,13 +28,17 @@ static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
 
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
 fn in_a_world(name: &str, number: usize, disk: Disk, play: impl FnOnce(&mut World)) {
+    in_a(name, || World::make_with(number, &IMAGES, disk).unwrap(), play);
+}
+
+fn in_a(name: &str, make: impl FnOnce() -> World, play: impl FnOnce(&mut World)) {
     if !inside::is_inside() {
         assert!(IMAGES.is_dir());
         assert!(inside::run_inside(name).unwrap().success(), "see above");
         return;
     }
     private::settle().unwrap();
-    let mut world = World::make_with(number, &IMAGES, disk).unwrap();
+    let mut world = make();
     world.control.await_sight(0).unwrap();
     let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
     if let Err(panic) = played {
@@ -177,5 +182,55 @@ fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
         await_no_mover(world, 0);
         await_over(world, &id);
         assert_at(world, 0);
+    });
+}
+
+#[test]
+fn a_disk_goes_ahead_of_pages_that_follow_their_guest() {
+    let name = "a_disk_goes_ahead_of_pages_that_follow_their_guest";
+    let make = || World::make_with_stores(7, &IMAGES, Disk::Raw).unwrap();
+    in_a(name, make, |world| {
+        let _allowed = Allowed::now().unwrap();
+        assert_at(world, 0);
+        let plan = world.control.ask("plan h1 --to h2 --urgency 0 --mode post-copy").unwrap();
+        assert!(plan["vms"][0]["mode"] == "post-copy", "{plan}");
+        world.control.order("migrate vm --to h2 --urgency 0 --mode post-copy --yes").unwrap();
+        assert_at(world, 1);
+        assert_eq!(files(world, 1), ["disk"]);
+        world.control.await_sight(1).unwrap();
+        let scatter = "migrate vm --to h1 --urgency 0 --mode scatter-gather --yes \
+                       --intermediaries h3,h4,h5 --redundancy parity";
+        // The copy that stayed at the first host is kept under another name, and is not in the way.
+        world.control.order(scatter).unwrap();
+        assert_at(world, 0);
+        for host in [0, 1] {
+            await_no_mover(world, host);
+        }
+    });
+}
+
+#[test]
+fn a_destination_that_runs_out_of_room_is_told_and_the_guest_runs_on() {
+    let name = "a_destination_that_runs_out_of_room_is_told_and_the_guest_runs_on";
+    in_a_world(name, 8, Disk::Raw, |world| {
+        await_more(world, 0, "disk_writes", ROUND);
+        let room = world.agents[1].disk().parent().unwrap().to_owned();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=48m,mode=755", "room"])
+            .arg(&room)
+            .status();
+        assert!(mounted.unwrap().success());
+        // Enough when it is asked, and not any more once blocks come.
+        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
+        await_mover(world, 0);
+        std::fs::write(room.join("somebody's"), vec![1; 44 << 20]).unwrap();
+        await_over(world, &id);
+        let status = world.control.status(&id).unwrap();
+        let reason = status["left_behind"][0]["reason"].as_str().unwrap_or_default().to_owned();
+        assert!(reason.contains("No space left"), "{status}");
+        assert_at(world, 0);
+        await_no_mover(world, 0);
+        let cleared = || (files(world, 1) == ["somebody's"]).then_some(());
+        assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", files(world, 1));
     });
 }

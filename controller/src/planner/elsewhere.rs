@@ -60,7 +60,8 @@ impl Planner {
                 Ok(chosen) => {
                     let sent = sent(&Leaver::of(&goes), &chosen);
                     let (factor, criteria) = (factor(&chosen), criteria(order));
-                    goes.eviction = Some(eviction(&goes.figures, sent, factor, &criteria));
+                    let direct = goes.step.predicted.bandwidth.bytes_per_sec();
+                    goes.eviction = Some(eviction(&goes.figures, direct, sent, factor, &criteria));
                     let ways = self.store_ways(&goes.source, &chosen, order.urgency).await;
                     goes.store_hops = ways.into_iter().flatten().collect();
                     goes.stores = Some(chosen);

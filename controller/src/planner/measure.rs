@@ -224,9 +224,6 @@ fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
     let elsewhere = matches!(mode, Mode::PostCopy | Mode::ScatterGather);
     match () {
         () if !elsewhere => None,
-        () if has(|vm| vm.disks.iter().any(|disk| disk.shared_storage.is_empty())) => {
-            Some(format!("its local disks go along, and {mode} does not take disks; pre-copy does"))
-        }
         () if has(|vm| vm.forbid_post_copy) => {
             Some(format!("its owner forbids {mode} (forbid_post_copy)"))
         }

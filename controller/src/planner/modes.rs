@@ -13,7 +13,7 @@ use lifeboat_policy::plan::{Move, Plan, PlannedVm};
 use lifeboat_policy::predict::{eviction, post_copy};
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::Mode;
-use lifeboat_protocol::units::BitsPerSec;
+use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
 use lifeboat_topology::Topology;
 
 use super::elsewhere::{Leaver, factor, sent};
@@ -42,7 +42,7 @@ impl First<'_> {
                 Some(why) => Err(why),
             };
             let scattered = match mode_obstacle(self.facts, step, Mode::ScatterGather) {
-                None => self.evicted(&self.leaver(vm, step)),
+                None => self.evicted(&self.leaver(vm, step), bandwidth),
                 Some(why) => Err(why),
             };
             let known = ModeFacts {
@@ -84,7 +84,7 @@ impl First<'_> {
         }
     }
 
-    fn evicted(&self, leaver: &Leaver<'_>) -> Result<Duration, String> {
+    fn evicted(&self, leaver: &Leaver<'_>, direct: BytesPerSec) -> Result<Duration, String> {
         let refused = |why: &str| Err(why.to_owned());
         if leaver.reserved == BitsPerSec::ZERO {
             return refused("nothing is reserved for it, so nobody knows how fast it would be");
@@ -95,7 +95,8 @@ impl First<'_> {
             return refused("one store alone would hold the only copy: that has to be asked for");
         }
         let sent = sent(leaver, &stores).scale(self.facts.inventory.experience.share);
-        Ok(eviction(leaver.figures, sent, factor(&stores), &self.facts.inventory.criteria))
+        let criteria = &self.facts.inventory.criteria;
+        Ok(eviction(leaver.figures, direct, sent, factor(&stores), criteria))
     }
 }
 

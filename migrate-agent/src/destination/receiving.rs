@@ -91,7 +91,11 @@ impl DestinationTask {
         }
         match sink {
             Sink::Qemu(mut socket) => socket.shutdown().await.map_err(Failure::Socket)?,
-            Sink::Read(arriving, socket) => self.begin_gathering(*arriving, socket).await?,
+            Sink::Read(arriving, socket) => {
+                // QEMU takes a guest whose pages follow for begun at once, and its images for whole.
+                self.until_sealed(writer).await?;
+                self.begin_gathering(*arriving, socket).await?;
+            }
             Sink::Nowhere => {}
         }
         self.wait_until_loaded(writer).await
@@ -118,6 +122,8 @@ impl DestinationTask {
         if let Some(disks) = &self.disks {
             disks.name().await?;
         }
+        // The connections of the beginning may be hours old.
+        self.reach_stores().await?;
         let qmp = {
             let coming = self.bring_up(self.arrival());
             tokio::pin!(coming);
@@ -281,6 +287,23 @@ impl DestinationTask {
                 return Err(Failure::Slow { what: "load the guest", limit: LOAD_LIMIT });
             }
         }
+    }
+
+    /// Waits until the disks are complete.
+    async fn until_sealed(&mut self, writer: &mut FrameWriter) -> Result<(), Failure> {
+        let sealed = || self.disks.as_ref().is_none_or(ArrivingDisks::are_sealed);
+        let (began, mut said) = (clock::now(), clock::now());
+        while !sealed() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            if said.elapsed() > ACK_EVERY {
+                said = clock::now();
+                writer.send(&Frame::Ack(0)).await?;
+            }
+            if began.elapsed() > LOAD_LIMIT {
+                return Err(Failure::Unsealed(LOAD_LIMIT));
+            }
+        }
+        Ok(())
     }
 
     async fn is_loaded(&self, qmp: &Qmp) -> Result<bool, Failure> {

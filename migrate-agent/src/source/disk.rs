@@ -54,6 +54,11 @@ pub enum DiskFailure {
     /// QEMU.
     #[error(transparent)]
     Swap(#[from] SwapError),
+    /// QEMU, which is not where this agent mounts.
+    #[error(
+        "its QEMU was started in another mount namespace than this agent's and does not see what the agent mounts (PrivateMounts=, PrivateTmp= and the like in the agent's unit); take that out of the unit, or stop and start the VM once"
+    )]
+    OtherMounts(#[source] SwapError),
     /// QEMU's monitor.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -113,11 +118,6 @@ impl SourceTask {
         definition.map_or_else(Vec::new, |definition| local_disks(&definition, directories))
     }
 
-    /// Whether disks would have to come along.
-    pub(super) fn has_local_disks(&self) -> bool {
-        !self.local_disks().is_empty()
-    }
-
     /// Has every write to the VM's local disks pass through a mover; nothing where it has none.
     pub(super) async fn watch_disks(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         let disks = self.local_disks();
@@ -140,6 +140,11 @@ impl SourceTask {
         loop {
             match self.swap_all(qmp, Side::Mount).await {
                 Err(DiskFailure::Mover(error)) => self.reach_again(error).await?,
+                Err(DiskFailure::Swap(error))
+                    if !self.context.guests.shares_our_mounts(&self.order.vm) =>
+                {
+                    return Err(DiskFailure::OtherMounts(error).into());
+                }
                 outcome => return Ok(outcome?),
             }
         }

@@ -109,6 +109,12 @@ impl Guests for Vms {
         })
     }
 
+    fn shares_our_mounts(&self, vm: &VmId) -> bool {
+        let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+        let Ok((pid, _)) = self.process(vm) else { return false };
+        namespace(&pid.to_string()).is_some_and(|theirs| Some(theirs) == namespace("self"))
+    }
+
     fn present(&self) -> Vec<VmId> {
         let inventory = self.inventory();
         let arrived = inventory.known.iter().filter(|(_, known)| known.arrived).map(|(vm, _)| vm);

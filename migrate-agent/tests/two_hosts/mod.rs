@@ -161,6 +161,10 @@ impl Guests for Bare {
         Ram::find(pid, size).map_err(failed)
     }
 
+    fn shares_our_mounts(&self, _: &VmId) -> bool {
+        true
+    }
+
     fn could_arrive(&self, _: &VmDefinition) -> Result<(), GuestError> {
         Ok(())
     }
