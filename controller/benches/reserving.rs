@@ -78,6 +78,7 @@ impl Chain {
             traffic: PageFlow {
                 source: [10, 0, 0, 1].into(),
                 destination: ([10, 0, 0, 2], 7445).into(),
+                served: false,
             },
         }
     }

@@ -124,15 +124,17 @@ impl Inventory {
         self.lock().measured.get(vm).cloned()
     }
 
-    /// Where a VM is, by the host that owns it: not one that has ceded it or only receives it.
+    /// Where a VM is, by the host that owns it: not one that has ceded it or only receives it. Where one
+    /// host has not heard yet that it has left, the one where it runs counts.
     #[must_use]
     pub fn owner(&self, vm: &VmId) -> Option<(HostId, VmStatus)> {
         let known = self.lock();
-        let mut found = known.hosts.iter().flat_map(|(host, entry)| {
+        let found = known.hosts.iter().flat_map(|(host, entry)| {
             let here = entry.vms.iter().filter(|status| owns(status) && is(status, vm));
             here.map(|status| (host.clone(), status.clone()))
         });
-        found.next()
+        found
+            .min_by_key(|(_, status)| !matches!(status.state(), VmState::Running | VmState::Paused))
     }
 }
 

@@ -169,6 +169,7 @@ impl Goes {
             total_ms: millis(likely.total_time),
             downtime_ms: millis(likely.downtime),
             bytes: likely.bytes.0,
+            eviction_ms: millis(self.eviction.unwrap_or(likely.total_time)),
             path: self.step.predicted.path.0,
             between_ms: millis(self.between),
         }

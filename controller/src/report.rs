@@ -60,6 +60,7 @@ fn vm_report(record: &VmRecord) -> VmReport {
         bytes_sent: progress.bytes_sent,
         iterations: progress.iteration,
         predicted_total_ms: prediction.total_ms,
+        predicted_eviction_ms: prediction.eviction_ms,
         predicted_downtime_ms: prediction.downtime_ms,
         predicted_bytes: prediction.bytes,
         attempts: record.attempts,

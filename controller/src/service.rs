@@ -297,12 +297,17 @@ impl Service {
         self.driver.fleet().admit(&order)?;
         let promised = Promised::by(&self.driver.fleet());
         let plan = self.planner.plan(&order, &promised).await?;
+        let records = plan.records();
+        if let (Some(vm), true) = (order.vms.first(), records.is_empty()) {
+            // It has left since it was looked up.
+            return Err(CommandError::UnknownVm { vm: vm.clone() });
+        }
         let number = self.journal.next_evacuation()?;
         let id = EvacuationId::new(format!("e{number}"))?;
         let limits = Limits { attempts: self.site.config.policy.attempts, ..Limits::default() };
         let mut evacuation = Evacuation::new(id, order.clone(), limits, clock::now());
         evacuation.predicted_ms = plan.likely_ms();
-        let id = self.driver.begin(evacuation, plan.records()).await??;
+        let id = self.driver.begin(evacuation, records).await??;
         let plan = Some(view::plan(&order, &plan));
         Ok(wire::EvacuateReply { evacuation: id.to_string(), plan })
     }

@@ -176,6 +176,16 @@ fn the_ways_to_a_vm_s_stores_are_reserved_and_given_back() {
         assert_eq!(way.traffic.source.to_string(), "10.0.0.1");
         assert_eq!(way.traffic.destination.port(), 7100);
     }
+    // And from there to the destination, to which they send by their own port.
+    let gathered: Vec<_> =
+        reserved.iter().filter(|r| r.migration.as_str().contains(".g")).collect();
+    assert_eq!(gathered.len(), 12);
+    for way in &gathered {
+        let rates: Vec<_> = way.hops.iter().map(|hop| hop.rate).collect();
+        assert_eq!(rates, [BitsPerSec::from_mbit(50), BitsPerSec::from_mbit(150)]);
+        assert!(way.traffic.served && way.traffic.destination.port() == 7100);
+        assert_ne!(way.traffic.source.to_string(), "10.0.0.1");
+    }
     // The destination's link is none that the source has to wait for: it keeps to its own.
     let told: Vec<_> = cloud.truth().migrations.values().map(|p| p.limit_bits_per_sec).collect();
     assert_eq!(told, [200_000_000; 4]);

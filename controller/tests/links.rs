@@ -58,6 +58,7 @@ fn wish(way: &[(&str, &str)]) -> ReservationRequest {
         traffic: PageFlow {
             source: [10, 0, 0, 1].into(),
             destination: ([10, 0, 0, 2], 7445).into(),
+            served: false,
         },
     }
 }

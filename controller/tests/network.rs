@@ -5,7 +5,7 @@ mod network_rig;
 use std::sync::atomic::Ordering;
 
 use lifeboat_controller::network::{
-    Ability, Adjustment, Network, NetworkError, PaceOnly, ReservationRequest, Shaping,
+    Ability, Adjustment, Network, NetworkError, PaceOnly, PageFlow, ReservationRequest, Shaping,
 };
 use lifeboat_policy::saturation::Saturation;
 use lifeboat_protocol::terms::ReservationKind;
@@ -485,4 +485,38 @@ async fn a_flood_from_a_metered_host_gets_what_is_not_reserved() {
     network.release(evacuation("e1"), None).await;
     let free = flood().await;
     assert!(free > 45.0, "{free} Mbit/s after the release");
+}
+
+#[tokio::test]
+async fn what_a_store_sends_to_who_gathers_is_led_to_the_queue_and_known_after_a_restart() {
+    let rig = Rig::start().await;
+    let (network, _) = rig.network().await;
+    let before = rig.everything();
+    let traffic = PageFlow {
+        source: [10, 0, 0, 2].into(),
+        destination: ([10, 0, 0, 1], 7100).into(),
+        served: true,
+    };
+    let gathered = ReservationRequest { traffic, ..wish("e1-m1.g1", 40) };
+    network.reserve(wish("e1-m1", 40)).await.unwrap();
+    network.reserve(gathered).await.unwrap();
+    let sent = "tcp,nw_src=10.0.0.1,nw_dst=10.0.0.2,tp_src=7100 \
+                actions=set_queue:3,set_field:3->ip_dscp,NORMAL";
+    for bridge in ["br-h1", "s1"] {
+        assert!(rig.flows(bridge).contains(sent), "{}", rig.flows(bridge));
+    }
+    // What its clients send it is nobody's pages.
+    let asked = rig.trace("s1", "tcp,in_port=2,nw_src=10.0.0.2,nw_dst=10.0.0.1,tp_dst=7100");
+    assert!(!asked.contains("set_queue"), "{asked}");
+    // The migration itself is over; a controller that comes after keeps what is gathered.
+    network.release(evacuation("e1"), Some(migration("e1-m1"))).await;
+    drop(network);
+    let (network, _) = rig.network().await;
+    network.release_leftovers(vec![migration("e1-m1.g1")]).await;
+    let rates = network.rates().await;
+    let u1 = rates.iter().find(|rate| rate.at == port("h1.br-h1", "u1")).unwrap();
+    assert_eq!(u1.queues[0].migrations, [migration("e1-m1.g1")]);
+    let released = network.release(evacuation("e1"), Some(migration("e1-m1.g1"))).await;
+    assert_eq!((released.released.len(), released.failures), (2, vec![]));
+    assert_eq!(rig.everything(), before);
 }

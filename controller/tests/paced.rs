@@ -57,6 +57,7 @@ fn wish(capacity: u64) -> ReservationRequest {
         traffic: PageFlow {
             source: [10, 0, 0, 1].into(),
             destination: ([10, 0, 0, 2], 7445).into(),
+            served: false,
         },
     }
 }

@@ -204,6 +204,10 @@ impl DestinationTask {
                 // QEMU looks itself whether it may use userfaultfd here.
                 let set = qmp.migrate_set_capabilities(&[("postcopy-ram", true)]).await;
                 set.map_err(Failure::NoPostCopy)?;
+                if let Err(error) = self.context.guests.keep_monitor(&self.vm).await {
+                    // It is for one moment alone in which this agent might die.
+                    tracing::warn!(error = crate::vms::chain(&error), "no monitor is kept open");
+                }
             }
             let path = self.stream_socket()?;
             let _ = std::fs::remove_file(&path);
@@ -241,12 +245,7 @@ impl DestinationTask {
 
     /// Goes on with a hand-over that a restart found.
     pub async fn take_up(mut self, actions: Vec<Action>) -> MigrationProgress {
-        if self.context.guests.lives(&self.vm) {
-            match self.context.guests.qmp(&self.vm).await {
-                Ok(qmp) => self.qmp = Some(qmp),
-                Err(error) => tracing::error!(%error, "QMP of a guest in doubt"),
-            }
-        }
+        self.reach_qemu().await;
         if let Err(failure) = self.gather_again().await {
             tracing::error!(reason = %failure.line(), "the guest's pages cannot be taken up again");
             self.progress.update(|progress| progress.reason = failure.line());

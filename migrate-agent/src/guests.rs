@@ -65,6 +65,20 @@ pub trait Guests: Send + Sync {
     /// The memory of the VM's guest, to be read from outside.
     fn memory(&self, vm: &VmId) -> Result<Ram, GuestError>;
 
+    /// Keeps a monitor of the VM's QEMU open that takes `migrate-recover` out of band, also when this agent
+    /// has died.
+    fn keep_monitor<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Has a QEMU whose main loop waits for a page listen for its stream at `uri`, by that monitor.
+    fn recover_by_kept_monitor<'a>(
+        &'a self,
+        vm: &'a VmId,
+        uri: &'a str,
+    ) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// It has not to be kept any more.
+    fn forget_monitor(&self, vm: &VmId);
+
     /// Whether its QEMU is in the agent's own mount namespace, and so certainly sees what is mounted there.
     fn shares_our_mounts(&self, vm: &VmId) -> bool;
 

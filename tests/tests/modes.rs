@@ -99,7 +99,7 @@ impl Site {
         let dir = self.folder.display();
         let mut text = format!(
             "[controller]\nlisten = [\"unix:{dir}/controller.sock\"]\nstate_dir = \"{dir}/controller\"\n\
-             [policy]\nmeasure_window_ms = 200\n\
+             metrics_listen = \"off\"\n[policy]\nmeasure_window_ms = 200\n\
              [[switch]]\nname = \"s1\"\ndatapath_id = \"1\"\novsdb = \"unix:{dir}/no-switch.sock\"\n"
         );
         for number in 1..=HOSTS {

@@ -9,7 +9,7 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use super::hands::{Hands, Wiring};
 use super::settle::Said;
 use super::{lock, report};
-use crate::evacuation::{Event, Leg};
+use crate::evacuation::{Event, Leg, gather_names};
 use crate::inventory::is;
 use crate::network::{PageFlow, ReservationRequest};
 use crate::reservations;
@@ -68,10 +68,41 @@ impl Hands {
                 urgency: order.urgency,
                 kind: order.reservation,
                 hops: reservations::beside(id, hops, &rates),
-                traffic: PageFlow { source: from, destination: address },
+                traffic: PageFlow { source: from, destination: address, served: false },
             };
             if let Err(error) = self.planner.network.reserve(request).await {
                 tracing::warn!(%name, store.host, %error, "nothing is reserved towards a store");
+            }
+        }
+    }
+
+    /// Reserves the ways from the stores to the destination, which together fill its link as far as the
+    /// urgency goes. They are held until it has gathered; best effort, as the others.
+    pub(super) async fn reserve_gather_ways(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        leg: &Leg,
+        scatter: &ScatterPlan,
+    ) {
+        let (Some(order), Some(chosen)) = (Self::order(wiring, id), &leg.stores) else { return };
+        let Some(to) = self.planner.site.host(&leg.destination).map(|host| host.address) else {
+            return;
+        };
+        let rates = self.planner.network.rates().await;
+        let ways = self.planner.gather_ways(chosen, &leg.destination, order.urgency).await;
+        for ((name, hops), store) in leg.gather_ways().into_iter().zip(ways).zip(&scatter.stores) {
+            let Ok(address) = store.address.parse() else { continue };
+            let request = ReservationRequest {
+                evacuation: id.clone(),
+                migration: name.clone(),
+                urgency: order.urgency,
+                kind: order.reservation,
+                hops: reservations::beside(id, hops, &rates),
+                traffic: PageFlow { source: to, destination: address, served: true },
+            };
+            if let Err(error) = self.planner.network.reserve(request).await {
+                tracing::warn!(%name, store.host, %error, "nothing is reserved from a store");
             }
         }
     }
@@ -141,9 +172,17 @@ impl Hands {
 
     pub(super) async fn release_stores(
         &self,
+        id: &EvacuationId,
         migration: MigrationId,
         mut hosts: Vec<HostId>,
     ) -> Event {
+        for name in gather_names(&migration, hosts.len()) {
+            let report = self.planner.network.release(id.clone(), Some(name.clone())).await;
+            for failure in report.failures {
+                // Owed by the network from now on.
+                tracing::warn!(%name, switch = %failure.switch, error = %failure.error, "not released yet");
+            }
+        }
         loop {
             let mut left = Vec::new();
             for host in hosts {

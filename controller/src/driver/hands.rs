@@ -97,7 +97,7 @@ impl Hands {
                 Some(self.gather(wiring, &id, migration, &vm, &destination).await)
             }
             Action::ReleaseStores { migration, hosts } => {
-                Some(self.release_stores(migration, hosts).await)
+                Some(self.release_stores(&id, migration, hosts).await)
             }
             Action::Follow { vm, to } => {
                 self.follow(&vm, &to).await;
@@ -259,6 +259,7 @@ impl Hands {
         };
         if let Some(scatter) = &scatter {
             self.reserve_store_ways(wiring, id, source, leg, scatter).await;
+            self.reserve_gather_ways(wiring, id, leg, scatter).await;
         }
         let source_entry = self.planner.inventory.host(source);
         let request = PrepareDestinationRequest {

@@ -37,7 +37,7 @@ impl StoresOwed {
 }
 
 /// Phases in which the stores of the last leg hold nothing that anybody needs.
-const DONE_WITH: [VmPhase; 5] =
+pub(super) const DONE_WITH: [VmPhase; 5] =
     [VmPhase::Waiting, VmPhase::Measuring, VmPhase::Moved, VmPhase::LeftBehind, VmPhase::Lost];
 
 impl Evacuation {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 
+use super::elsewhere::DONE_WITH;
 use super::machine::Evacuation;
 use super::order::EvacuationOrder;
 use super::vm::{Leg, VmPhase};
@@ -131,7 +132,12 @@ impl Fleet {
     pub fn live_migrations(&self) -> Vec<MigrationId> {
         let live = self.unfinished().flat_map(Evacuation::live);
         let names = |leg: &Leg| leg.store_ways().into_iter().chain([leg.migration.clone()]);
-        live.flat_map(|(_, leg)| names(leg).collect::<Vec<_>>()).collect()
+        let live = live.flat_map(|(_, leg)| names(leg).collect::<Vec<_>>());
+        // From before a migration sends until its destination has gathered.
+        let all = self.to_take_up().flat_map(|evacuation| &evacuation.vms);
+        let gathered = all.filter(|record| !DONE_WITH.contains(&record.phase));
+        let gathered = gathered.filter_map(|record| record.leg.as_ref()).flat_map(Leg::gather_ways);
+        live.chain(gathered).collect()
     }
 
     /// The evacuation whose order carried this operation id.

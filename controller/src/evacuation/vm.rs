@@ -115,6 +115,9 @@ pub struct Prediction {
     /// What the path had for it, bit/s; 0 where that was not written down.
     #[serde(default)]
     pub path: u64,
+    /// Until its source is rid of it, milliseconds.
+    #[serde(default)]
+    pub eviction_ms: u64,
     /// From the end of the one before it to its first page, milliseconds.
     #[serde(default)]
     pub between_ms: u64,
@@ -181,6 +184,12 @@ impl Leg {
         names.filter_map(|name| MigrationId::new(name).ok()).collect()
     }
 
+    /// The same for the ways from its stores to its destination, which are held until it has gathered.
+    #[must_use]
+    pub fn gather_ways(&self) -> Vec<MigrationId> {
+        gather_names(&self.migration, self.store_hosts().len())
+    }
+
     /// What the source has to keep to of what is reserved: all of the way, or where pages go to
     /// stores its own uplink. How fast its destination is must not hold it up then.
     #[must_use]
@@ -206,6 +215,13 @@ impl Leg {
     pub fn redundancy_word(&self) -> String {
         self.stores.as_ref().map_or_else(String::new, |chosen| chosen.redundancy.to_string())
     }
+}
+
+/// The names under which the ways from so many stores of a migration are reserved.
+#[must_use]
+pub fn gather_names(migration: &MigrationId, stores: usize) -> Vec<MigrationId> {
+    let names = (1..=stores).map(|n| format!("{migration}.g{n}"));
+    names.filter_map(|name| MigrationId::new(name).ok()).collect()
 }
 
 /// How a leg ended.

@@ -70,13 +70,16 @@ pub struct Hop {
     pub rate: BitsPerSec,
 }
 
-/// The packets that a reservation is for: the TCP connections of one page link.
+/// The packets that a reservation is for: what is sent one way on the TCP connections of one page link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageFlow {
     /// The source host's address on the data network.
     pub source: IpAddr,
     /// The destination's page listener.
     pub destination: SocketAddr,
+    /// The listener is the one that sends: a store from which pages are gathered.
+    #[serde(default)]
+    pub served: bool,
 }
 
 /// A wish for a reservation along a path.

@@ -114,6 +114,34 @@ impl Planner {
         ways
     }
 
+    /// The best way from each store to the destination; each store gives an equal part of what the
+    /// destination's link is entitled to. Empty for a store that no way leads from.
+    pub async fn gather_ways(
+        &self,
+        chosen: &ChosenStores,
+        destination: &HostId,
+        urgency: Urgency,
+    ) -> Vec<Vec<Hop>> {
+        let topology = self.fresh_topology().await;
+        let way = |store: &ChosenStore| {
+            let ways = topology.ways(&store.host, destination, 1).unwrap_or_default();
+            ways.first().map(|way| self.hops(way, urgency)).unwrap_or_default()
+        };
+        let mut ways: Vec<Vec<Hop>> = chosen.stores.iter().map(way).collect();
+        let stores = chosen.stores.len().max(1) as u64;
+        let mut wanted: BTreeMap<PortRef, BitsPerSec> = BTreeMap::new();
+        for way in &ways {
+            let least = way.iter().map(|hop| hop.rate.0).min().unwrap_or_default();
+            for hop in way {
+                *wanted.entry(hop.at.clone()).or_default() += BitsPerSec(least.div_ceil(stores));
+            }
+        }
+        for hop in ways.iter_mut().flatten() {
+            hop.rate = hop.rate.min(wanted.get(&hop.at).copied().unwrap_or_default());
+        }
+        ways
+    }
+
     fn wish(&self, order: &EvacuationOrder, leaver: &Leaver<'_>) -> Wish {
         let memory = leaver.figures.memory;
         let pages = leaver.figures.non_zero.bytes().scale(PACKED) + PACKED_LEAST;

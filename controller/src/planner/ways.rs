@@ -102,7 +102,7 @@ impl Planner {
         let said = said.ok_or_else(|| PageFlowError::Silent { host: destination.clone() })?;
         let address = said.page_address.parse();
         let address = address.map_err(|_| PageFlowError::Address { host: destination.clone() })?;
-        Ok(PageFlow { source: from.address, destination: address })
+        Ok(PageFlow { source: from.address, destination: address, served: false })
     }
 
     /// Where a plan's pages leave by ports that can carry no queue: a sentence for each.

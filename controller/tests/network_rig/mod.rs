@@ -331,6 +331,7 @@ pub(crate) fn wish(migration_id: &str, mbit: u64) -> ReservationRequest {
         traffic: PageFlow {
             source: [10, 0, 0, 1].into(),
             destination: ([10, 0, 0, 2], 7445).into(),
+            served: false,
         },
     }
 }

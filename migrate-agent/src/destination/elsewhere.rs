@@ -64,7 +64,7 @@ impl DestinationTask {
             released: false,
         };
         self.remember(gathering).await?;
-        let known = Known { journal: self.begin_journal(&arrived)?, told: None, committed: false };
+        let known = Known { journal: self.begin_journal(&arrived)?, again: None, committed: false };
         let reachable = self.reachable.take();
         let limit = self.gather_limit;
         self.gathering = Some(Gathering::start(arrived, qemu, limit, reachable, known));
@@ -326,6 +326,7 @@ impl DestinationTask {
                 }
             }
         }
+        self.context.guests.forget_monitor(&self.vm);
         self.say_released().await;
     }
 }

@@ -13,7 +13,7 @@ use crate::clock;
 use crate::handover::destination::{Action, Destination, Event, State};
 use crate::link::LinkError;
 use crate::link::io::frame_name;
-use crate::qemu::qmp::{Qmp, RunState};
+use crate::qemu::qmp::{Qmp, QmpError, RunState};
 use crate::source::Failure;
 
 /// A source that has heard LOADED says COMMIT, ABORT or at least PING within this time.
@@ -279,8 +279,16 @@ impl DestinationTask {
         let mut events = qmp.events();
         let deadline = clock::now() + RESUME_LIMIT;
         loop {
-            match qmp.cont().await {
+            let resumed = {
+                let qmp = qmp.clone();
+                self.meanwhile(async move { qmp.cont().await }).await
+            };
+            match resumed {
                 Ok(()) => break,
+                // It may have been carried out, and a silent QEMU is not a dead one.
+                Err(error @ QmpError::Deadline { .. }) if !qmp.is_closed() => {
+                    tracing::warn!(%error, "resumed? asking again");
+                }
                 Err(error) if qmp.is_closed() || clock::now() > deadline => {
                     tracing::error!(%error, "the guest could not be resumed");
                     return Event::GuestDied;
@@ -309,17 +317,48 @@ impl DestinationTask {
         Event::GuestRuns
     }
 
-    async fn runs(&self, qmp: &Qmp) -> bool {
+    /// Whether the guest runs. A QEMU that is silent is asked on for as long as it lives.
+    async fn runs(&mut self, qmp: &Qmp) -> bool {
         let deadline = clock::now() + RESUME_LIMIT;
-        while clock::now() < deadline {
-            match qmp.query_status().await {
+        loop {
+            let asked = qmp.clone();
+            match self.meanwhile(async move { asked.query_status().await }).await {
                 Ok(status) if status.status == RunState::Running => return true,
+                Ok(_) if clock::now() > deadline => return false,
                 Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
                 Err(_) if qmp.is_closed() => return false,
                 Err(error) => tracing::warn!(%error, "asked whether the guest runs"),
             }
         }
-        false
+    }
+
+    /// Waits for QEMU, and hears whoever comes meanwhile: QEMU may wait for a page that the source is
+    /// about to bring.
+    pub(super) async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                input = self.inputs.recv() => self.take_input_meanwhile(input).await,
+            }
+        }
+    }
+
+    /// Nothing can be answered now but what stands in the records.
+    pub(super) async fn take_input_meanwhile(&mut self, input: Option<Input>) {
+        match input {
+            // The word follows once the guest has been seen.
+            Some(Input::Commit(_, answer)) => self.waiting = Some(answer),
+            Some(Input::Cancel { answer, .. } | Input::Claim(answer)) => {
+                let _ = answer.send(false);
+            }
+            Some(Input::Lane(purpose, reader, writer)) => {
+                self.take_lane(purpose, reader, writer).await;
+            }
+            Some(Input::Limit(limit)) => self.limit_gathering(limit).await,
+            Some(Input::Link(..)) => {}
+            None => tokio::time::sleep(WATCH_EVERY).await,
+        }
     }
 }
 

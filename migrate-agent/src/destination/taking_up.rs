@@ -1,6 +1,8 @@
 //! A guest whose pages were still on their way when the agent before this one ended: its QEMU waits,
 //! and is taken up by QMP's `migrate-recover`.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use lifeboat_protocol::agent::MigrationProgress;
@@ -11,8 +13,8 @@ use tokio::net::UnixStream;
 
 use super::DestinationTask;
 use super::gathering::journal::Journal;
-use super::gathering::recover::{arrived_again, shake_hands};
-use super::gathering::{Gathering, Known, Reachable};
+use super::gathering::recover::{TakenUp, arrived_again, shake_hands};
+use super::gathering::{Again, Gathering, Known, Reachable};
 use crate::clock;
 use crate::handover::destination::{Outcome, State};
 use crate::handover::gathering as kept;
@@ -23,14 +25,13 @@ use crate::source::Failure;
 /// How long QEMU may take to notice that its stream has ended.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
+/// A monitor that is silent is asked again after so long.
+const SILENT_AGAIN: Duration = Duration::from_secs(1);
 
 impl DestinationTask {
     /// Goes on with a guest that runs here and whose pages were still on their way.
     pub async fn take_up_running(mut self) -> MigrationProgress {
-        match self.context.guests.qmp(&self.vm).await {
-            Ok(qmp) => self.qmp = Some(qmp),
-            Err(error) => tracing::error!(%error, "QMP of a guest without all of its memory"),
-        }
+        self.reach_qemu().await;
         if let Err(failure) = self.gather_again().await {
             let reason = failure.line();
             tracing::error!(reason, "the guest's pages cannot be taken up again");
@@ -41,24 +42,91 @@ impl DestinationTask {
         self.progress.now()
     }
 
+    /// Reaches the monitor of a QEMU that lives. One that is silent is not dead, and must not be taken
+    /// for it: the guest would be called lost, and its pages be given up. QEMU is silent while a device
+    /// waits for a page that only we can bring.
+    pub(super) async fn reach_qemu(&mut self) {
+        while self.context.guests.lives(&self.vm) {
+            let (guests, vm) = (Arc::clone(&self.context.guests), self.vm.clone());
+            match self.meanwhile(async move { guests.qmp(&vm).await }).await {
+                Ok(qmp) => {
+                    self.qmp = Some(qmp);
+                    self.progress.update(|progress| progress.reason.clear());
+                    return;
+                }
+                Err(error) => {
+                    let (vm, host) = (&self.vm, &self.context.host);
+                    tracing::warn!(%vm, %error, "its QEMU lives and its monitor is silent; asking on");
+                    let reason = format!(
+                        "the QEMU of {vm} lives at {host} and its monitor does not answer ({error}); it is asked on. \
+                         If this stays, end that QEMU: what becomes of {vm} then is told here"
+                    );
+                    self.progress.update(|progress| progress.reason = reason);
+                }
+            }
+            match self.gather_out_of_band().await {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!("its pages are gathered on, past its main loop"),
+                Err(failure) => {
+                    tracing::warn!(reason = %failure.line(), "not past its main loop, either");
+                }
+            }
+            self.wait_for_qemu().await;
+        }
+    }
+
+    /// Takes the stream up of a QEMU whose main loop waits for one of the pages. Whether it has begun.
+    async fn gather_out_of_band(&mut self) -> Result<bool, Failure> {
+        if self.gathering.is_some() {
+            return Ok(false);
+        }
+        let Some(kept) = self.context.store.gathering(&self.vm)? else { return Ok(false) };
+        let path = self.fresh_socket()?;
+        let uri = format!("unix:{}", path.display());
+        self.context.guests.recover_by_kept_monitor(&self.vm, &uri).await?;
+        self.take_stream_up(kept, &path).await?;
+        Ok(true)
+    }
+
+    fn fresh_socket(&self) -> Result<PathBuf, Failure> {
+        let path = self.stream_socket()?;
+        let _ = std::fs::remove_file(&path);
+        Ok(path)
+    }
+
+    /// A moment in which whoever comes is heard.
+    async fn wait_for_qemu(&mut self) {
+        if let Ok(input) = tokio::time::timeout(SILENT_AGAIN, self.inputs.recv()).await {
+            self.take_input_meanwhile(input).await;
+        }
+    }
+
     /// Takes the stream to QEMU up again, where its guest's pages are on their way; nothing where
     /// they are not.
     pub(super) async fn gather_again(&mut self) -> Result<(), Failure> {
+        if self.gathering.is_some() {
+            // By the monitor that was kept open.
+            return Ok(());
+        }
         let Some(kept) = self.context.store.gathering(&self.vm)? else { return Ok(()) };
         let Some(qmp) = self.qmp.clone() else { return Err(Failure::GuestGone) };
+        if until_paused(&qmp).await? == MigrationStatus::Completed {
+            return Ok(self.context.store.end_gathering(&self.vm)?);
+        }
+        let path = self.fresh_socket()?;
+        qmp.migrate_recover(&format!("unix:{}", path.display())).await?;
+        self.take_stream_up(kept, &path).await
+    }
+
+    /// QEMU listens at `path` for what it lacks.
+    async fn take_stream_up(&mut self, kept: kept::Gathering, path: &Path) -> Result<(), Failure> {
         self.mode = match kept.scattered {
             Some(_) => Mode::ScatterGather,
             None => Mode::PostCopy,
         };
-        if until_paused(&qmp).await? == MigrationStatus::Completed {
-            return Ok(self.context.store.end_gathering(&self.vm)?);
-        }
-        let path = self.stream_socket()?;
-        let _ = std::fs::remove_file(&path);
-        qmp.migrate_recover(&format!("unix:{}", path.display())).await?;
-        let mut qemu = UnixStream::connect(&path).await.map_err(Failure::Socket)?;
+        let mut qemu = UnixStream::connect(path).await.map_err(Failure::Socket)?;
         let layout = layout(&kept)?;
-        let bitmaps = shake_hands(&mut qemu, &layout).await?;
+        let TakenUp { bitmaps, answers, wanted } = shake_hands(&mut qemu, &layout).await?;
         let journal = self.context.store.journal_path(&self.vm);
         let (journal, told) = Journal::go_on(&journal)?;
         let mut arrived = arrived_again(layout, kept.ram, &bitmaps, &told)?;
@@ -72,10 +140,13 @@ impl DestinationTask {
             }
         };
         let committed = matches!(self.machine.state(), State::Owning | State::Over(_));
-        let known = Known { journal, told: Some(told), committed };
+        let known = Known { journal, again: Some(Again { told, answers, wanted }), committed };
         tracing::warn!(pages = arrived.elsewhere, "the guest's pages are gathered on");
         let limit = self.gather_limit;
         self.gathering = Some(Gathering::start(arrived, qemu, limit, reachable, known));
+        for (purpose, reader, writer) in std::mem::take(&mut self.lanes) {
+            self.take_lane(purpose, reader, writer).await;
+        }
         Ok(())
     }
 

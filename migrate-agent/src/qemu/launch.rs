@@ -247,7 +247,8 @@ fn nic_arguments(line: &mut CommandLine, index: usize, nic: &NicSpec) {
     line.options("-device", device);
 }
 
-/// The monitor, and the serial line: a socket for a person, and a log that misses nothing.
+/// The monitor, a second one for `rescue`, and the serial line: a socket for a person, and a log that
+/// misses nothing.
 fn consoles(line: &mut CommandLine, run_dir: &RunDir) {
     let socket = |id: &str, path: &Path| {
         Options::first("socket")
@@ -263,6 +264,8 @@ fn consoles(line: &mut CommandLine, run_dir: &RunDir) {
         .set("logappend", "on");
     line.options("-chardev", serial);
     line.pair("-serial", "chardev:serial0");
+    line.options("-chardev", socket("rescue", &run_dir.rescue_socket()));
+    line.options("-mon", Options::new().set("chardev", "rescue").set("mode", "control"));
 }
 
 /// A growing list of arguments.

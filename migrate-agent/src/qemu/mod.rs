@@ -10,6 +10,7 @@ pub mod procfs;
 pub mod qcow2;
 pub mod qmp;
 pub mod ram;
+pub mod rescue;
 pub mod run_dir;
 pub mod stream;
 pub mod swap;

@@ -4,8 +4,9 @@
 //!   RUN_DIR/VM/              root's: QEMU can look, not write
 //!       definition.toml      what this QEMU was started from (for adoption)
 //!       qemu.log             its standard error; opened by the agent
+//!       rescue.pid           who holds its second monitor, while its pages are on their way
 //!       io/                  QEMU's user's, nobody else looks in
-//!           pid  qmp.sock  serial.sock  serial.log  migration sockets
+//!           pid  qmp.sock  rescue.sock  serial.sock  serial.log  migration sockets
 //! ```
 //!
 //! What is in `io/` was written by QEMU, which a guest may have taken over: it is read with
@@ -62,6 +63,18 @@ impl RunDir {
     #[must_use]
     pub fn qmp_socket(&self) -> PathBuf {
         self.io("qmp.sock")
+    }
+
+    /// QEMU's second monitor: see `qemu::rescue`.
+    #[must_use]
+    pub fn rescue_socket(&self) -> PathBuf {
+        self.io("rescue.sock")
+    }
+
+    /// Who holds a connection to it.
+    #[must_use]
+    pub fn rescue_pid(&self) -> PathBuf {
+        self.root.join("rescue.pid")
     }
 
     /// The guest's serial line, live.

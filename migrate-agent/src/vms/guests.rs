@@ -13,6 +13,7 @@ use crate::guests::{Arrival, GuestError, Guests};
 use crate::qemu::launch::{Begin, ram_under};
 use crate::qemu::qmp::Qmp;
 use crate::qemu::ram::Ram;
+use crate::qemu::rescue;
 use crate::qemu::run_dir::{RunDir, SOCKET_PATH_BYTES_MAX};
 
 fn while_doing(vm: &VmId, doing: &'static str) -> impl Fn(VmError) -> GuestError {
@@ -107,6 +108,34 @@ impl Guests for Vms {
             doing,
             source: Box::new(source),
         })
+    }
+
+    fn keep_monitor<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<(), GuestError>> {
+        let run_dir = RunDir::new(&self.settings.run_dir, vm.as_str());
+        let failed = |source| GuestError {
+            vm: vm.clone(),
+            doing: "keep a monitor open",
+            source: Box::new(source),
+        };
+        Box::pin(async move { rescue::keep(&run_dir).await.map_err(failed) })
+    }
+
+    fn recover_by_kept_monitor<'a>(
+        &'a self,
+        vm: &'a VmId,
+        uri: &'a str,
+    ) -> BoxFuture<'a, Result<(), GuestError>> {
+        let run_dir = RunDir::new(&self.settings.run_dir, vm.as_str());
+        let failed = |source| GuestError {
+            vm: vm.clone(),
+            doing: "take its stream up out of band",
+            source: Box::new(source),
+        };
+        Box::pin(async move { rescue::recover(&run_dir, uri).await.map_err(failed) })
+    }
+
+    fn forget_monitor(&self, vm: &VmId) {
+        rescue::forget(&RunDir::new(&self.settings.run_dir, vm.as_str()));
     }
 
     fn shares_our_mounts(&self, vm: &VmId) -> bool {

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test uses its part of it")]
 
 use std::collections::HashMap;
-use std::future::Future;
+use std::future::{Future, ready};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -160,6 +160,22 @@ impl Guests for Bare {
         };
         Ram::find(pid, size).map_err(failed)
     }
+
+    fn keep_monitor<'a>(&'a self, _: &'a VmId) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(ready(Ok(())))
+    }
+
+    fn recover_by_kept_monitor<'a>(
+        &'a self,
+        vm: &'a VmId,
+        _: &'a str,
+    ) -> BoxFuture<'a, Result<(), GuestError>> {
+        let source = "this host keeps no monitor open".into();
+        let nothing = GuestError { vm: vm.clone(), doing: "take its stream up", source };
+        Box::pin(ready(Err(nothing)))
+    }
+
+    fn forget_monitor(&self, _: &VmId) {}
 
     fn shares_our_mounts(&self, _: &VmId) -> bool {
         true

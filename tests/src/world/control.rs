@@ -48,7 +48,7 @@ impl Control {
         let dir = self.folder.display();
         let mut text = format!(
             "[controller]\nlisten = [\"unix:{dir}/controller.sock\"]\nstate_dir = \"{dir}/controller\"\n\
-             [policy]\nmeasure_window_ms = 200\n\
+             metrics_listen = \"off\"\n[policy]\nmeasure_window_ms = 200\n\
              [[switch]]\nname = \"s1\"\ndatapath_id = \"1\"\novsdb = \"unix:{dir}/no-switch.sock\"\n"
         );
         for name in (0..self.hosts).map(host_name) {

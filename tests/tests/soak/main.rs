@@ -7,7 +7,8 @@
 //! on by chance:
 //!
 //! * `LIFEBOAT_SOAK_MINUTES=N`: for so long;
-//! * `LIFEBOAT_SEED=N`: that seed again.
+//! * `LIFEBOAT_SEED=N`: that seed again;
+//! * `LIFEBOAT_SOAK_ONLY=DestinationAgent`: of the cases only those with that in their name.
 
 mod turn;
 
@@ -61,12 +62,13 @@ fn a_guest_survives_what_breaks_while_its_pages_are_elsewhere() {
 fn play(number: usize, seed: u64, end: Option<Instant>) -> (usize, Vec<String>) {
     let mut chance = Chance::from_seed(seed.wrapping_add(1 + number as u64));
     // All worlds shuffle alike, and share.
+    let part = std::env::var("LIFEBOAT_SOAK_ONLY").unwrap_or_default();
     let few = Case::few(&mut Chance::from_seed(seed));
     let mut once: Vec<Case> = few.into_iter().skip(number).step_by(WORLDS).collect();
     let (mut turns, mut failures, mut world) = (0, vec![], None);
     loop {
         let case = match end {
-            Some(end) if clock::now() < end => Case::by(&mut chance),
+            Some(end) if clock::now() < end => Case::by(&mut chance, &part),
             Some(_) => break,
             None => match once.pop() {
                 Some(case) => case,

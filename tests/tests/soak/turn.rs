@@ -24,6 +24,11 @@ const CUT: Duration = Duration::from_secs(5);
 /// A copy of this guest takes about so long here.
 const COPY: Duration = Duration::from_millis(1500);
 
+/// Where the destination's agent stays until it is let go: it has COMMIT, and tells QEMU next.
+const STARTING: &str = "destination/before/start-guest";
+/// About so long a guest takes from there to its first steps.
+const STEPS: Duration = Duration::from_millis(80);
+
 /// How the guest goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -44,6 +49,9 @@ pub(crate) enum Blow {
     Store,
     /// The destination's agent, at any moment.
     DestinationAgent,
+    /// The destination's agent while the guest begins to run there: a device may hold QEMU's main loop
+    /// at a page that is not there yet.
+    StartingAgent,
     /// The link between source and destination, for five seconds.
     Link,
     /// The link between the destination and a store.
@@ -69,9 +77,10 @@ impl Case {
     /// Each once.
     fn all() -> Vec<Self> {
         use Blow::{
-            Controller, DestinationAgent, Link, Nothing, SourceAgent, SourcePower, Store, StoreLink,
+            Controller, DestinationAgent, Link, Nothing, SourceAgent, SourcePower, StartingAgent,
+            Store, StoreLink,
         };
-        let anywhere = [Nothing, SourceAgent, DestinationAgent, Link, Controller];
+        let anywhere = [Nothing, SourceAgent, DestinationAgent, StartingAgent, Link, Controller];
         let with_stores = [SourcePower, Store, StoreLink];
         let mut all: Vec<Self> = anywhere.map(|blow| Self { way: Way::PostCopy, blow }).to_vec();
         for way in [Way::Parity, Way::Mirror] {
@@ -94,9 +103,12 @@ impl Case {
         few
     }
 
-    /// One of them.
-    pub(crate) fn by(chance: &mut Chance) -> Self {
-        let all = Self::all();
+    /// One of those whose name has `part` in it; of all where none has.
+    pub(crate) fn by(chance: &mut Chance, part: &str) -> Self {
+        let mut all = Self::all();
+        if all.iter().any(|case| case.to_string().contains(part)) {
+            all.retain(|case| case.to_string().contains(part));
+        }
         all[chance.below(all.len())]
     }
 }
@@ -135,6 +147,10 @@ pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result
         return Err(Failure::Offence(vec!["there is one host".to_owned()]));
     };
     let roles = Roles { source, destination, stores: others };
+    if case.blow == Blow::StartingAgent {
+        world.agents[destination].start(Some(STARTING))?;
+        world.control.await_sight(source)?;
+    }
     let id = world.control.detached(&order(&roles, case.way))?;
     strike(world, case, &roles, &id, chance)?;
     repair(world, &roles, chance)?;
@@ -189,6 +205,15 @@ fn strike(
     if case.blow == Blow::Nothing {
         return Ok(());
     }
+    if case.blow == Blow::StartingAgent {
+        let agent = &world.agents[roles.destination];
+        let held = clock::wait_for(MOMENT_LIMIT, || agent.holds().then_some(()));
+        held.ok_or_else(|| late(world, "the mark", MOMENT_LIMIT))?;
+        agent.let_go();
+        clock::rest(chance.up_to(STEPS));
+        world.agents[roles.destination].kill();
+        return Ok(());
+    }
     if case.blow == Blow::SourcePower {
         let empty = |vm: &Value| vm["evicted"] == true;
         await_moment(world, id, "the source's end", empty)?;
@@ -205,7 +230,7 @@ fn strike(
     let used = if case.way == Way::Mirror { 2 } else { 3 };
     let store = roles.stores[chance.below(used.min(roles.stores.len()))];
     match case.blow {
-        Blow::Nothing | Blow::SourcePower => {}
+        Blow::Nothing | Blow::SourcePower | Blow::StartingAgent => {}
         Blow::SourceAgent => world.agents[source].kill(),
         Blow::DestinationAgent => world.agents[destination].kill(),
         Blow::Store => world.agents[store].kill_stores(),

@@ -183,8 +183,8 @@ impl Inner {
             });
             let metered: Vec<Hop> = metered.collect();
             let queue = mine.clone().map(|(_, queue)| *queue).next();
-            let marked = metered.first().zip(page.queue).map(|(hop, number)| FoundQueue {
-                number,
+            let marked = metered.first().map(|hop| FoundQueue {
+                number: page.queue,
                 rate: hop.rate,
                 kind: ReservationKind::Borrow,
             });

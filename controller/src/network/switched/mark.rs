@@ -196,6 +196,8 @@ pub(super) struct Link {
     pub(super) destination: Ipv4Addr,
     /// Its page listener.
     pub(super) port: u16,
+    /// What counts comes from the listener.
+    pub(super) served: bool,
 }
 
 impl Link {
@@ -203,10 +205,20 @@ impl Link {
     pub(super) fn of(traffic: &PageFlow) -> Option<Self> {
         let SocketAddr::V4(listener) = traffic.destination else { return None };
         let IpAddr::V4(source) = traffic.source else { return None };
-        Some(Self { source, destination: *listener.ip(), port: listener.port() })
+        let (destination, port) = (*listener.ip(), listener.port());
+        Some(Self { source, destination, port, served: traffic.served })
     }
 
     fn matching(self) -> Match {
+        if self.served { self.from_listener() } else { self.to_listener() }
+    }
+
+    /// What comes back.
+    fn answering(self) -> Match {
+        if self.served { self.to_listener() } else { self.from_listener() }
+    }
+
+    fn to_listener(self) -> Match {
         Match::any()
             .with(Oxm::EthType(IPV4))
             .with(Oxm::IpProto(TCP))
@@ -215,8 +227,7 @@ impl Link {
             .with(Oxm::TcpDst(self.port))
     }
 
-    /// What comes back.
-    fn answering(self) -> Match {
+    fn from_listener(self) -> Match {
         Match::any()
             .with(Oxm::EthType(IPV4))
             .with(Oxm::IpProto(TCP))
@@ -226,16 +237,19 @@ impl Link {
     }
 
     fn from_match(matching: &Match) -> Option<Self> {
-        let (mut source, mut destination, mut port) = (None, None, None);
+        let (mut from, mut to, mut port) = (None, None, None);
         for field in &matching.fields {
             match field {
-                Oxm::Ipv4Src(address) => source = Some(address.value),
-                Oxm::Ipv4Dst(address) => destination = Some(address.value),
-                Oxm::TcpDst(number) => port = Some(*number),
+                Oxm::Ipv4Src(address) => from = Some(address.value),
+                Oxm::Ipv4Dst(address) => to = Some(address.value),
+                Oxm::TcpDst(number) => port = Some((*number, false)),
+                Oxm::TcpSrc(number) => port = Some((*number, true)),
                 _ => {}
             }
         }
-        Some(Self { source: source?, destination: destination?, port: port? })
+        let (from, to, (port, served)) = (from?, to?, port?);
+        let (source, destination) = if served { (to, from) } else { (from, to) };
+        Some(Self { source, destination, port, served })
     }
 }
 
@@ -336,12 +350,12 @@ pub(super) struct FoundPage {
     pub(super) link: Link,
     /// Whether it names the port that they leave by.
     pub(super) pinned: bool,
-    /// The queue that it sends them to; `None` for one that brings acknowledgements back.
-    pub(super) queue: Option<u32>,
+    /// The queue that it sends them to.
+    pub(super) queue: u32,
 }
 
 impl FoundPage {
-    /// `None` for any other flow.
+    /// `None` for any other flow, also for one that brings acknowledgements back, which has no queue.
     pub(super) fn of(flow: &FlowStats) -> Option<Self> {
         let cookie = Cookie::from_bits(flow.cookie).filter(|cookie| cookie.kind == Kind::Page)?;
         let slot = flow.priority.checked_sub(PAGE_PRIORITY)?;
@@ -358,7 +372,7 @@ impl FoundPage {
             Action::SetQueue(queue) => Some(*queue),
             _ => None,
         });
-        let queue = queues.next();
+        let queue = queues.next()?;
         Some(Self { cookie, slot, link: Link::from_match(&flow.matching)?, pinned, queue })
     }
 }
@@ -418,14 +432,23 @@ mod tests {
     #[test]
     fn a_page_flow_is_recognised_and_a_deletion_of_its_evacuation_covers_it() {
         let (evacuation, migration) = ids();
-        let link =
-            Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, 2].into(), port: 7445 };
+        let link = Link {
+            source: [10, 0, 0, 1].into(),
+            destination: [10, 0, 0, 2].into(),
+            port: 7445,
+            served: false,
+        };
         let flow = page_flow(&evacuation, &migration, 5, 7, link, PortNo::NORMAL);
         assert_eq!(Link::from_match(&flow.matching), Some(link));
         let all = delete_pages(&evacuation);
         assert_eq!(flow.cookie & all.cookie_mask, all.cookie);
         let back = back_flow(&evacuation, &migration, 5, link, PortNo(4));
-        assert_eq!((back.cookie, Link::from_match(&back.matching)), (flow.cookie, None));
+        let other_way = Link { served: true, ..link };
+        assert_eq!(back.cookie, flow.cookie);
+        assert_eq!(Link::from_match(&back.matching), Some(other_way));
+        let gathered = page_flow(&evacuation, &migration, 5, 7, other_way, PortNo::NORMAL);
+        assert_eq!(gathered.matching, back.matching);
+        assert_eq!(Link::from_match(&gathered.matching), Some(other_way));
         assert_ne!(clear_flow(&evacuation, 7, None).cookie & all.cookie_mask, all.cookie);
         assert_eq!(delete_page(&evacuation, &migration).cookie, flow.cookie);
     }
@@ -433,8 +456,12 @@ mod tests {
     #[test]
     fn what_arrives_and_pages_pass_no_meter_and_everything_else_does_also_with_a_forged_mark() {
         let (evacuation, migration) = ids();
-        let link =
-            Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, 2].into(), port: 7445 };
+        let link = Link {
+            source: [10, 0, 0, 1].into(),
+            destination: [10, 0, 0, 2].into(),
+            port: 7445,
+            served: false,
+        };
         let page = page_flow(&evacuation, &migration, 0, 7, link, PortNo::NORMAL);
         let clear = clear_flow(&evacuation, 7, Some(9));
         let [arriving, arp, rest] = hold_flows(PortNo(1), 9);

@@ -112,7 +112,7 @@ impl Gathering {
         known: Known,
     ) -> Self {
         let (to, orders) = mpsc::channel(64);
-        let standing = known.told.is_some();
+        let standing = known.again.is_some();
         let first = Seen { total: arrived.elsewhere, standing, ..Seen::default() };
         let (show, seen) = watch::channel(first);
         let (from_qemu, to_qemu) = qemu.into_split();
@@ -145,9 +145,19 @@ impl Gathering {
 pub(super) struct Known {
     pub(super) journal: Journal,
     /// Of a QEMU that was taken up again.
-    pub(super) told: Option<Vec<Frame>>,
+    pub(super) again: Option<Again>,
     /// COMMIT was durable before.
     pub(super) committed: bool,
+}
+
+/// Where an agent before us was with a QEMU that has been taken up again.
+pub(super) struct Again {
+    /// What it was told of the pages.
+    pub(super) told: Vec<Frame>,
+    /// QEMU's answers, as far as they have been read.
+    pub(super) answers: ReturnReader,
+    /// What the guest waits for.
+    pub(super) wanted: Vec<PageAt>,
 }
 
 struct Driver {
@@ -158,6 +168,8 @@ struct Driver {
     writer: StreamWriter,
     to_qemu: OwnedWriteHalf,
     answers: ReturnReader,
+    /// Of a QEMU that was taken up again: what was told of the pages, and those that it waits for.
+    before: Option<(Vec<Frame>, Vec<PageAt>)>,
     show: watch::Sender<Seen>,
     /// Pages that have come and are not written yet.
     came: BTreeMap<PageAt, Bytes>,
@@ -222,15 +234,21 @@ impl Driver {
         to_qemu: OwnedWriteHalf,
         show: watch::Sender<Seen>,
         limit: Option<BytesPerSec>,
-        known: Known,
+        mut known: Known,
     ) -> Self {
+        let again = known.again.take();
         let mut writer = StreamWriter::with_layout(arrived.layout.clone());
-        if known.told.is_none() {
+        if again.is_none() {
             compose::opening(&mut writer, &arrived.machine, &arrived.fields, &arrived.layout);
         }
+        let (before, answers) = match again {
+            Some(Again { told, answers, wanted }) => (Some((told, wanted)), answers),
+            None => (None, ReturnReader::new(arrived.layout.clone())),
+        };
         Self {
             known,
-            answers: ReturnReader::new(arrived.layout.clone()),
+            before,
+            answers,
             gather: arrived.gather,
             layout: arrived.layout,
             devices: arrived.devices,
@@ -268,9 +286,9 @@ impl Driver {
         mut orders: mpsc::Receiver<Order>,
         mut fetched: mpsc::Receiver<Fetched>,
     ) -> Result<(), Failure> {
-        match self.known.told.take() {
+        match self.before.take() {
             None => self.load().await?,
-            Some(told) => self.go_on(told).await?,
+            Some((told, wanted)) => self.go_on(told, wanted).await?,
         }
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         while self.gather.phase() != Phase::Done {
@@ -315,14 +333,18 @@ impl Driver {
     }
 
     /// What was told to an agent before us holds for QEMU as it is now.
-    async fn go_on(&mut self, told: Vec<Frame>) -> Result<(), Failure> {
+    async fn go_on(&mut self, told: Vec<Frame>, wanted: Vec<PageAt>) -> Result<(), Failure> {
         for frame in told {
             self.take_told(frame).await?;
         }
         if self.known.committed {
             self.apply(Event::Committed).await?;
         }
-        Ok(())
+        for at in wanted {
+            self.apply(Event::Fault(at)).await?;
+        }
+        // What came with the last answer is read without waiting for more.
+        self.hear(Bytes::new()).await
     }
 
     async fn hear(&mut self, bytes: Bytes) -> Result<(), Failure> {

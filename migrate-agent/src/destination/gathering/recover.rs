@@ -29,18 +29,30 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// What each block's pages are to QEMU: 1 is "here".
 type Bitmaps = Vec<Bytes>;
 
+/// A stream to QEMU that was taken up.
+pub(in crate::destination) struct TakenUp {
+    /// Which pages it has.
+    pub(in crate::destination) bitmaps: Bitmaps,
+    /// Its answers, read as far as they were needed: the next request may be of the block that the last
+    /// one named, and may be here by half.
+    pub(in crate::destination) answers: ReturnReader,
+    /// What the guest waits for: QEMU asks for it again before it says that it goes on.
+    pub(in crate::destination) wanted: Vec<PageAt>,
+}
+
 /// Takes up the stream to a QEMU that waits for it: asks what it has.
 pub(in crate::destination) async fn shake_hands(
     qemu: &mut UnixStream,
     layout: &RamLayout,
-) -> Result<Bitmaps, Failure> {
+) -> Result<TakenUp, Failure> {
     let talking = tokio::time::timeout(ANSWER_LIMIT, ask_all(qemu, layout));
     let slow = || Failure::Slow { what: "take the guest's pages up again", limit: ANSWER_LIMIT };
     talking.await.map_err(|_| slow())?
 }
 
-async fn ask_all(qemu: &mut UnixStream, layout: &RamLayout) -> Result<Bitmaps, Failure> {
-    let mut talk = Talk { qemu, answers: ReturnReader::new(layout.clone()), layout };
+async fn ask_all(qemu: &mut UnixStream, layout: &RamLayout) -> Result<TakenUp, Failure> {
+    let answers = ReturnReader::new(layout.clone());
+    let mut talk = Talk { qemu, answers, layout, wanted: Vec::new() };
     let mut bitmaps = Vec::new();
     for (block, _) in (0_u16..).zip(layout.blocks()) {
         talk.say(Command::RecvBitmap { block }).await?;
@@ -49,9 +61,11 @@ async fn ask_all(qemu: &mut UnixStream, layout: &RamLayout) -> Result<Bitmaps, F
     talk.say(Command::PostcopyResume).await?;
     loop {
         match talk.next().await? {
-            Message::ResumeAck(1) => return Ok(bitmaps),
+            Message::ResumeAck(1) => {
+                let Talk { answers, wanted, .. } = talk;
+                return Ok(TakenUp { bitmaps, answers, wanted });
+            }
             Message::ResumeAck(_) => return Err(Failure::ArrivalEnded("it does not go on")),
-            // Pages that it misses are known by its bitmaps.
             _ => {}
         }
     }
@@ -61,6 +75,7 @@ struct Talk<'a> {
     qemu: &'a mut UnixStream,
     answers: ReturnReader,
     layout: &'a RamLayout,
+    wanted: Vec<PageAt>,
 }
 
 impl Talk<'_> {
@@ -75,8 +90,14 @@ impl Talk<'_> {
 
     async fn next(&mut self) -> Result<Message, Failure> {
         loop {
-            if let Some(message) = self.answers.read()? {
-                return Ok(message);
+            match self.answers.read()? {
+                Some(Message::RequestPages { block, range }) => {
+                    let pages = range.first..range.first + range.count;
+                    self.wanted.extend(pages.map(|page| PageAt { block, page }));
+                    continue;
+                }
+                Some(message) => return Ok(message),
+                None => {}
             }
             let mut buffer = BytesMut::with_capacity(64 << 10);
             if self.qemu.read_buf(&mut buffer).await.map_err(Failure::Socket)? == 0 {
@@ -148,4 +169,37 @@ pub(in crate::destination) fn arrived_again(
         elsewhere,
         key: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::stream::RamBlock;
+    use crate::qemu::stream::return_path::{bitmap_bytes, encode};
+
+    /// QEMU asks again for what its guest waits for, by name, before it says that it goes on; the
+    /// next request may come in the same breath, without a name, and be cut in two.
+    #[tokio::test]
+    async fn what_is_asked_for_while_hands_are_shaken_is_not_lost() {
+        let block = |name: &str| RamBlock { name: name.to_owned(), pages: 64 };
+        let layout = RamLayout::new(vec![block("pc.bios"), block("pc.ram")], 0).unwrap();
+        let (mut ours, mut qemu) = UnixStream::pair().unwrap();
+        let mut said = BytesMut::new();
+        for block in 0..2 {
+            let bits = Bytes::from(vec![0xf0; bitmap_bytes(64)]);
+            encode(&Message::ReceivedBitmap { block, bits }, &layout, &mut said);
+        }
+        let range = |first| crate::qemu::stream::PageRange { first, count: 1 };
+        encode(&Message::RequestPages { block: 1, range: range(7) }, &layout, &mut said);
+        encode(&Message::ResumeAck(1), &layout, &mut said);
+        let nameless = b"\0\x04\0\x0c\0\0\0\0\0\0\x10\0\0\0\x10\0";
+        said.extend_from_slice(&nameless[..9]);
+        qemu.write_all(&said).await.unwrap();
+        let mut taken = shake_hands(&mut ours, &layout).await.unwrap();
+        assert_eq!(taken.wanted, [PageAt { block: 1, page: 7 }]);
+        assert!(is_here(&taken.bitmaps, PageAt { block: 1, page: 4 }));
+        taken.answers.feed(Bytes::from_static(&nameless[9..]));
+        let next = taken.answers.read().unwrap();
+        assert_eq!(next, Some(Message::RequestPages { block: 1, range: range(1) }));
+    }
 }

@@ -27,7 +27,12 @@ fn hop(n: u8, mbit: u64) -> Hop {
 }
 
 fn link(n: u8) -> Link {
-    Link { source: [10, 0, 0, 1].into(), destination: [10, 0, 0, n].into(), port: 7445 }
+    Link {
+        source: [10, 0, 0, 1].into(),
+        destination: [10, 0, 0, n].into(),
+        port: 7445,
+        served: false,
+    }
 }
 
 /// Port pN of each switch sN leads to port q of s(N+1), and every port's number is its switch's.
@@ -275,7 +280,7 @@ fn found_again(ledger: &Ledger) -> Ledger {
                 slot: held.slot,
                 link: held.link,
                 pinned: held.pinned,
-                queue: None,
+                queue: holding.queue,
             };
             let found = FoundQueue {
                 number: holding.queue,
