@@ -71,7 +71,6 @@ fn vm_report(record: &VmRecord) -> VmReport {
         network_downtime_known: false,
         stores: leg.map_or_else(Vec::new, Leg::store_hosts),
         redundancy: leg.map_or_else(String::new, Leg::redundancy_word),
-        ..VmReport::default()
     }
 }
 

@@ -10,7 +10,7 @@ use lifeboat_protocol::agent::Phase;
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::link::pages::NOTES_MOST;
-use lifeboat_scatter_gather::link::{Frame, Purpose};
+use lifeboat_scatter_gather::link::{Frame, Purpose, Standing};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -278,7 +278,8 @@ impl DestinationTask {
             Some(Input::Limit(limit)) => self.limit_gathering(limit).await,
             Some(Input::Commit(generation, answer)) => {
                 let word = match generation == self.machine.generation() {
-                    true => Frame::Running(generation),
+                    // RUNNING would end the hand-over, and its pages are not here yet.
+                    true => Frame::Standing(Standing::Gathering),
                     false => Frame::Refused("another generation runs here".into()),
                 };
                 let _ = answer.send(word);

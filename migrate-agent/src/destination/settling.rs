@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
-use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
+use lifeboat_scatter_gather::link::{Frame, Hello, Purpose, Standing};
 
 use super::{DestinationTask, Input};
 use crate::clock;
@@ -247,10 +247,15 @@ impl DestinationTask {
         Ok(None)
     }
 
-    /// Says the outcome wherever somebody waits for it.
+    /// Says the outcome wherever somebody waits for it. To who asked with COMMIT, RUNNING is the end of
+    /// the hand-over; of a guest whose pages follow it, it is not.
     async fn answer(&mut self, frame: Frame) {
         if let Some(waiting) = self.waiting.take() {
-            let _ = waiting.send(frame.clone());
+            let gathers = self.gathering.is_some() && matches!(frame, Frame::Running(_));
+            let _ = waiting.send(match gathers {
+                true => Frame::Standing(Standing::Gathering),
+                false => frame.clone(),
+            });
         }
         if let Some(writer) = &mut self.writer {
             let _ = writer.send(&frame).await;

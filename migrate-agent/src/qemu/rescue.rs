@@ -224,7 +224,8 @@ mod tests {
         assert!(matches!(recover(&run_dir, "unix:/x").await, Err(RescueError::NothingKept)));
         let listener = UnixListener::bind(run_dir.rescue_socket()).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let served = tokio::spawn(qemu(tokio::net::UnixListener::from_std(listener).unwrap()));
+        let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+        let served = crate::tasks::spawn("qemu", qemu(listener));
         keep(&run_dir).await.unwrap();
         recover(&run_dir, "unix:/x").await.unwrap();
         let refused = recover(&run_dir, "unix:/x").await.unwrap_err();

@@ -55,7 +55,11 @@ impl SourceTask {
             Event::Heard(Standing::Died) if self.machine.state() != State::DestinationDied => {
                 self.say_died();
             }
-            Event::Heard(Standing::Gathering) => self.serve_again(),
+            Event::Heard(Standing::Gathering) => {
+                self.serve_again();
+                // Its RUNNING was not heard: now it may begin. Where it has begun nothing happens.
+                self.begin_scattering();
+            }
             _ => {}
         }
         self.tell(event).await;
@@ -82,6 +86,7 @@ impl SourceTask {
         writer.send(&Frame::Commit(self.machine.next_generation())).await?;
         match reader.next_within(ANSWER_LIMIT).await? {
             Frame::Running(generation) => Ok(Event::Running(generation)),
+            Frame::Standing(standing) => Ok(Event::Heard(standing)),
             Frame::Refused(_) => Ok(Event::Refused),
             other => {
                 let got = crate::link::io::frame_name(&other);

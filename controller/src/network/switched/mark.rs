@@ -210,12 +210,12 @@ impl Link {
     }
 
     fn matching(self) -> Match {
-        if self.served { self.from_listener() } else { self.to_listener() }
+        if self.served { self.by_listener() } else { self.to_listener() }
     }
 
     /// What comes back.
     fn answering(self) -> Match {
-        if self.served { self.to_listener() } else { self.from_listener() }
+        if self.served { self.to_listener() } else { self.by_listener() }
     }
 
     fn to_listener(self) -> Match {
@@ -227,7 +227,7 @@ impl Link {
             .with(Oxm::TcpDst(self.port))
     }
 
-    fn from_listener(self) -> Match {
+    fn by_listener(self) -> Match {
         Match::any()
             .with(Oxm::EthType(IPV4))
             .with(Oxm::IpProto(TCP))
