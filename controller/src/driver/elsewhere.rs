@@ -9,9 +9,9 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use super::hands::{Hands, Wiring};
 use super::settle::Said;
 use super::{lock, report};
-use crate::evacuation::{Event, Leg, gather_names};
+use crate::evacuation::{EvacuationOrder, Event, Leg, gather_names};
 use crate::inventory::is;
-use crate::network::{PageFlow, ReservationRequest};
+use crate::network::{Hop, PageFlow, ReservationRequest};
 use crate::reservations;
 
 impl Hands {
@@ -54,26 +54,9 @@ impl Hands {
         scatter: &ScatterPlan,
     ) {
         let (Some(order), Some(chosen)) = (Self::order(wiring, id), &leg.stores) else { return };
-        let Some(from) = self.planner.site.host(source).map(|host| host.address) else { return };
-        let rates = self.planner.network.rates().await;
         let ways = self.planner.store_ways(source, chosen, order.urgency).await;
-        for ((name, hops), store) in leg.store_ways().into_iter().zip(ways).zip(&scatter.stores) {
-            let Ok(address) = store.address.parse() else {
-                tracing::warn!(%name, store.address, "no address that a switch can match");
-                continue;
-            };
-            let request = ReservationRequest {
-                evacuation: id.clone(),
-                migration: name.clone(),
-                urgency: order.urgency,
-                kind: order.reservation,
-                hops: reservations::beside(id, hops, &rates),
-                traffic: PageFlow { source: from, destination: address, served: false },
-            };
-            if let Err(error) = self.planner.network.reserve(request).await {
-                tracing::warn!(%name, store.host, %error, "nothing is reserved towards a store");
-            }
-        }
+        let ways = leg.store_ways().into_iter().zip(ways);
+        self.reserve_ways(id, &order, ways, scatter, (source, false)).await;
     }
 
     /// Reserves the ways from the stores to the destination, which together fill its link as far as the
@@ -86,23 +69,37 @@ impl Hands {
         scatter: &ScatterPlan,
     ) {
         let (Some(order), Some(chosen)) = (Self::order(wiring, id), &leg.stores) else { return };
-        let Some(to) = self.planner.site.host(&leg.destination).map(|host| host.address) else {
-            return;
-        };
-        let rates = self.planner.network.rates().await;
         let ways = self.planner.gather_ways(chosen, &leg.destination, order.urgency).await;
-        for ((name, hops), store) in leg.gather_ways().into_iter().zip(ways).zip(&scatter.stores) {
-            let Ok(address) = store.address.parse() else { continue };
+        let ways = leg.gather_ways().into_iter().zip(ways);
+        self.reserve_ways(id, &order, ways, scatter, (&leg.destination, true)).await;
+    }
+
+    /// A way for each store, between it and its client; with `served` it is the store that sends.
+    async fn reserve_ways(
+        &self,
+        id: &EvacuationId,
+        order: &EvacuationOrder,
+        ways: impl Iterator<Item = (MigrationId, Vec<Hop>)>,
+        scatter: &ScatterPlan,
+        (client, served): (&HostId, bool),
+    ) {
+        let Some(source) = self.planner.site.host(client).map(|host| host.address) else { return };
+        let rates = self.planner.network.rates().await;
+        for ((name, hops), store) in ways.zip(&scatter.stores) {
+            let Ok(destination) = store.address.parse() else {
+                tracing::warn!(%name, store.address, "no address that a switch can match");
+                continue;
+            };
             let request = ReservationRequest {
                 evacuation: id.clone(),
                 migration: name.clone(),
                 urgency: order.urgency,
                 kind: order.reservation,
                 hops: reservations::beside(id, hops, &rates),
-                traffic: PageFlow { source: to, destination: address, served: true },
+                traffic: PageFlow { source, destination, served },
             };
             if let Err(error) = self.planner.network.reserve(request).await {
-                tracing::warn!(%name, store.host, %error, "nothing is reserved from a store");
+                tracing::warn!(%name, store.host, %error, "nothing is reserved between it and a store");
             }
         }
     }

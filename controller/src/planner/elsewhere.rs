@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lifeboat_policy::intermediary::{
-    Candidate, ChosenStore, ChosenStores, NoStoresError, Redundancy, Wish, choose,
+    Candidate, ChosenStores, NoStoresError, Redundancy, Wish, choose,
 };
 use lifeboat_policy::measured::MeasuredVm;
 use lifeboat_policy::predict::eviction;
@@ -30,6 +30,23 @@ pub(super) struct Leaver<'a> {
     pub(super) figures: &'a MeasuredVm,
     /// What is to be reserved for it on its host's uplink.
     pub(super) reserved: BitsPerSec,
+}
+
+/// Each way with what goes over it: of a port no more is wanted than all ways over it take together.
+fn narrowed(ways: Vec<(Vec<Hop>, BitsPerSec)>) -> Vec<Vec<Hop>> {
+    let mut wanted: BTreeMap<PortRef, BitsPerSec> = BTreeMap::new();
+    for (way, rate) in &ways {
+        for hop in way {
+            *wanted.entry(hop.at.clone()).or_default() += *rate;
+        }
+    }
+    let narrow = |mut way: Vec<Hop>| {
+        for hop in &mut way {
+            hop.rate = hop.rate.min(wanted.get(&hop.at).copied().unwrap_or_default());
+        }
+        way
+    };
+    ways.into_iter().map(|(way, _)| narrow(way)).collect()
 }
 
 impl<'a> Leaver<'a> {
@@ -96,22 +113,10 @@ impl Planner {
         chosen: &ChosenStores,
         urgency: Urgency,
     ) -> Vec<Vec<Hop>> {
-        let topology = self.fresh_topology().await;
-        let way = |store: &ChosenStore| {
-            let ways = topology.ways(source, &store.host, 1).unwrap_or_default();
-            ways.first().map(|way| self.hops(way, urgency)).unwrap_or_default()
-        };
-        let mut ways: Vec<Vec<Hop>> = chosen.stores.iter().map(way).collect();
-        let mut wanted: BTreeMap<PortRef, BitsPerSec> = BTreeMap::new();
-        for (way, store) in ways.iter().zip(&chosen.stores) {
-            for hop in way {
-                *wanted.entry(hop.at.clone()).or_default() += store.rate;
-            }
-        }
-        for hop in ways.iter_mut().flatten() {
-            hop.rate = hop.rate.min(wanted.get(&hop.at).copied().unwrap_or_default());
-        }
-        ways
+        let pairs = chosen.stores.iter().map(|store| (source, &store.host));
+        let ways = self.best_ways(pairs, urgency).await;
+        let rates = chosen.stores.iter().map(|store| store.rate);
+        narrowed(ways.into_iter().zip(rates).collect())
     }
 
     /// The best way from each store to the destination; each store gives an equal part of what the
@@ -122,24 +127,31 @@ impl Planner {
         destination: &HostId,
         urgency: Urgency,
     ) -> Vec<Vec<Hop>> {
+        let pairs = chosen.stores.iter().map(|store| (&store.host, destination));
+        let ways = self.best_ways(pairs, urgency).await;
+        let stores = chosen.stores.len().max(1) as u64;
+        let part = |way: &Vec<Hop>| {
+            let least = way.iter().map(|hop| hop.rate.0).min().unwrap_or_default();
+            BitsPerSec(least.div_ceil(stores))
+        };
+        let with_part = |way: Vec<Hop>| {
+            let rate = part(&way);
+            (way, rate)
+        };
+        narrowed(ways.into_iter().map(with_part).collect())
+    }
+
+    async fn best_ways<'a>(
+        &self,
+        pairs: impl Iterator<Item = (&'a HostId, &'a HostId)>,
+        urgency: Urgency,
+    ) -> Vec<Vec<Hop>> {
         let topology = self.fresh_topology().await;
-        let way = |store: &ChosenStore| {
-            let ways = topology.ways(&store.host, destination, 1).unwrap_or_default();
+        let way = |(from, to)| {
+            let ways = topology.ways(from, to, 1).unwrap_or_default();
             ways.first().map(|way| self.hops(way, urgency)).unwrap_or_default()
         };
-        let mut ways: Vec<Vec<Hop>> = chosen.stores.iter().map(way).collect();
-        let stores = chosen.stores.len().max(1) as u64;
-        let mut wanted: BTreeMap<PortRef, BitsPerSec> = BTreeMap::new();
-        for way in &ways {
-            let least = way.iter().map(|hop| hop.rate.0).min().unwrap_or_default();
-            for hop in way {
-                *wanted.entry(hop.at.clone()).or_default() += BitsPerSec(least.div_ceil(stores));
-            }
-        }
-        for hop in ways.iter_mut().flatten() {
-            hop.rate = hop.rate.min(wanted.get(&hop.at).copied().unwrap_or_default());
-        }
-        ways
+        pairs.map(way).collect()
     }
 
     fn wish(&self, order: &EvacuationOrder, leaver: &Leaver<'_>) -> Wish {

@@ -1,5 +1,6 @@
 //! A guest whose pages were still on their way when the agent before this one ended: its QEMU waits,
-//! and is taken up by QMP's `migrate-recover`.
+//! and is taken up by QMP's `migrate-recover`; out of band, by the monitor that was kept open
+//! (`qemu::rescue`), where its main loop waits for one of the pages itself.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
