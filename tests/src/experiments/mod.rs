@@ -78,6 +78,10 @@ pub const EXPERIMENTS: &[Entry] = &[
         about: "what does a migration do to an application that has a queue of its own?",
     },
     Entry {
+        name: solive::three::NAME,
+        about: "does the order in which guests leave matter, and is ours among the best?",
+    },
+    Entry {
         name: solive::six::NAME,
         about: "what is reserved while four guests leave, and are they gone sooner for it?",
     },
@@ -95,7 +99,8 @@ pub const EXPERIMENTS: &[Entry] = &[
 /// inside private ones.
 #[must_use]
 pub fn raises_a_cloud(name: &str) -> bool {
-    [solive::six::NAME, solive::seven::NAME, solive::eight::NAME].contains(&name)
+    [solive::three::NAME, solive::six::NAME, solive::seven::NAME, solive::eight::NAME]
+        .contains(&name)
 }
 
 /// Runs one; `None` when there is none of that name.
@@ -108,6 +113,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         overhead::NAME => Some(overhead::run(setting).await),
         solive_5::NAME => Some(solive_5::run(setting).await),
         tenant::NAME => Some(tenant::run(setting).await),
+        solive::three::NAME => Some(solive::three::run(setting)),
         solive::six::NAME => Some(solive::six::run(setting)),
         solive::seven::NAME => Some(solive::seven::run(setting)),
         solive::eight::NAME => Some(solive::eight::run(setting)),
@@ -122,6 +128,7 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
         reservation::NAME => vec![reservation::plot(record)],
         solive_5::NAME => solive_5::plots(record),
         tenant::NAME => vec![tenant::plot(record)],
+        solive::three::NAME => solive::three::plots(record),
         solive::six::NAME => solive::six::plots(record),
         solive::seven::NAME => solive::seven::plots(record),
         solive::eight::NAME => solive::eight::plots(record),

@@ -1,5 +1,6 @@
-//! SOLive's experiments on the lab's cloud: figures 6 and 7 on reservations (section V-C), and figure 8
-//! on scatter-gather, which has a picture of its own in `eight`.
+//! SOLive's experiments on the lab's cloud: figure 3 on the order in which guests leave (section IV-A),
+//! figures 6 and 7 on reservations (section V-C), and figure 8 on scatter-gather, which has a picture
+//! of its own in `eight`.
 //!
 //! ```text
 //!   NO, M, C, NI on h1 ── 60 Mbit/s ── s1 ── 60 Mbit/s ── h2          (lab/scenarios/solive.toml)
@@ -17,6 +18,7 @@
 pub mod eight;
 pub mod seven;
 pub mod six;
+pub mod three;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -187,8 +189,19 @@ fn reported_at_the_end(
     limit: Duration,
     mut look: impl FnMut(&Value),
 ) -> Result<Value, RigError> {
-    let order = ["evacuate", from, "--to", to, "--yes", "--detach"];
-    let begun = cloud.ask(&[&order[..], words].concat())?;
+    let order = ["evacuate", from, "--to", to];
+    carried_out(cloud, &[&order[..], words].concat(), limit, &mut look)
+}
+
+/// Gives an order to the controller and looks at what comes of it until it has ended; what the
+/// controller reports then.
+fn carried_out(
+    cloud: &Cloud,
+    order: &[&str],
+    limit: Duration,
+    look: &mut dyn FnMut(&Value),
+) -> Result<Value, RigError> {
+    let begun = cloud.ask(&[order, &["--yes", "--detach"]].concat())?;
     let id = begun["evacuation"].as_str().unwrap_or_default().to_owned();
     let deadline = clock::now() + limit;
     while clock::now() < deadline {
@@ -201,7 +214,7 @@ fn reported_at_the_end(
         }
         clock::rest(LOOK);
     }
-    let what = format!("the end of evacuation {id} of {from}");
+    let what = format!("the end of {} ({id})", order.join(" "));
     Err(RigError::TooLate { what, seconds: limit.as_secs() })
 }
 
