@@ -19,6 +19,7 @@ pub mod agent;
 pub mod control;
 pub mod inside;
 pub mod relay;
+pub mod rest;
 pub mod witness;
 
 use std::fs;

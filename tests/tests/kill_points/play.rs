@@ -8,7 +8,8 @@ use lifeboat_tests::clock;
 use lifeboat_tests::rig::RigError;
 use lifeboat_tests::world::control::Attended;
 use lifeboat_tests::world::relay::State;
-use lifeboat_tests::world::{HOSTS, Host, VM, World, host_name};
+use lifeboat_tests::world::rest::Unrest;
+use lifeboat_tests::world::{Host, VM, World, host_name};
 
 use crate::cases::{Blow, Case, End, Moment, Side};
 
@@ -25,12 +26,9 @@ pub(crate) enum Failure {
     /// The rig.
     #[error("{}", chain(.0))]
     Rig(#[from] RigError),
-    /// Something that must come did not.
-    #[error("{what} did not come within {} s; it looked like this: {seen}", within.as_secs())]
-    Late { what: String, within: Duration, seen: String },
-    /// Something that must never be.
-    #[error("{}", .0.join("; "))]
-    Offence(Vec<String>),
+    /// The VM is not where it must be, or not yet.
+    #[error(transparent)]
+    Unrest(#[from] Unrest),
     /// It ended elsewhere than it may.
     #[error(
         "the VM runs at {at}, which is {found:?}; allowed is {allowed:?}; the evacuation said: {said}"
@@ -95,7 +93,7 @@ pub(crate) fn play(world: &mut World, case: &Case, chance: &mut Chance) -> Resul
     clock::rest(chance.up_to(Duration::from_millis(1200)));
     if case.claim.is_some() {
         // Whoever comes back shall find the VM running.
-        running(world)?;
+        world.running()?;
     }
     repair(world, roles)?;
     finish(world, case, roles, order)
@@ -103,7 +101,7 @@ pub(crate) fn play(world: &mut World, case: &Case, chance: &mut Chance) -> Resul
 
 /// Everybody lives, one host has the VM; the agent that shall stay at a mark is told so.
 fn prepare(world: &mut World, case: &Case) -> Result<Roles, Failure> {
-    let source = running(world)?;
+    let source = world.running()?;
     world.control.await_sight(source)?;
     let destination = world.control.planned_destination(source)?;
     let roles = Roles { source, destination };
@@ -181,7 +179,7 @@ fn reach(world: &World, case: &Case, roles: Roles, order: &Order) -> Result<(), 
 fn await_hold(world: &World, host: Host) -> Result<(), Failure> {
     let holds = || world.agents[host].holds().then_some(());
     let held = clock::wait_for(MOMENT_LIMIT, holds);
-    held.ok_or_else(|| late(world, "the mark", MOMENT_LIMIT))
+    held.ok_or_else(|| world.late("the mark", MOMENT_LIMIT).into())
 }
 
 fn await_phase(world: &World, order: &Order, phase: &str) -> Result<(), Failure> {
@@ -190,7 +188,7 @@ fn await_phase(world: &World, order: &Order, phase: &str) -> Result<(), Failure>
         (status["migrations"][0]["phase"] == phase).then_some(())
     };
     let there = clock::wait_for(MOMENT_LIMIT, is_there);
-    there.ok_or_else(|| late(world, phase, MOMENT_LIMIT))
+    there.ok_or_else(|| world.late(phase, MOMENT_LIMIT).into())
 }
 
 fn await_copying(world: &World, order: &Order) -> Result<(), Failure> {
@@ -198,7 +196,7 @@ fn await_copying(world: &World, order: &Order) -> Result<(), Failure> {
         let status = world.control.status(&id(world, order).ok()?).ok()?;
         (status["migrations"][0]["bytes_sent"].as_u64()? > 0).then_some(())
     };
-    clock::wait_for(MOMENT_LIMIT, copies).ok_or_else(|| late(world, "pages", MOMENT_LIMIT))
+    clock::wait_for(MOMENT_LIMIT, copies).ok_or_else(|| world.late("pages", MOMENT_LIMIT).into())
 }
 
 fn strike(world: &mut World, blow: Blow, roles: Roles, order: &Order) -> Result<(), Failure> {
@@ -244,7 +242,7 @@ fn await_uncertain(world: &World) -> Result<(), Failure> {
         states.flatten().any(|state| matches!(state, "uncertain" | "in doubt")).then_some(())
     };
     let shown = clock::wait_for(MOMENT_LIMIT, shown);
-    shown.ok_or_else(|| late(world, "`uncertain` in `lifeboat vms`", MOMENT_LIMIT))
+    shown.ok_or_else(|| world.late("`uncertain` in `lifeboat vms`", MOMENT_LIMIT).into())
 }
 
 /// The dead rise, the cut is healed.
@@ -268,12 +266,12 @@ fn await_end(world: &World, order: &Order) -> Result<serde_json::Value, Failure>
         matches!(state, "done" | "partial" | "cancelled" | "failed").then_some(status)
     };
     let ended = clock::wait_for(END_LIMIT, ended);
-    ended.ok_or_else(|| late(world, "the evacuation's end", END_LIMIT))
+    ended.ok_or_else(|| world.late("the evacuation's end", END_LIMIT).into())
 }
 
 fn finish(world: &mut World, case: &Case, roles: Roles, order: Order) -> Result<String, Failure> {
     let ended = await_end(world, &order);
-    let at = at_rest(world)?;
+    let at = world.at_rest(REST_LIMIT)?;
     let found = match at {
         at if at == roles.source => End::Stayed,
         at if at == roles.destination => End::Arrived,
@@ -333,62 +331,8 @@ fn nobody_else_may_start_it(world: &mut World, owner: Host) -> Result<(), Failur
     for (host, agent) in world.agents.iter_mut().enumerate().filter(|(host, _)| *host != owner) {
         if agent.start_vm().is_ok() {
             let what = format!("{} started it, which is {}'s", host_name(host), host_name(owner));
-            return Err(Failure::Offence(vec![what]));
+            return Err(Unrest::Offence(vec![what]).into());
         }
     }
     Ok(())
-}
-
-/// Waits until the VM runs at one host, has counted on there, and nothing else is left of it; says
-/// which host.
-pub(crate) fn at_rest(world: &World) -> Result<Host, Failure> {
-    let before = world.witness.look().last_tick().unwrap_or_default();
-    let calm = || {
-        let seen = world.witness.look();
-        let (running, with_qemu) = (seen.running(), seen.with_qemu());
-        let [at] = running[..] else { return None };
-        let goes_on = seen.last_tick_at(at).is_some_and(|tick| tick > before);
-        (with_qemu == [at] && goes_on).then_some(at)
-    };
-    let calm = clock::wait_for(REST_LIMIT, calm);
-    let offences = world.witness.look().offences();
-    if !offences.is_empty() {
-        return Err(Failure::Offence(offences));
-    }
-    calm.ok_or_else(|| late(world, "rest", REST_LIMIT))
-}
-
-/// Where the VM runs, which is at one host.
-pub(crate) fn running(world: &World) -> Result<Host, Failure> {
-    let running = world.witness.look().running();
-    match running[..] {
-        [host] => Ok(host),
-        _ => Err(Failure::Offence(vec![format!("it runs at {} hosts", running.len())])),
-    }
-}
-
-pub(crate) fn late(world: &World, what: &str, within: Duration) -> Failure {
-    let seen = {
-        let seen = world.witness.look();
-        format!("running at {:?}, QEMU at {:?}", seen.running(), seen.with_qemu())
-    };
-    let agents: Vec<String> = (0..HOSTS).map(|host| as_its_agent_says(world, host)).collect();
-    let status = world.control.ask("status").unwrap_or_default();
-    let newest = status["evacuations"].as_array().and_then(|all| all.first()).cloned();
-    let seen = format!("{seen}; {}; {}", agents.join("; "), newest.unwrap_or_default());
-    Failure::Late { what: what.to_owned(), within, seen }
-}
-
-fn as_its_agent_says(world: &World, host: Host) -> String {
-    let name = host_name(host);
-    match world.agents[host].vm() {
-        Ok(Some(status)) => format!(
-            "{name}: {} g{} {}",
-            status.state().as_str_name(),
-            status.generation,
-            status.detail
-        ),
-        Ok(None) => format!("{name}: no such VM"),
-        Err(error) => format!("{name}: {error}"),
-    }
 }

@@ -10,6 +10,7 @@ use lifeboat_tests::chance::Chance;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::RigError;
 use lifeboat_tests::world::relay::State;
+use lifeboat_tests::world::rest::Unrest;
 use lifeboat_tests::world::{HOSTS_WITH_STORES, Host, VM, World, host_name};
 use serde_json::Value;
 
@@ -119,12 +120,9 @@ pub(crate) enum Failure {
     /// The rig.
     #[error(transparent)]
     Rig(#[from] RigError),
-    /// Something that must come did not.
-    #[error("{what} did not come within {} s: {seen}", within.as_secs())]
-    Late { what: &'static str, within: Duration, seen: String },
-    /// Something that must never be.
-    #[error("{}", .0.join("; "))]
-    Offence(Vec<String>),
+    /// The guest is not where it must be, or not yet.
+    #[error(transparent)]
+    Unrest(#[from] Unrest),
     /// The controller says something else than what is.
     #[error("the guest is at {at}, and the controller says: {said}")]
     Untrue { at: String, said: String },
@@ -139,12 +137,12 @@ struct Roles {
 
 /// Plays `case` and says how it ended.
 pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result<String, Failure> {
-    let source = running(world)?;
+    let source = world.running()?;
     world.control.await_sight(source)?;
     let mut others: Vec<Host> = (0..HOSTS_WITH_STORES).filter(|&host| host != source).collect();
     chance.shuffle(&mut others);
     let Some(destination) = others.pop() else {
-        return Err(Failure::Offence(vec!["there is one host".to_owned()]));
+        return Err(Unrest::Offence(vec!["there is one host".to_owned()]).into());
     };
     let roles = Roles { source, destination, stores: others };
     if case.blow == Blow::StartingAgent {
@@ -155,7 +153,7 @@ pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result
     strike(world, case, &roles, &id, chance)?;
     repair(world, &roles, chance)?;
     let status = ended(world, &id)?;
-    let at = at_rest(world)?;
+    let at = world.at_rest(REST_LIMIT)?;
     let moved = status["migrations"][0]["phase"] == "moved";
     if moved != (at == destination) || (!moved && at != source) {
         return Err(Failure::Untrue { at: host_name(at), said: status.to_string() });
@@ -208,7 +206,7 @@ fn strike(
     if case.blow == Blow::StartingAgent {
         let agent = &world.agents[roles.destination];
         let held = clock::wait_for(MOMENT_LIMIT, || agent.holds().then_some(()));
-        held.ok_or_else(|| late(world, "the mark", MOMENT_LIMIT))?;
+        held.ok_or_else(|| world.late("the mark", MOMENT_LIMIT))?;
         agent.let_go();
         clock::rest(chance.up_to(STEPS));
         world.agents[roles.destination].kill();
@@ -284,7 +282,7 @@ fn await_moment(
         (over || is_there(&vm)).then_some(())
     };
     let there = clock::wait_for(MOMENT_LIMIT, there);
-    there.ok_or_else(|| late(world, what, MOMENT_LIMIT))
+    there.ok_or_else(|| world.late(what, MOMENT_LIMIT).into())
 }
 
 fn ended(world: &World, id: &str) -> Result<Value, Failure> {
@@ -294,48 +292,12 @@ fn ended(world: &World, id: &str) -> Result<Value, Failure> {
         matches!(state, "done" | "partial" | "cancelled" | "failed").then_some(status)
     };
     let ended = clock::wait_for(END_LIMIT, ended);
-    ended.ok_or_else(|| late(world, "the migration's end", END_LIMIT))
-}
-
-/// Waits until the guest runs at one host, has counted on there, and no other QEMU is left.
-fn at_rest(world: &World) -> Result<Host, Failure> {
-    let before = world.witness.look().last_tick().unwrap_or_default();
-    let calm = || {
-        let seen = world.witness.look();
-        let (running, with_qemu) = (seen.running(), seen.with_qemu());
-        let [at] = running[..] else { return None };
-        let goes_on = seen.last_tick_at(at).is_some_and(|tick| tick > before);
-        (with_qemu == [at] && goes_on).then_some(at)
-    };
-    let calm = clock::wait_for(REST_LIMIT, calm);
-    let offences = world.witness.look().offences();
-    if !offences.is_empty() {
-        return Err(Failure::Offence(offences));
-    }
-    calm.ok_or_else(|| late(world, "rest", REST_LIMIT))
+    ended.ok_or_else(|| world.late("the migration's end", END_LIMIT).into())
 }
 
 /// No store is left anywhere once the guest has everything.
 fn emptied(world: &World) -> Result<(), Failure> {
     let empty = || world.agents.iter().all(|agent| agent.stores().is_empty()).then_some(());
     let empty = clock::wait_for(REST_LIMIT, empty);
-    empty.ok_or_else(|| late(world, "the end of the stores", REST_LIMIT))
-}
-
-fn running(world: &World) -> Result<Host, Failure> {
-    let running = world.witness.look().running();
-    match running[..] {
-        [host] => Ok(host),
-        _ => Err(Failure::Offence(vec![format!("it runs at {} hosts", running.len())])),
-    }
-}
-
-fn late(world: &World, what: &'static str, within: Duration) -> Failure {
-    let seen = {
-        let seen = world.witness.look();
-        format!("running at {:?}, QEMU at {:?}", seen.running(), seen.with_qemu())
-    };
-    let status = world.control.ask("status").unwrap_or_default();
-    let newest = status["evacuations"].as_array().and_then(|all| all.first()).cloned();
-    Failure::Late { what, within, seen: format!("{seen}; {}", newest.unwrap_or_default()) }
+    empty.ok_or_else(|| world.late("the end of the stores", REST_LIMIT).into())
 }
