@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use disk_lab::Mounted;
-use lifeboat_agent::disk::fuse::Hook;
+use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, Request};
 use lifeboat_agent::disk::sync::arriving::{Arriving, READ_DEADLINE};
 use lifeboat_agent::disk::sync::incoming::Readiness;
 use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
@@ -42,11 +42,20 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::on(None)
+    }
+
+    /// With the image in a directory that another mount shows, or in one of its own.
+    fn on(below: Option<&Mounted>) -> Self {
         let segment = SegmentSize::new(4 * MIB).unwrap();
         let disks = [(OsStr::new("a.raw"), LENGTH)];
         let mirror = Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE));
-        let mount = Mounted::with(Arc::clone(&mirror) as Arc<dyn Hook>);
-        let image = File::create_new(mount.native("a.raw")).unwrap();
+        let hook = Arc::clone(&mirror) as Arc<dyn Hook>;
+        let mount = match below {
+            Some(below) => Mounted::over(&below.folders.mount(), hook),
+            None => Mounted::with(hook),
+        };
+        let image = File::create_new(below.unwrap_or(&mount).native("a.raw")).unwrap();
         image.set_len(LENGTH).unwrap();
         // Two thirds data, of which a part zeroes, one third hole.
         for at in 0..32 {
@@ -383,4 +392,79 @@ async fn a_file_that_is_already_there_is_not_overwritten() {
     assert!(matches!(control.await.unwrap(), Err(ReceiveError::Create { .. })));
     assert!(way.source.await.unwrap().1.is_err());
     assert_eq!(std::fs::read(&world.arrived).unwrap(), b"mine");
+}
+
+/// A disk of which 4 KiB at 30 MiB cannot be read.
+struct BadBlock;
+
+const BAD: std::ops::Range<u64> = 30 * MIB..30 * MIB + 4096;
+
+impl Hook for BadBlock {
+    fn arrived(&self, request: Request) {
+        match request.op() {
+            Op::Read { offset, length } if offset < BAD.end && BAD.start < offset + length => {
+                request.fail(rustix::io::Errno::IO);
+            }
+            _ => request.answer(),
+        }
+    }
+
+    fn expired(&self, _: &Image, _: &Op) -> Expiry {
+        Expiry::Answer
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_that_cannot_be_read_ends_the_transfer_by_name_and_the_guest_runs_on() {
+    // Its errors come from the kernel: the image lies on a mount of its own.
+    let disk = Mounted::with(Arc::new(BadBlock));
+    let world = World::on(Some(&disk));
+    let way = world.connect(world.outgoing(|_| {}));
+    let (_outgoing, outcome) = way.source.await.unwrap();
+    let error = outcome.unwrap_err();
+    assert!(!error.may_retry(), "{error}");
+    // 512 KiB a block.
+    assert!(matches!(error, SendError::Read { disk: 0, block: 60, .. }), "{error:?}");
+    let (veto, sealed) = oneshot::channel();
+    assert!(way.commands.send(Command::Seal(veto)).await.is_err(), "nobody is left to seal");
+    drop(sealed);
+    // The guest finds the same error there as without us, and none elsewhere.
+    let path = world.mount.through("a.raw");
+    tasks::blocking(move || {
+        let image = File::options().read(true).write(true).open(path).unwrap();
+        let error = image.read_exact_at(&mut [0; 4096], BAD.start).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        image.write_all_at(b"goes on", BAD.start - MIB).unwrap();
+        image.sync_data().unwrap();
+        let mut content = [0; 7];
+        image.read_exact_at(&mut content, BAD.start - MIB).unwrap();
+        assert_eq!(&content, b"goes on");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_resized_on_the_way_arrives_with_its_last_length() {
+    let world = World::new();
+    world.rate.send_replace(Some(BytesPerSec(20_000_000)));
+    let way = world.connect(world.outgoing(|_| {}));
+    let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
+    let image = Arc::new(image);
+    let resized = |length: u64, last: u8| {
+        let image = Arc::clone(&image);
+        tasks::blocking(move || {
+            image.set_len(length).unwrap();
+            image.write_all_at(&[last; 4096], length - 4096).unwrap();
+        })
+    };
+    // In the bulk phase larger; smaller while both sides are in step, and larger again.
+    resized(LENGTH + 8 * MIB, 1).await;
+    world.rate.send_replace(None);
+    world.until(Phase::Synchronous).await;
+    resized(LENGTH - 8 * MIB, 2).await;
+    resized(LENGTH + 3 * MIB, 3).await;
+    way.seal().await;
+    assert_eq!(std::fs::metadata(&world.arrived).unwrap().len(), LENGTH + 3 * MIB);
+    world.assert_same();
+    way.cede().await;
 }

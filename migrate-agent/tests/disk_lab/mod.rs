@@ -66,6 +66,13 @@ impl Mounted {
         Self { server, folders }
     }
 
+    /// Of a directory that is somewhere else.
+    pub(crate) fn over(images: &Path, hook: Arc<dyn Hook>) -> Self {
+        let folders = Folders::new();
+        let server = Server::mount(images, &folders.mount(), hook).unwrap();
+        Self { server, folders }
+    }
+
     /// Of the directory that `image` lies in, which is called `images` as well.
     pub(crate) fn of(image: &Path, hook: Arc<dyn Hook>) -> Self {
         let folders = Folders::beside(image.parent().unwrap());
