@@ -16,12 +16,12 @@ use std::time::Duration;
 
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
-    ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
-    HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest, MigrationProgress,
-    PortClassifier, PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply,
-    PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply,
-    ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreRequest, SetLimitRequest,
-    StartMigrationRequest, VmMeasurement, VmStatus,
+    BaseChain, ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
+    HashBasesRequest, HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest,
+    MigrationProgress, PortClassifier, PrepareDestinationReply, PrepareDestinationRequest,
+    PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest,
+    ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreRequest,
+    SetLimitRequest, StartMigrationRequest, VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
 use lifeboat_protocol::units::BitsPerSec;
@@ -38,6 +38,9 @@ pub use poll::poll_forever;
 const QUICK: Duration = Duration::from_secs(5);
 /// For answers that need work: a QEMU started, room made.
 const WORK: Duration = Duration::from_secs(30);
+
+/// For reading whole files. The agent reads on when this is over, and knows them the next time.
+const READING: Duration = Duration::from_secs(300);
 
 /// What a call to an agent came to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -370,6 +373,36 @@ impl Agents {
     ) -> Result<ProbeStorageReply, AgentError> {
         let mut client = self.client(host)?;
         call(host, "probe a storage", QUICK, client.probe_storage(request)).await
+    }
+
+    /// What the files beneath a VM's overlays hold at its host.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn bases_of(&self, host: &HostId, vm: &VmId) -> Result<Vec<BaseChain>, AgentError> {
+        self.hash_bases(host, HashBasesRequest { vm: vm.to_string(), chains: Vec::new() }).await
+    }
+
+    /// What the same files hold at another host.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn bases_at(
+        &self,
+        host: &HostId,
+        chains: Vec<BaseChain>,
+    ) -> Result<Vec<BaseChain>, AgentError> {
+        self.hash_bases(host, HashBasesRequest { vm: String::new(), chains }).await
+    }
+
+    async fn hash_bases(
+        &self,
+        host: &HostId,
+        request: HashBasesRequest,
+    ) -> Result<Vec<BaseChain>, AgentError> {
+        let mut client = self.client(host)?;
+        let doing = "say what overlays lie on";
+        Ok(call(host, doing, READING, client.hash_bases(request)).await?.chains)
     }
 
     /// Has the classifier beside the queues of each of these ports. Answers for each port.

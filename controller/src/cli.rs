@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 0 | done; of an evacuation: every VM moved |
 //! | 1 | refused or failed; the message says why, and nothing was changed unless it says so |
-//! | 2 | the evacuation ended and some VMs stayed, are uncertain, or lost |
+//! | 2 | the evacuation ended and some VMs stayed, are uncertain, or lost; `verify`: not all files are the same |
 //! | 3 | the evacuation ended and no VM moved |
 //! | 4 | the evacuation was cancelled |
 //! | 5 | detached: the evacuation goes on without this command |
@@ -37,6 +37,7 @@ mod status;
 mod switches;
 mod top;
 mod topology;
+mod verify;
 mod vms;
 
 use std::path::PathBuf;
@@ -115,6 +116,8 @@ enum Command {
     Report(report::Args),
     /// Say where an uncertain VM may run: the other host is fenced off.
     Claim(claim::Args),
+    /// Compare what a VM's overlays lie on with other hosts, by hash.
+    Verify(verify::Args),
     /// Make certificates.
     Certs(certs::Args),
     /// Print a completion script for a shell.
@@ -144,6 +147,7 @@ pub async fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Cancel(args) => cancel::run(&context, args).await,
         Command::Report(args) => report::run(&context, args).await,
         Command::Claim(args) => claim::run(&context, args).await,
+        Command::Verify(args) => verify::run(&context, args).await,
         Command::Certs(args) => certs::run(args),
         Command::Completions(args) => completions::run(args),
     }

@@ -6,6 +6,7 @@
 
 pub mod agents;
 pub mod audit;
+pub mod bases;
 pub mod chance;
 pub mod cli;
 pub mod clock;

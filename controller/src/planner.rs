@@ -6,6 +6,7 @@
 //! operator's `plan`. Deliberately not here: the decisions themselves (`policy/`), and acting on
 //! them.
 
+mod bases;
 mod deadline;
 mod elsewhere;
 mod experience;

@@ -18,6 +18,7 @@ use tokio::sync::watch as latest;
 
 use crate::agents::Agents;
 use crate::audit::{AuditEntry, AuditLog};
+use crate::bases;
 use crate::clock;
 use crate::config::Site;
 use crate::driver::Driver;
@@ -265,6 +266,33 @@ impl Service {
         let command =
             format!("claim {} --host {} --fenced={}", request.vm, request.host, request.fenced);
         self.audited(caller, &command, "", claimed)
+    }
+
+    /// Whether other hosts have what a VM's overlays lie on. Nothing is changed.
+    ///
+    /// # Errors
+    /// When the VM or the host is not known, or the VM's agent does not answer.
+    pub async fn verify(
+        &self,
+        request: &wire::VerifyRequest,
+    ) -> Result<wire::VerifyReply, CommandError> {
+        let vm = VmId::new(request.vm.clone())?;
+        let found = self.inventory.owner(&vm);
+        let (at, _) = found.ok_or_else(|| CommandError::UnknownVm { vm: vm.clone() })?;
+        let others = match request.host.as_str() {
+            "" => {
+                let hosts = self.inventory.hosts().into_iter();
+                let others = hosts.filter(|(host, entry)| *host != at && entry.connected);
+                others.map(|(host, _)| host).collect()
+            }
+            name if name == at.as_str() => {
+                return Err(CommandError::AlreadyThere { vm, host: at });
+            }
+            name => vec![self.known_host(name)?],
+        };
+        let files = bases::compare(&self.agents, &at, &vm, &others).await?;
+        let same = files.iter().all(|file| file.state == bases::SAME);
+        Ok(wire::VerifyReply { vm: vm.to_string(), host: at.to_string(), files, same })
     }
 
     /// Writes the audit line; a command whose line cannot be written has failed.

@@ -178,6 +178,14 @@ impl Controller for Methods {
         let who = caller(&request)?;
         reply(self.0.claim(request.get_ref(), &who).await)
     }
+
+    async fn verify(
+        &self,
+        request: Request<wire::VerifyRequest>,
+    ) -> Result<Response<wire::VerifyReply>, Status> {
+        caller(&request)?;
+        reply(self.0.verify(request.get_ref()).await)
+    }
 }
 
 /// Feeds a watch until what it watches is over or nobody listens any more.

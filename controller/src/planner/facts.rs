@@ -60,6 +60,7 @@ pub(super) fn host_facts(
         storage,
         profiles: set(&said.profiles),
         disk_rooms: said.disk_rooms.iter().map(disk_room).collect(),
+        base_obstacles: BTreeMap::new(),
         fetch_obstacle: match said.modes().any(|mode| mode == agent::Mode::PostCopy) {
             true => said.post_copy_obstacle.clone(),
             false => "its agent is older than post-copy".to_owned(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lifeboat_policy::measured::MeasuredVm;
-use lifeboat_policy::placement::VmObstacle;
+use lifeboat_policy::placement::{HostFacts, VmObstacle};
 use lifeboat_policy::plan::{Inventory as PolicyInventory, PlannedVm};
 use lifeboat_policy::predict::{ColdTimes, Experience};
 use lifeboat_policy::reserve::Floor;
@@ -71,10 +71,13 @@ impl Planner {
         // The others will be measured again after each of them, as long as now.
         let measuring = Duration::from_millis(clock::now().since(begun));
         let proven = self.prove_storage(source, &vms, &hosts).await;
+        let mut bases = self.base_obstacles(source, &movable, &hosts).await;
         let host_facts = hosts.iter().map(|(host, entry)| {
             let arriving = facts::arriving(host, &hosts, promised);
             let storage = proven.get(host).cloned().unwrap_or_default();
-            facts::host_facts(host, entry, promised, arriving, storage)
+            let base_obstacles = bases.remove(host).unwrap_or_default();
+            let known = facts::host_facts(host, entry, promised, arriving, storage);
+            HostFacts { base_obstacles, ..known }
         });
         let inventory = PolicyInventory {
             vms,

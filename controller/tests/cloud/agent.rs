@@ -252,6 +252,10 @@ impl Agent for FakeAgent {
         self.absent()
     }
 
+    async fn hash_bases(&self, _: Request<HashBasesRequest>) -> Reply<HashBasesReply> {
+        self.absent()
+    }
+
     async fn prepare_store(
         &self,
         request: Request<PrepareStoreRequest>,

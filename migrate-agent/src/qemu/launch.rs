@@ -413,7 +413,8 @@ mod tests {
     #[test]
     fn what_an_overlay_lies_on_is_a_node_of_its_own() {
         let mut with_disk = spec();
-        let backing = Some(Backing { path: "/d/base".into(), format: "raw".to_owned() });
+        let name = "base".to_owned();
+        let backing = Some(Backing { name, path: "/d/base".into(), format: "raw".to_owned() });
         let path = "/d/over".into();
         with_disk.disks.push(DiskSpec { path, format: "qcow2", read_only: false, backing });
         let words = words(&with_disk);

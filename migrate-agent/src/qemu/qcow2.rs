@@ -20,7 +20,9 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// An image beneath an overlay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
-    /// Where it is.
+    /// What the overlay calls it.
+    pub name: String,
+    /// Where that is.
     pub path: PathBuf,
     /// `raw` or `qcow2`.
     pub format: String,
@@ -66,7 +68,7 @@ pub fn backing_of(path: &Path) -> Result<Option<Backing>, Qcow2Error> {
         Ok(Some((name, Some(format)))) => {
             // Relative to the overlay, as QEMU takes it.
             let folder = path.parent().unwrap_or(Path::new("/"));
-            Ok(Some(Backing { path: folder.join(name), format }))
+            Ok(Some(Backing { path: folder.join(&name), name, format }))
         }
         Ok(Some((_, None))) => Err(Qcow2Error::NoFormat(path.to_owned())),
         Err(Bad::Foreign) => Err(Qcow2Error::Foreign(path.to_owned())),
@@ -157,7 +159,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("overlay");
         std::fs::write(&path, overlay()).unwrap();
-        let backing = Backing { path: folder.path().join("base.raw"), format: "raw".into() };
+        let path_of_base = folder.path().join("base.raw");
+        let backing = Backing { name: "base.raw".into(), path: path_of_base, format: "raw".into() };
         assert_eq!(backing_of(&path).unwrap(), Some(backing));
     }
 

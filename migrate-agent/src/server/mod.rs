@@ -8,6 +8,7 @@
 //! into messages; it decides nothing. Who may speak is checked in `listen`; a command's term in
 //! `terms`, its id in `operations`; statuses are chosen in `status`. Pages never travel here.
 
+mod bases;
 pub mod listen;
 mod migrations;
 mod operations;
@@ -25,12 +26,13 @@ use std::time::Duration;
 use lifeboat_protocol::agent::agent_server::Agent;
 use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierReply, ClassifierRequest, Command, CommandOnMigration,
-    CompletionReply, DescribeHostRequest, HostDescription, ListMigrationsRequest,
-    ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MeasureVmRequest, MigrationProgress,
-    MigrationReply, PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply,
-    PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply,
-    ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreReply, ReleaseStoreRequest,
-    SetLimitRequest, StartMigrationRequest, StartVmRequest, StopVmRequest, VmMeasurement, VmReply,
+    CompletionReply, DescribeHostRequest, HashBasesReply, HashBasesRequest, HostDescription,
+    ListMigrationsRequest, ListMigrationsResponse, ListVmsRequest, ListVmsResponse,
+    MeasureVmRequest, MigrationProgress, MigrationReply, PrepareDestinationReply,
+    PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply,
+    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
+    ReleaseStoreReply, ReleaseStoreRequest, SetLimitRequest, StartMigrationRequest, StartVmRequest,
+    StopVmRequest, VmMeasurement, VmReply,
 };
 use lifeboat_protocol::ids::{HostId, OperationId, Term, VmId};
 use prost::Message;
@@ -38,6 +40,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::config::AgentRole;
+use crate::disk::bases::Bases;
 use crate::handover::store::Store;
 use crate::host::HostFacts;
 use crate::intermediary::Intermediary;
@@ -84,6 +87,7 @@ pub struct Service {
     operations: Operations,
     watch: Arc<Watch>,
     measurements: Arc<tokio::sync::Semaphore>,
+    bases: Arc<tokio::sync::Mutex<Bases>>,
 }
 
 impl Service {
@@ -95,6 +99,7 @@ impl Service {
             operations: Operations::default(),
             watch: Arc::default(),
             measurements: Arc::new(tokio::sync::Semaphore::new(MEASUREMENTS_MAX)),
+            bases: Arc::default(),
         }
     }
 
@@ -350,6 +355,13 @@ impl Agent for Service {
         let storages = self.rooms.vms.settings().storages.clone();
         let probed = tasks::blocking(move || storage::probe(&storages, &request)).await;
         probed.map(Response::new).map_err(|error| status::of_storage(&error))
+    }
+
+    async fn hash_bases(
+        &self,
+        request: Request<HashBasesRequest>,
+    ) -> Result<Response<HashBasesReply>, Status> {
+        self.bases_hashed(request.into_inner()).await.map(Response::new)
     }
 
     async fn prepare_store(

@@ -34,6 +34,9 @@ pub fn incompatibilities(vm: &VmNeeds, host: &HostFacts) -> Vec<Obstacle> {
             found.push(Obstacle::Storage { missing: storage });
         }
     }
+    if let Some(why) = host.base_obstacles.get(&vm.id) {
+        found.push(Obstacle::Base { why: why.clone() });
+    }
     found
 }
 

@@ -147,6 +147,12 @@ pub enum Obstacle {
         /// What its agent says.
         why: String,
     },
+    /// What an overlay lies on is missing there, or is something else.
+    #[error("what its overlay lies on is not the same there: {why}")]
+    Base {
+        /// Which file, and what is wrong with it.
+        why: String,
+    },
     /// The disks do not fit.
     #[error("{needed} of disks are to be moved, {free} are free in {room}")]
     DiskRoom {

@@ -51,6 +51,7 @@ pub(crate) fn facts(name: &str, free_mib: u64) -> HostFacts {
         storage: set(&["nfs1"]),
         disk_rooms: vec![DiskRoom { path: "/disks".to_owned(), free: Bytes::from_mib(100) }],
         fetch_obstacle: String::new(),
+        base_obstacles: BTreeMap::new(),
     }
 }
 
@@ -130,6 +131,14 @@ fn every_obstacle_is_named() {
     assert_eq!(against(|_, v| v.disk = DiskNeed::Shared(set(&["nfs1"]))), []);
     let missing = Obstacle::Storage { missing: set(&["nfs2"]) };
     assert_eq!(against(|_, v| v.disk = DiskNeed::Shared(set(&["nfs1", "nfs2"]))), [missing]);
+}
+
+#[test]
+fn an_overlay_goes_only_where_its_base_is_the_same() {
+    let why = || "/d/base differs".to_owned();
+    let differs = |vm: &str| BTreeMap::from([(VmId::new(vm).unwrap(), why())]);
+    assert_eq!(against(|h, _| h.base_obstacles = differs("a")), [Obstacle::Base { why: why() }]);
+    assert_eq!(against(|h, _| h.base_obstacles = differs("another")), []);
 }
 
 fn with_disk(name: &str, path: &str, mib: u64) -> VmNeeds {

@@ -99,6 +99,7 @@ fn facts(name: &str) -> HostFacts {
         storage: set(&[]),
         disk_rooms: Vec::new(),
         fetch_obstacle: String::new(),
+        base_obstacles: BTreeMap::new(),
     }
 }
 
