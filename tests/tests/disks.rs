@@ -151,6 +151,44 @@ fn an_overlay_goes_along_and_comes_back_though_its_mover_is_killed() {
 }
 
 #[test]
+fn an_overlay_goes_only_to_a_host_whose_base_is_the_same() {
+    let name = "an_overlay_goes_only_to_a_host_whose_base_is_the_same";
+    in_a_world(name, 9, Disk::Overlay, |world| {
+        let verify = || world.control.ask("verify vm").unwrap();
+        let states = || {
+            let reply = verify();
+            let files = reply["files"].as_array().unwrap().iter();
+            files.map(|file| file["state"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert!(verify()["same"] == true && states() == ["same"; 2], "{}", verify());
+        // One byte of it is another one there: the guest would read it.
+        let base = world.agents[1].base();
+        let content = std::fs::read(&base).unwrap();
+        let mut other = content.clone();
+        other[1 << 20] = 1;
+        std::fs::write(&base, other).unwrap();
+        assert_eq!(states(), ["differs", "same"]);
+        let failed = world.control.order("verify vm --host h2").unwrap_err().to_string();
+        assert!(failed.contains("exit status: 2"), "{failed}");
+        world.control.order("verify vm --host h3").unwrap();
+        let refused = |why: &str| {
+            let order = world.control.order("migrate vm --to h2 --urgency 0 --yes");
+            let refused = order.unwrap_err().to_string();
+            assert!(refused.contains("base.raw") && refused.contains(why), "{refused}");
+        };
+        refused("differs");
+        std::fs::remove_file(&base).unwrap();
+        assert_eq!(states(), ["unreadable", "same"]);
+        refused("No such file");
+        assert_eq!(files(world, 1), Vec::<String>::new());
+        // It is put there, and the VM goes.
+        std::fs::write(&base, content).unwrap();
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+    });
+}
+
+#[test]
 fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
     let name = "a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind";
     in_a_world(name, 2, Disk::Raw, |world| {

@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::relay::{PAGE_PORT, page_address, store_ports};
 use super::witness::Watched;
-use super::{Disk, Host, VM, host_name};
+use super::{Disk, HOSTS, Host, VM, host_name};
 use crate::clock;
 use crate::rig::RigError;
 use crate::rig::network::Namespace;
@@ -166,13 +166,15 @@ impl Agent {
         Ok(format!("[[disk]]\npath = \"{path}\"\nformat = \"{format}\"\n{key}"))
     }
 
-    /// On a base that every host has at the same place.
+    /// On a base of which every host has its own copy at the same place beside its disks.
     fn make_overlay(&self, file: &Path) -> std::io::Result<()> {
-        let base = self.folder.with_file_name("base.raw");
-        File::create(&base)?.set_len(DISK_BYTES)?;
+        let folders = (0..HOSTS).map(|host| self.folder.with_file_name(host_name(host)));
+        for folder in folders {
+            File::create(folder.join("base.raw"))?.set_len(DISK_BYTES)?;
+        }
         let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-            .args([&base, file])
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "../base.raw"])
+            .arg(file)
             .status()?;
         if made.success() { Ok(()) } else { Err(ErrorKind::InvalidData.into()) }
     }
@@ -187,6 +189,12 @@ impl Agent {
     #[must_use]
     pub fn disk(&self) -> PathBuf {
         self.folder.join("disks/disk")
+    }
+
+    /// What the VM's overlay lies on, on this host.
+    #[must_use]
+    pub fn base(&self) -> PathBuf {
+        self.folder.join("base.raw")
     }
 
     /// The processes that move a VM's disks, and whatever is left of them here.
