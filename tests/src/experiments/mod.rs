@@ -4,6 +4,7 @@
 //! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The
 //! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
+pub mod livefs;
 mod machine;
 pub mod overhead;
 pub mod plot;
@@ -93,6 +94,18 @@ pub const EXPERIMENTS: &[Entry] = &[
         name: solive::eight::NAME,
         about: "how much sooner is a host empty whose pages wait at others, not at a slow destination?",
     },
+    Entry {
+        name: livefs::five::NAME,
+        about: "how long does a disk take if all, some or nothing of it goes before its VM?",
+    },
+    Entry {
+        name: livefs::six::NAME,
+        about: "how long until a VM runs elsewhere whose disk is watched first?",
+    },
+    Entry {
+        name: livefs::seven::NAME,
+        about: "what do reads wait for after an early hand-over, by how long the disk was watched?",
+    },
 ];
 
 /// Whether an experiment stands on `lab/up`, which makes namespaces of its own; the others are run
@@ -117,6 +130,9 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         solive::six::NAME => Some(solive::six::run(setting)),
         solive::seven::NAME => Some(solive::seven::run(setting)),
         solive::eight::NAME => Some(solive::eight::run(setting)),
+        livefs::five::NAME => Some(livefs::five::run(setting).await),
+        livefs::six::NAME => Some(livefs::six::run(setting).await),
+        livefs::seven::NAME => Some(livefs::seven::run(setting).await),
         _ => None,
     }
 }
@@ -132,6 +148,9 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
         solive::six::NAME => solive::six::plots(record),
         solive::seven::NAME => solive::seven::plots(record),
         solive::eight::NAME => solive::eight::plots(record),
+        livefs::five::NAME => livefs::five::plots(record),
+        livefs::six::NAME => livefs::six::plots(record),
+        livefs::seven::NAME => livefs::seven::plots(record),
         _ => vec![],
     }
 }

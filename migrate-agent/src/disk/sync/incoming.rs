@@ -263,6 +263,34 @@ mod tests {
         assert_eq!(incoming.readiness(&(2 * K..4 * K)), again);
     }
 
+    /// LiveFS states less than 6 KB for its image of 6 GB, besides what its guest has written.
+    #[test]
+    fn what_both_sides_keep_of_an_image_is_under_8_kib_per_gib() {
+        use super::super::rank::{Strategy, Weights, order};
+        use crate::disk::track::{Activity, DirtyMap, SegmentSize};
+
+        const GIB: u64 = 64;
+        let (block, length) = (BlockSize::default(), GIB << 30);
+        let activity = Activity::new(SegmentSize::default(), length);
+        let dirty = DirtyMap::new(block, length);
+        let hot = order(&activity.traffic(), Weights::default(), Strategy::Hot { threshold: 0.0 });
+        let kept = activity.memory() + dirty.memory() + 8 * hot.segments.capacity();
+        let source = kept as u64;
+
+        let mut incoming = Incoming::new(block, length);
+        incoming.seal(&[0..block.count(length)]);
+        assert_eq!(incoming.missing(), block.count(length));
+        // As many reads at once as a mount takes requests, each of its own block.
+        for at in 0..64 {
+            incoming.readiness(&(at << 20..(at << 20) + K));
+        }
+        // A node of a B-tree has 11 keys, and may be less than half full.
+        let asked = incoming.asked.len() as u64 * 8 * 3;
+        let destination = 8 * incoming.missing.words().len() as u64 + asked;
+        assert!(source + destination > GIB * 256, "the bits at least: {source} {destination}");
+        assert!(source < GIB * 8192 && destination < GIB * 8192, "{source} {destination}");
+    }
+
     #[test]
     fn a_block_that_arrives_leaves_alone_what_the_guest_has_written() {
         let mut incoming = with_missing();

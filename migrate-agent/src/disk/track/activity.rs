@@ -106,6 +106,12 @@ impl Activity {
         self.counters.read().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
+    /// The memory that the counters take, bytes.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.segments() as usize * size_of::<[AtomicU32; 2]>()
+    }
+
     /// What each segment has seen so far, by position.
     #[must_use]
     pub fn traffic(&self) -> Vec<Traffic> {
