@@ -5,7 +5,7 @@
 mod converted;
 
 use bytes::Bytes;
-use converted::{Absorbed, Pages, absorb, convert};
+use converted::{Absorbed, Pages, absorb, convert, moves};
 use lifeboat_agent::postcopy::service::Batch;
 use lifeboat_agent::qemu::stream::PageAt;
 use lifeboat_scatter_gather::ledger::Where;
@@ -39,6 +39,8 @@ impl Pages for AtSource<'_> {
 
 #[test]
 fn a_pre_copy_becomes_a_post_copy_at_a_real_qemu() {
-    let absorbed = absorb("pre-copy-7.2.stream");
-    convert(&absorbed, AtSource(&absorbed));
+    for (stream, qemu) in moves() {
+        let absorbed = absorb(stream);
+        convert(&qemu, &absorbed, AtSource(&absorbed));
+    }
 }

@@ -19,7 +19,8 @@ use lifeboat_protocol::units::Bytes;
 use lifeboat_scatter_gather::store::{KeySpace, Launch, Secret, Settings, StoreServer, User};
 use tempfile::TempDir;
 use tokio::task::AbortHandle;
-use two_hosts::{World, vm, world};
+use two_hosts::qemus::Qemus;
+use two_hosts::{World, vm, world, world_of};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -121,32 +122,36 @@ async fn arrived_whole(world: &World) -> MigrationProgress {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_post_copy_a_guest_runs_at_once_and_its_pages_follow() {
-    let world = world().await;
-    let request = world.prepare(Mode::PostCopy).await;
-    world.start(&request).await;
-    let source = evicted(&world).await;
-    let destination = arrived_whole(&world).await;
-    assert!(destination.faults_served > 0 && destination.pages_total > 5000, "{destination:?}");
-    eprintln!("downtime {} us, phases {:?}", source.downtime_us, source.phase_times);
+    for qemus in Qemus::all() {
+        let world = world_of(&qemus).await;
+        let request = world.prepare(Mode::PostCopy).await;
+        world.start(&request).await;
+        let source = evicted(&world).await;
+        let destination = arrived_whole(&world).await;
+        assert!(destination.faults_served > 0 && destination.pages_total > 5000, "{destination:?}");
+        eprintln!("downtime {} us, phases {:?}", source.downtime_us, source.phase_times);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_scatter_gather_the_source_is_empty_while_the_destination_gathers() {
-    let mut world = world().await;
-    let _hosts = scattered(&mut world, 3, Redundancy::Parity, 40_000_000).await;
-    let source = evicted(&world).await;
-    let mut gathering = world.h2.registry.progress("m1").unwrap();
-    let stored = gathering.wait_for(|gathering| {
-        assert_eq!(gathering.phase(), Phase::Gather);
-        gathering.pages_stored > 1000
-    });
-    tokio::time::timeout(PATIENCE, stored).await.unwrap().unwrap();
-    let destination = arrived_whole(&world).await;
-    assert!(destination.total_ms > source.eviction_ms + 1000, "{source:?} {destination:?}");
-    eprintln!(
-        "downtime {} us, evicted after {} ms, gathered after {} ms, {} faults",
-        source.downtime_us, source.eviction_ms, destination.total_ms, destination.faults_served
-    );
+    for qemus in Qemus::all() {
+        let mut world = world_of(&qemus).await;
+        let _hosts = scattered(&mut world, 3, Redundancy::Parity, 40_000_000).await;
+        let source = evicted(&world).await;
+        let mut gathering = world.h2.registry.progress("m1").unwrap();
+        let stored = gathering.wait_for(|gathering| {
+            assert_eq!(gathering.phase(), Phase::Gather);
+            gathering.pages_stored > 1000
+        });
+        tokio::time::timeout(PATIENCE, stored).await.unwrap().unwrap();
+        let destination = arrived_whole(&world).await;
+        assert!(destination.total_ms > source.eviction_ms + 1000, "{source:?} {destination:?}");
+        eprintln!(
+            "downtime {} us, evicted after {} ms, gathered after {} ms, {} faults",
+            source.downtime_us, source.eviction_ms, destination.total_ms, destination.faults_served
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,10 @@
 //! A captured guest, a destination's QEMU that waits for it, and the smallest driver between them.
 //! Used by the tests of post-copy and of scatter-gather against a real QEMU.
 //!
-//! qemu-system-x86_64 has to be installed (`LIFEBOAT_TEST_QEMU` names another, with its options), and
-//! the test may use userfaultfd.
+//! qemu-system-x86_64 has to be installed, and the test may use userfaultfd.
+
+#[path = "../qemus/mod.rs"]
+pub(crate) mod qemus;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -24,6 +26,8 @@ use lifeboat_agent::qemu::stream::{
 use lifeboat_scatter_gather::ledger::{Ledger, Where};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use qemus::Qemus;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Where the captured guest's program writes for ever (see `testdata/stream/capture.py`).
@@ -76,15 +80,12 @@ impl Drop for Destination {
 }
 
 impl Destination {
-    fn start(machine: &str) -> Self {
+    fn start(program: &Path, machine: &str) -> Self {
         let folder = TempDir::new().unwrap();
         let firmware = folder.path().join("program.bin");
         std::fs::write(&firmware, vec![0; 65_536]).unwrap();
         let control = folder.path().join("qmp");
-        let program = std::env::var("LIFEBOAT_TEST_QEMU");
-        let mut words = program.as_deref().unwrap_or("qemu-system-x86_64").split(' ');
-        let process = Command::new(words.next().unwrap())
-            .args(words)
+        let process = Command::new(program)
             .args(["-machine", machine, "-accel", "tcg", "-m", "2", "-nodefaults", "-vga", "none"])
             .args(["-display", "none", "-S", "-incoming", "defer", "-bios"])
             .arg(firmware)
@@ -264,9 +265,23 @@ impl<P: Pages> Driver<'_, P> {
     }
 }
 
+/// A captured guest, and the QEMU that gets it: with the newer QEMU, the older's guest to both.
+pub(crate) fn moves() -> Vec<(&'static str, PathBuf)> {
+    let installed = ("pre-copy-7.2.stream", Qemus::installed().destination);
+    if !qemus::is_full() {
+        return vec![installed];
+    }
+    vec![
+        installed,
+        ("pre-copy-7.2.stream", qemus::newer()),
+        ("pre-copy-10.0.stream", qemus::newer()),
+    ]
+}
+
 /// Gives a guest to a real QEMU as a post-copy, and sees it arrive.
-pub(crate) fn convert(absorbed: &Absorbed, pages: impl Pages) {
-    let mut destination = Destination::start(&absorbed.machine);
+pub(crate) fn convert(program: &Path, absorbed: &Absorbed, pages: impl Pages) {
+    eprintln!("== a guest of {} to {}", absorbed.machine, program.display());
+    let mut destination = Destination::start(program, &absorbed.machine);
     let link = destination.incoming();
     let blocks: Vec<u32> = absorbed.layout.blocks().iter().map(|block| block.pages).collect();
     let mut writer = StreamWriter::new();

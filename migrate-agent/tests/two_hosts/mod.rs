@@ -2,6 +2,9 @@
 //! and page listeners, without gRPC. Used by the tests of the hand-over.
 #![allow(dead_code, reason = "each test uses its part of it")]
 
+#[path = "../qemus/mod.rs"]
+pub(crate) mod qemus;
+
 use std::collections::HashMap;
 use std::future::{Future, ready};
 use std::path::{Path, PathBuf};
@@ -30,6 +33,8 @@ use lifeboat_protocol::units::Bytes;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
+use qemus::Qemus;
+
 /// A boot sector that dirties 32 pages around and around, and writes `T` to the serial port now
 /// and then. Assembled from:
 ///
@@ -50,25 +55,28 @@ const TICKING: [u8; 53] = [
 /// Guests that are nothing but QEMU processes of one binary with one machine.
 pub(crate) struct Bare {
     directory: PathBuf,
+    program: PathBuf,
+    machine: &'static str,
     running: Mutex<HashMap<VmId, Child>>,
 }
 
 impl Bare {
-    fn new(directory: &Path) -> Self {
+    fn new(directory: &Path, program: &Path, machine: &'static str) -> Self {
         let mut sector = TICKING.to_vec();
         sector.push(0xd2);
         sector.resize(510, 0);
         sector.extend([0x55, 0xaa]);
         std::fs::create_dir_all(directory).unwrap();
         std::fs::write(directory.join("boot"), sector).unwrap();
-        Self { directory: directory.to_owned(), running: Mutex::default() }
+        let (directory, program) = (directory.to_owned(), program.to_owned());
+        Self { directory, program, machine, running: Mutex::default() }
     }
 
     pub(crate) fn start(&self, vm: &VmId, extra: &[&str]) {
         let path = |name: &str| self.directory.join(name).display().to_string();
         let _ = std::fs::remove_file(path("qmp"));
-        let child = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-machine", "pc-i440fx-7.2", "-m", "128", "-nodefaults"])
+        let child = Command::new(&self.program)
+            .args(["-accel", "tcg", "-machine", self.machine, "-m", "128", "-nodefaults"])
             .args(["-display", "none", "-serial", &format!("file:{}", path("serial"))])
             .args(["-drive", &format!("file={},format=raw,if=floppy,read-only=on", path("boot"))])
             .args(["-qmp", &format!("unix:{},server,nowait", path("qmp"))])
@@ -217,9 +225,9 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    async fn start(name: &str, directory: &Path) -> Self {
+    async fn start(name: &str, directory: &Path, qemu: &Path, machine: &'static str) -> Self {
         let directory = directory.join(name);
-        let guests = Arc::new(Bare::new(&directory));
+        let guests = Arc::new(Bare::new(&directory, qemu, machine));
         let store = Store::open(directory.join("ownership")).unwrap();
         let name = HostId::new(name).unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -333,9 +341,15 @@ fn known() -> Vec<u8> {
 
 /// A guest that ticks on h1, with some known memory, and h2 beside it, which has none of it.
 pub(crate) async fn world() -> World {
+    world_of(&Qemus::installed()).await
+}
+
+/// The same with these QEMUs.
+pub(crate) async fn world_of(qemus: &Qemus) -> World {
+    qemus.announce();
     let directory = tempfile::tempdir().unwrap();
-    let h1 = Host::start("h1", directory.path()).await;
-    let h2 = Host::start("h2", directory.path()).await;
+    let h1 = Host::start("h1", directory.path(), &qemus.source, qemus.machine).await;
+    let h2 = Host::start("h2", directory.path(), &qemus.destination, qemus.machine).await;
     let file = directory.path().join("known");
     std::fs::write(&file, known()).unwrap();
     let loaded = format!("loader,file={},addr={KNOWN_AT:#x},force-raw=on", file.display());
