@@ -5,6 +5,7 @@
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
 //! guest.
 
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -247,6 +248,17 @@ fn a_disk_goes_ahead_of_pages_that_follow_their_guest() {
     });
 }
 
+/// Takes all the room that is left.
+fn fill(file: &Path) {
+    let mut file = std::fs::File::create(file).unwrap();
+    let full = loop {
+        if let Err(error) = file.write_all(&[1; 1 << 16]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::StorageFull);
+}
+
 #[test]
 fn a_destination_that_runs_out_of_room_is_told_and_the_guest_runs_on() {
     let name = "a_destination_that_runs_out_of_room_is_told_and_the_guest_runs_on";
@@ -261,7 +273,10 @@ fn a_destination_that_runs_out_of_room_is_told_and_the_guest_runs_on() {
         // Enough when it is asked, and not any more once blocks come.
         let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
         await_mover(world, 0);
-        std::fs::write(room.join("somebody's"), vec![1; 44 << 20]).unwrap();
+        // Before all of the disk is there: a quick machine sends it while the room is being filled.
+        world.link(0, 1, relay::State::Silent);
+        fill(&room.join("somebody's"));
+        world.link(0, 1, relay::State::Whole);
         await_over(world, &id);
         let status = world.control.status(&id).unwrap();
         let reason = status["left_behind"][0]["reason"].as_str().unwrap_or_default().to_owned();
