@@ -2,10 +2,10 @@
 //!
 //! `fuse/` is where a VM's reads and writes pass; `track` notes what they change; `sync/` brings an
 //! image to another host while it is written; `process/` is the process in which both happen at the
-//! source; `bases` knows what overlays lie on; `rooms` is where images arrive, and what becomes of those that have left. Deliberately not here: QMP (`qemu::swap` moves a
-//! running QEMU onto the mount and back) and when a VM may be handed over (`handover/`).
+//! source; `rooms` is where images arrive, and what becomes of those that have left. Deliberately not
+//! here: QMP (`qemu::swap` moves a running QEMU onto the mount and back), what lies beneath overlays
+//! (`vms::bases`), and when a VM may be handed over (`handover/`).
 
-pub mod bases;
 pub mod fuse;
 pub mod local;
 pub mod process;

@@ -40,7 +40,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::config::AgentRole;
-use crate::disk::bases::Bases;
 use crate::handover::store::Store;
 use crate::host::HostFacts;
 use crate::intermediary::Intermediary;
@@ -49,6 +48,7 @@ use crate::registry::Registry;
 use crate::switch;
 use crate::tasks;
 use crate::vms::Vms;
+use crate::vms::bases::Bases;
 use operations::Operations;
 pub use terms::{TermError, Terms};
 use watch::Watch;

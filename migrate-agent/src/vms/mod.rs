@@ -12,6 +12,7 @@
 //!
 //! Migration, and the choice of what runs where, are not here.
 
+pub mod bases;
 pub mod definition;
 pub mod files;
 mod guests;

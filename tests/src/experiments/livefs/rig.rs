@@ -240,28 +240,34 @@ impl Way {
         Ok(Self { commands, progress, sending, receiving, _rate: rate })
     }
 
-    async fn order(&self, command: Command) -> Result<(), RigError> {
-        self.commands.send(command).await.map_err(RigError::refused("the source's driver"))
+    async fn order(&mut self, command: Command) -> Result<(), RigError> {
+        let said = self.commands.send(command).await;
+        self.unless_ended(said, "an order").await
+    }
+
+    /// Why its driver has ended says more than that it has.
+    async fn unless_ended<T, E>(&mut self, it: Result<T, E>, what: &str) -> Result<T, RigError> {
+        if let Ok(it) = it {
+            return Ok(it);
+        }
+        self.ended().await?;
+        Err(RigError::refused("the migration")(format!("it ended before {what}")))
     }
 
     async fn until(&mut self, phase: Phase) -> Result<(), RigError> {
         let reached = self.progress.wait_for(|progress| progress.phase >= phase);
         let reached = tokio::time::timeout(PATIENCE, reached).await;
-        if reached.map_err(|_| late(format!("{phase:?}")))?.is_ok() {
-            return Ok(());
-        }
-        // Its driver has ended: why says more than that it has.
-        self.ended().await?;
-        Err(RigError::refused("the migration")(format!("it ended before {phase:?}")))
+        let reached = reached.map_err(|_| late(format!("{phase:?}")))?.map(drop);
+        self.unless_ended(reached, &format!("{phase:?}")).await
     }
 
     /// Seals; the guest is paused.
-    async fn seal(&self) -> Result<(), RigError> {
+    async fn seal(&mut self) -> Result<(), RigError> {
         let (answer, sealed) = oneshot::channel();
         self.order(Command::Seal(answer)).await?;
         let sealed = tokio::time::timeout(PATIENCE, sealed).await;
         let sealed = sealed.map_err(|_| late("the seal".to_owned()))?;
-        let sealed = sealed.map_err(RigError::refused("the source's driver"))?;
+        let sealed = self.unless_ended(sealed, "the seal").await?;
         sealed.map_err(RigError::refused("the hand-over"))
     }
 

@@ -12,8 +12,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use lifeboat_protocol::agent::{BaseChain, BaseFile, VmDefinition};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::chain;
+use crate::clock;
+use crate::disk::local::local_disks;
+use crate::disk::rooms::place;
 use crate::qemu::qcow2::{Backing, Qcow2Error, backing_of};
 
 /// No chain is longer; QEMU itself is slow far below.
@@ -128,10 +133,7 @@ fn hash(mut file: &File) -> io::Result<u128> {
 }
 
 /// The files beneath the qcow2 image at `image`, the nearest first.
-///
-/// # Errors
-/// When the head of one cannot be read.
-pub fn beneath(image: &Path) -> Result<Vec<Backing>, Qcow2Error> {
+fn beneath(image: &Path) -> Result<Vec<Backing>, Qcow2Error> {
     let (mut image, mut found) = (image.to_owned(), Vec::new());
     while found.len() < DEEPEST {
         let Some(backing) = backing_of(&image)? else { break };
@@ -146,7 +148,7 @@ pub fn beneath(image: &Path) -> Result<Vec<Backing>, Qcow2Error> {
 }
 
 /// Where a chain of such names leads here, beneath the overlay at `image`.
-pub fn placed<'a>(
+fn placed<'a>(
     image: &Path,
     names: impl IntoIterator<Item = &'a str>,
 ) -> impl Iterator<Item = PathBuf> {
@@ -154,6 +156,52 @@ pub fn placed<'a>(
         *above = above.parent().unwrap_or(Path::new("/")).join(name);
         Some(above.clone())
     })
+}
+
+/// What lies beneath each of a VM's local overlays here. It blocks, as [`Bases::content`] does.
+///
+/// # Errors
+/// When the head of an image cannot be read.
+pub fn beneath_overlays(
+    bases: &mut Bases,
+    definition: &VmDefinition,
+    directories: &[PathBuf],
+) -> Result<Vec<BaseChain>, Qcow2Error> {
+    let mut chains = Vec::new();
+    for disk in local_disks(definition, directories) {
+        let files = match disk.format == "qcow2" {
+            true => beneath(&disk.path)?,
+            false => continue,
+        };
+        if files.is_empty() {
+            continue;
+        }
+        let files = files.into_iter().map(|file| hashed(bases, file.name, &file.path, None));
+        let called = definition.disks.get(disk.number).map(|disk| disk.path.clone());
+        chains.push(BaseChain { disk: called.unwrap_or_default(), files: files.collect() });
+    }
+    Ok(chains)
+}
+
+/// The same chain, as it is here. It blocks, as [`Bases::content`] does.
+pub fn as_it_is_here(bases: &mut Bases, wanted: BaseChain, directories: &[PathBuf]) -> BaseChain {
+    let overlay = place(directories, Path::new(&wanted.disk));
+    let names: Vec<&str> = wanted.files.iter().map(|file| file.name.as_str()).collect();
+    let paths: Vec<_> = placed(&overlay, names).collect();
+    let files = wanted.files.into_iter().zip(paths);
+    let files = files.map(|(file, path)| hashed(bases, file.name, &path, Some(file.bytes)));
+    BaseChain { files: files.collect(), disk: wanted.disk }
+}
+
+fn hashed(bases: &mut Bases, name: String, path: &Path, wanted: Option<u64>) -> BaseFile {
+    let named = BaseFile { name, path: path.display().to_string(), ..BaseFile::default() };
+    match bases.content(path, wanted, clock::unix_now()) {
+        Ok(content) => {
+            let hash = content.hash.map(|hash| format!("{hash:032x}"));
+            BaseFile { bytes: content.bytes, hash: hash.unwrap_or_default(), ..named }
+        }
+        Err(error) => BaseFile { detail: chain(&error), ..named },
+    }
 }
 
 #[cfg(test)]
