@@ -80,9 +80,11 @@ where
     let (to_control, frames) = mpsc::unbounded_channel();
     let pace = Arc::new(Pace::new(rate));
     let _writer = Ending(write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace)));
+    let last_heard = Arc::new(Mutex::new(clock::now()));
     let _readers = [control.0, bulk.0].map(|reader| {
         let (mirror, to) = (Arc::clone(&own.mirror), signals.clone());
-        Ending(tasks::spawn("disk frames", read(FrameReader::new(reader), mirror, to)))
+        let heard = Arc::clone(&last_heard);
+        Ending(tasks::spawn("disk frames", read(FrameReader::new(reader), mirror, to, heard)))
     });
     let work = Arc::new(Work {
         mirror: Arc::clone(&own.mirror),
@@ -95,7 +97,7 @@ where
         stopped: AtomicBool::new(false),
         wanted: Mutex::new(VecDeque::new()),
     });
-    let (task, sealing, last_heard) = (None, None, clock::now());
+    let (task, sealing) = (None, None);
     let mut connection =
         Connection { own, work, signals, heard, task, tasks: 0, sealing, last_heard };
     match connection.serve(commands, progress).await {
@@ -115,7 +117,9 @@ struct Connection<'a, W> {
     /// How many were started.
     tasks: u64,
     sealing: Option<oneshot::Sender<Result<(), Veto>>>,
-    last_heard: std::time::Instant,
+    /// When anything came, an acknowledgement as well: a destination with much to write answers late
+    /// whether it lives, because that waits its turn behind the guest's writes.
+    last_heard: Arc<Mutex<std::time::Instant>>,
 }
 
 impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
@@ -188,7 +192,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     }
 
     fn look_for_life(&mut self) -> Result<(), SendError> {
-        let silent = self.last_heard.elapsed();
+        let silent = self.last_heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
         if silent > SIGN_OF_LIFE * 3 {
             return Err(SendError::Silent(silent));
         }
@@ -209,7 +213,14 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 match ended {
                     Ended::Pass(outcome) => {
                         let left = outcome.map_err(of_pass)?;
-                        self.apply(Event::PassOver { left });
+                        if self.own.choice.goal.early {
+                            // Before the next pass begins: it would be broken off like this one,
+                            // and so would all after it.
+                            self.try_seal();
+                        }
+                        if self.own.phases.phase() < Phase::Sealing {
+                            self.apply(Event::PassOver { left });
+                        }
                         self.try_seal();
                     }
                     Ended::Seal => {
@@ -227,7 +238,6 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     }
 
     async fn hear_frame(&mut self, frame: &Frame) -> Result<(), SendError> {
-        self.last_heard = clock::now();
         match frame.kind {
             Kind::Want => {
                 let Some(disk) = self.own.mirror.disks().get(usize::from(frame.disk)) else {
@@ -404,10 +414,12 @@ async fn read<R: AsyncRead + Unpin>(
     mut frames: FrameReader<R>,
     mirror: Arc<Mirror>,
     signals: mpsc::UnboundedSender<Signal>,
+    last_heard: Arc<Mutex<std::time::Instant>>,
 ) {
     loop {
         let signal = match frames.next().await {
             Ok(Some(frame)) => {
+                *last_heard.lock().unwrap_or_else(PoisonError::into_inner) = clock::now();
                 if frame.kind == Kind::Ack {
                     mirror.ledger().acknowledge(frame.version);
                     continue;
