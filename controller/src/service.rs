@@ -279,17 +279,18 @@ impl Service {
         let vm = VmId::new(request.vm.clone())?;
         let found = self.inventory.owner(&vm);
         let (at, _) = found.ok_or_else(|| CommandError::UnknownVm { vm: vm.clone() })?;
-        let others = match request.host.as_str() {
+        let mut others: Vec<HostId> = match request.host.as_str() {
             "" => {
-                let hosts = self.inventory.hosts().into_iter();
-                let others = hosts.filter(|(host, entry)| *host != at && entry.connected);
-                others.map(|(host, _)| host).collect()
-            }
-            name if name == at.as_str() => {
-                return Err(CommandError::AlreadyThere { vm, host: at });
+                let connected = self.inventory.hosts().into_iter().filter(|(_, it)| it.connected);
+                connected.map(|(host, _)| host).collect()
             }
             name => vec![self.known_host(name)?],
         };
+        others.retain(|host| *host != at);
+        if others.is_empty() {
+            // Not "the same": nothing was compared.
+            return Err(CommandError::NoOtherHost { vm, host: at });
+        }
         let files = bases::compare(&self.agents, &at, &vm, &others).await?;
         let same = files.iter().all(|file| file.state == bases::SAME);
         Ok(wire::VerifyReply { vm: vm.to_string(), host: at.to_string(), files, same })

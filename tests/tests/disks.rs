@@ -172,6 +172,8 @@ fn an_overlay_goes_only_to_a_host_whose_base_is_the_same() {
         let failed = world.control.order("verify vm --host h2").unwrap_err().to_string();
         assert!(failed.contains("exit status: 2"), "{failed}");
         world.control.order("verify vm --host h3").unwrap();
+        let itself = world.control.order("verify vm --host h1").unwrap_err().to_string();
+        assert!(itself.contains("no other host is connected"), "{itself}");
         let refused = |why: &str| {
             let order = world.control.order("migrate vm --to h2 --urgency 0 --yes");
             let refused = order.unwrap_err().to_string();

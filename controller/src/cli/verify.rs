@@ -24,8 +24,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
         return Ok(code);
     }
     if reply.files.is_empty() {
-        print(&format!("{} at {} was compared with nothing: ", reply.vm, reply.host))?;
-        print("none of its local disks is an overlay, or no other host is connected\n")?;
+        print(&format!("{} at {}: none of its local disks is an overlay\n", reply.vm, reply.host))?;
         return Ok(code);
     }
     let rows = reply.files.iter().map(|file| {

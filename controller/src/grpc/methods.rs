@@ -33,6 +33,7 @@ fn status(error: CommandError) -> Status {
         | CommandError::Word(_)
         | CommandError::Urgency(_) => Status::invalid_argument(text),
         CommandError::AlreadyThere { .. }
+        | CommandError::NoOtherHost { .. }
         | CommandError::Plan(_)
         | CommandError::Admission(_)
         | CommandError::Over { .. }

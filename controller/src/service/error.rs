@@ -55,6 +55,16 @@ pub enum CommandError {
         /// The host.
         host: HostId,
     },
+    /// `verify` with nobody to compare with.
+    #[error(
+        "VM {vm} is at {host}, and no other host is connected that it can be compared with; `lifeboat hosts` lists them"
+    )]
+    NoOtherHost {
+        /// The VM.
+        vm: VmId,
+        /// Where it is.
+        host: HostId,
+    },
     /// There is no plan.
     #[error(transparent)]
     Plan(#[from] PlannerError),

@@ -117,8 +117,8 @@ struct Connection<'a, W> {
     /// How many were started.
     tasks: u64,
     sealing: Option<oneshot::Sender<Result<(), Veto>>>,
-    /// When anything came, an acknowledgement as well: a destination with much to write answers late
-    /// whether it lives, because that waits its turn behind the guest's writes.
+    /// When anything came, acknowledgements too: a busy destination's sign of life comes late, because
+    /// it waits its turn behind the guest's writes.
     last_heard: Arc<Mutex<std::time::Instant>>,
 }
 

@@ -14,7 +14,7 @@ use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
 
 use super::rig::{Plan, migrate};
-use super::{BLOCKS, BONNIE_THREADS, BONNIE_THRESHOLD_PER_SEC, SEGMENTS, blank, bonnie};
+use super::{BLOCKS, BONNIE_THRESHOLD_PER_SEC, SEGMENTS, blank, bonnie};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Series, Shape};
 use crate::rig::RigError;
@@ -40,16 +40,7 @@ fn plan(kind: &str, block: u64, size: u64) -> Plan {
         "hybrid" => (BONNIE_THRESHOLD_PER_SEC * MONITORING.as_secs_f64(), MONITORING),
         _ => (f64::INFINITY, Duration::ZERO),
     };
-    Plan {
-        block,
-        threshold,
-        monitoring,
-        watched_already: false,
-        handover_segments: size,
-        threads: BONNIE_THREADS,
-        reads_only: false,
-        load: bonnie(),
-    }
+    Plan { block, threshold, monitoring, handover_segments: size, ..bonnie() }
 }
 
 /// Measures every kind at every size in turn, judges.

@@ -27,6 +27,7 @@ use lifeboat_lab::experiment::Record;
 use serde_json::Value;
 
 use self::guest::{Load, Step};
+use self::rig::Plan;
 use super::Setting;
 use super::machine::machine;
 use crate::clock;
@@ -49,9 +50,23 @@ const BONNIE_THREADS: usize = 2;
 /// Between the index' rank and the file's at 0.5 s of watching: 31 reads a segment against 8 writes.
 const BONNIE_THRESHOLD_PER_SEC: f64 = 8.0;
 
+/// The migration of a guest that is like Bonnie++; by itself a post-copy with our finer blocks.
+fn bonnie() -> Plan {
+    Plan {
+        block: BLOCKS[1].1,
+        threshold: f64::INFINITY,
+        monitoring: Duration::ZERO,
+        watched_already: false,
+        handover_segments: 0,
+        threads: BONNIE_THREADS,
+        reads_only: false,
+        load: bonnie_load(),
+    }
+}
+
 /// Like Bonnie++: a file is rewritten at random, 500 times 4 KiB each second (2 MB/s), then read from
 /// one end to the other; a small index is read all the while, 1,000 times each second.
-fn bonnie() -> Load {
+fn bonnie_load() -> Load {
     Arc::new(|step: Step<'_>| {
         let within = (STAGES.0 + STAGES.1).as_millis();
         let writes = step.elapsed.as_millis() % within < STAGES.0.as_millis();

@@ -13,7 +13,7 @@ use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
 
 use super::rig::{Plan, migrate};
-use super::{BLOCKS, BONNIE_THREADS, BONNIE_THRESHOLD_PER_SEC, blank, bonnie};
+use super::{BLOCKS, BONNIE_THRESHOLD_PER_SEC, blank, bonnie};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Series, Shape};
 use crate::rig::RigError;
@@ -37,14 +37,11 @@ fn case(when: &str, monitoring_ms: u64, size: u64) -> String {
 fn plan(watched_already: bool, monitoring_ms: u64, size: u64) -> Plan {
     let monitoring = Duration::from_millis(monitoring_ms);
     Plan {
-        block: BLOCKS[1].1,
         threshold: BONNIE_THRESHOLD_PER_SEC * monitoring.as_secs_f64(),
         monitoring,
         watched_already,
         handover_segments: size,
-        threads: BONNIE_THREADS,
-        reads_only: false,
-        load: bonnie(),
+        ..bonnie()
     }
 }
 
