@@ -25,6 +25,8 @@ const UP_LIMIT: Duration = Duration::from_secs(150);
 /// Emulated guests boot, all at once.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const END_LIMIT: Duration = Duration::from_secs(40);
+/// A niceness that outweighs all others together on two cores.
+const FAVOURED: i32 = -15;
 /// What `lab/up` says last.
 const IS_UP: &str = "enter it with lab/exec";
 /// For people who read a guest's life afterwards; more often costs CPU time that guests need.
@@ -163,6 +165,33 @@ impl Cloud {
         self.lab.join("run").join(host).join("ovs/db.sock")
     }
 
+    /// A program on a node, for as long as what is returned lives.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn keep_on(&self, node: &str, line: &str) -> Result<Kept, RigError> {
+        let mut command = Command::new(self.lab.join("exec"));
+        command.arg(node).args(line.split_whitespace());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let cannot = |source| RigError::Start { program: line.to_owned(), source };
+        Ok(Kept(command.spawn().map_err(cannot)?))
+    }
+
+    /// Lets all threads of a guest's QEMU go before everybody else's, as if its CPU were one of its own.
+    /// Nothing happens where the guest is not, or is just leaving.
+    pub fn favour(&self, host: &str, vm: &str) {
+        let pid_file = self.lab.join("run").join(host).join("qemu").join(vm).join("io/pid");
+        let Ok(pid) = fs::read_to_string(pid_file) else { return };
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", pid.trim())) else { return };
+        for thread in threads.flatten() {
+            let id = thread.file_name().to_str().and_then(|id| id.parse().ok());
+            if let Some(id) = id.and_then(rustix::process::Pid::from_raw) {
+                // A thread that has just ended needs no precedence.
+                let _ = rustix::process::setpriority_process(Some(id), FAVOURED);
+            }
+        }
+    }
+
     /// A host's address on the data network.
     ///
     /// # Errors
@@ -189,6 +218,18 @@ impl Cloud {
         let mut file = File::open(&path).map_err(cannot())?;
         file.seek(SeekFrom::End(0)).map_err(cannot())?;
         Ok(Listener { file })
+    }
+}
+
+/// A program on a node; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Kept(Child);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -56,7 +56,7 @@ const fn case(
     words: &'static [&'static str],
     bound: Option<f64>,
 ) -> Case {
-    Case { arm: Arm { name, words }, to, bound }
+    Case { arm: Arm::new(name, words), to, bound }
 }
 
 const POST_COPY: &[&str] = &["--mode", "post-copy"];

@@ -3,17 +3,20 @@
 //! of its own in `eight`.
 //!
 //! ```text
-//!   NO, M, C, NI on h1 ── 60 Mbit/s ── s1 ── 60 Mbit/s ── h2          (lab/scenarios/solive.toml)
+//!   NO, M, C, NI on h1 ── 45 Mbit/s ── s1 ── 45 Mbit/s ── h2          (lab/scenarios/solive.toml)
 //!                                        '─── client: takes what NO sends, sends what NI takes
 //! ```
 //!
 //! A run moves all four guests from one host to the other, in the order that the planner finds; the
 //! next one moves them back; who is left behind follows at urgency 95, and is waited for. The network
 //! is the same in both directions. The arms of a round take
-//! turns in who begins, so that each goes both ways. NO sends 40 Mbit/s all the time, which is what
-//! the migration contends with until NO has gone. Reservations are read once in 0.4 s from the
+//! turns in who begins, so that each goes both ways. NO sends 67 % of the link all the time, which is
+//! what the migration contends with until NO has gone; in some arms an application of the source
+//! itself sends as much besides, and does not leave. Reservations are read once in 0.4 s from the
 //! controller; a guest's pace is what it has done per second of its own clock, so that its pause,
-//! which is a figure of its own, is not counted twice.
+//! which is a figure of its own, is not counted twice. C's QEMU has precedence over everything else
+//! on the machine: what is asked is what a reservation does to C, not what four emulators and two
+//! agents on two cores do to each other.
 
 pub mod eight;
 pub mod seven;
@@ -32,7 +35,7 @@ use super::Setting;
 use super::machine::{CpuTime, machine};
 use crate::clock;
 use crate::rig::RigError;
-use crate::rig::cloud::{Cloud, Listener};
+use crate::rig::cloud::{Cloud, Kept, Listener};
 
 const SCENARIO: &str = "solive";
 const HOSTS: [&str; 2] = ["h1", "h2"];
@@ -57,6 +60,11 @@ const WRONG: &str = "wrong_bytes_reported";
 const USED: &str = "sent_percent_of_link_while_sending";
 const LEFT: &str = "left_behind_at_first";
 
+/// What an application of the source sends, in Mbit/s: as much as NO, 67.4 % of the link.
+const APPLICATION: &str = "30.3M";
+/// Longer than any run.
+const APPLICATION_SECONDS: u64 = 600;
+
 /// One of the compared ways to evacuate.
 #[derive(Debug, Clone, Copy)]
 struct Arm {
@@ -64,6 +72,18 @@ struct Arm {
     name: &'static str,
     /// What is said on the command line.
     words: &'static [&'static str],
+    /// Whether an application of the source itself sends all the while, which does not leave.
+    beside: bool,
+}
+
+impl Arm {
+    const fn new(name: &'static str, words: &'static [&'static str]) -> Self {
+        Self { name, words, beside: false }
+    }
+
+    const fn beside_an_application(self) -> Self {
+        Self { beside: true, ..self }
+    }
 }
 
 /// Raises the cloud and takes turns with the arms; fills in the samples.
@@ -127,6 +147,7 @@ type Figures = BTreeMap<&'static str, f64>;
 /// Moves everybody from the host `at` to the other one.
 fn evacuation(cloud: &Cloud, at: usize, arm: Arm) -> Result<Figures, RigError> {
     let (from, to) = (HOSTS[at], HOSTS[1 - at]);
+    let _application = if arm.beside { Some(application(cloud, from)?) } else { None };
     let listeners: Vec<Listener> =
         GUESTS.iter().map(|vm| cloud.listen(from, vm)).collect::<Result<_, _>>()?;
     let (began, cpu) = (clock::now(), CpuTime::now());
@@ -150,6 +171,19 @@ fn evacuation(cloud: &Cloud, at: usize, arm: Arm) -> Result<Figures, RigError> {
     }
     figures.insert(WRONG, wrong as f64);
     Ok(figures)
+}
+
+/// An application of a host that sends to the client until it is dropped, and its other end.
+fn application(cloud: &Cloud, host: &str) -> Result<[Kept; 2], RigError> {
+    let sink = cloud.keep_on("client", "iperf3 -s -1")?;
+    clock::rest(Duration::from_millis(500));
+    let client = &cloud.scenario().client;
+    let address = client.networks.first().map_or("", |network| network.address.as_str());
+    let address = address.split('/').next().unwrap_or_default();
+    let line = format!("iperf3 -u -c {address} -b {APPLICATION} -l 1400 -t {APPLICATION_SECONDS}");
+    let source = cloud.keep_on(host, &line)?;
+    clock::rest(REST);
+    Ok([source, sink])
 }
 
 /// Who was left behind follows at urgency 95: the next run begins with an empty host.
@@ -176,6 +210,8 @@ fn evacuated(
     let mut watched = Watched::of(from);
     let report = reported_at_the_end(cloud, from, to, words, RUN_LIMIT, |evacuation| {
         watched.look(evacuation);
+        // Emulated, C shares two cores with everybody; it has one of its own wherever pace matters.
+        HOSTS.iter().for_each(|host| cloud.favour(host, "c"));
     })?;
     Ok((report, watched))
 }

@@ -17,31 +17,22 @@ pub const NAME: &str = "solive-7";
 
 const WITHOUT: &str = "no reservation";
 const ARMS: [Arm; 7] = [
-    Arm { name: WITHOUT, words: &["--mode", "pre-copy", "--urgency", "0"] },
-    Arm {
-        name: "adaptive 95",
-        words: &["--mode", "pre-copy", "--urgency", "95", "--reservation", "strict"],
-    },
-    Arm {
-        name: "fixed 95",
-        words: &["--mode", "pre-copy", "--urgency", "95", "--reservation", "strict", "--fixed"],
-    },
-    Arm {
-        name: "adaptive 75",
-        words: &["--mode", "pre-copy", "--urgency", "75", "--reservation", "strict"],
-    },
-    Arm {
-        name: "fixed 75",
-        words: &["--mode", "pre-copy", "--urgency", "75", "--reservation", "strict", "--fixed"],
-    },
-    Arm {
-        name: "adaptive 55",
-        words: &["--mode", "pre-copy", "--urgency", "55", "--reservation", "strict"],
-    },
-    Arm {
-        name: "fixed 55",
-        words: &["--mode", "pre-copy", "--urgency", "55", "--reservation", "strict", "--fixed"],
-    },
+    Arm::new(WITHOUT, &["--mode", "pre-copy", "--urgency", "0"]),
+    Arm::new("adaptive 95", &["--mode", "pre-copy", "--urgency", "95", "--reservation", "strict"]),
+    Arm::new(
+        "fixed 95",
+        &["--mode", "pre-copy", "--urgency", "95", "--reservation", "strict", "--fixed"],
+    ),
+    Arm::new("adaptive 75", &["--mode", "pre-copy", "--urgency", "75", "--reservation", "strict"]),
+    Arm::new(
+        "fixed 75",
+        &["--mode", "pre-copy", "--urgency", "75", "--reservation", "strict", "--fixed"],
+    ),
+    Arm::new("adaptive 55", &["--mode", "pre-copy", "--urgency", "55", "--reservation", "strict"]),
+    Arm::new(
+        "fixed 55",
+        &["--mode", "pre-copy", "--urgency", "55", "--reservation", "strict", "--fixed"],
+    ),
 ];
 const ADAPTIVE: [&str; 3] = [ARMS[1].name, ARMS[3].name, ARMS[5].name];
 const FIXED: [&str; 3] = [ARMS[2].name, ARMS[4].name, ARMS[6].name];

@@ -4,7 +4,9 @@
 //! free, and rises to what is available once NO has gone; so the total migration time depends little
 //! on the urgency, is about 13 % shorter than without reservation (pre-copy; 7 % in post-copy), the
 //! downtime grows from 14 to 16 s from urgency 95 to 55, and neither C nor M is slower for it. Post-copy
-//! is measured at one urgency, because it depends so little on it.
+//! is measured at one urgency, because it depends so little on it. Our NO runs at its destination a
+//! second after it was told to, and sends over another link from then on: nothing contends with our
+//! post-copy then. So it is measured a second time, beside an application that stays where it is.
 
 use lifeboat_lab::experiment::statistics::ratios;
 use lifeboat_lab::experiment::{Bound, Check, Record};
@@ -21,25 +23,18 @@ pub const NAME: &str = "solive-6";
 const WITHOUT: &str = "no reservation";
 const POST_COPY_WITHOUT: &str = "post-copy, no reservation";
 const POST_COPY: &str = "post-copy, urgency 95";
-const ARMS: [Arm; 6] = [
-    Arm { name: WITHOUT, words: &["--mode", "pre-copy", "--urgency", "0"] },
-    Arm {
-        name: "urgency 95",
-        words: &["--mode", "pre-copy", "--urgency", "95", "--reservation", "borrow"],
-    },
-    Arm {
-        name: "urgency 75",
-        words: &["--mode", "pre-copy", "--urgency", "75", "--reservation", "borrow"],
-    },
-    Arm {
-        name: "urgency 55",
-        words: &["--mode", "pre-copy", "--urgency", "55", "--reservation", "borrow"],
-    },
-    Arm { name: POST_COPY_WITHOUT, words: &["--mode", "post-copy", "--urgency", "0"] },
-    Arm {
-        name: POST_COPY,
-        words: &["--mode", "post-copy", "--urgency", "95", "--reservation", "borrow"],
-    },
+const CONTENDED_WITHOUT: &str = "post-copy beside an application, no reservation";
+const CONTENDED: &str = "post-copy beside an application, urgency 95";
+const ARMS: [Arm; 8] = [
+    Arm::new(WITHOUT, &["--mode", "pre-copy", "--urgency", "0"]),
+    Arm::new("urgency 95", &["--mode", "pre-copy", "--urgency", "95", "--reservation", "borrow"]),
+    Arm::new("urgency 75", &["--mode", "pre-copy", "--urgency", "75", "--reservation", "borrow"]),
+    Arm::new("urgency 55", &["--mode", "pre-copy", "--urgency", "55", "--reservation", "borrow"]),
+    Arm::new(POST_COPY_WITHOUT, &["--mode", "post-copy", "--urgency", "0"]),
+    Arm::new(POST_COPY, &["--mode", "post-copy", "--urgency", "95", "--reservation", "borrow"]),
+    Arm::new(CONTENDED_WITHOUT, &["--mode", "post-copy", "--urgency", "0"]).beside_an_application(),
+    Arm::new(CONTENDED, &["--mode", "post-copy", "--urgency", "95", "--reservation", "borrow"])
+        .beside_an_application(),
 ];
 /// Pre-copy with a reservation.
 const RESERVED_ARMS: std::ops::Range<usize> = 1..4;
@@ -77,10 +72,10 @@ fn checks(record: &Record) -> Vec<Check> {
             Check::median(&claim, Bound::AtMost(1.0), &beside(arm, TOTAL))
         })
         .collect();
-    let post_copy = ratios(&record.pairs(POST_COPY, POST_COPY_WITHOUT, TOTAL));
-    if !post_copy.is_empty() {
-        let claim = format!("{POST_COPY}: total time, ratio to {POST_COPY_WITHOUT}");
-        checks.push(Check::median(&claim, Bound::AtMost(1.0), &post_copy));
+    let contended = ratios(&record.pairs(CONTENDED, CONTENDED_WITHOUT, TOTAL));
+    if !contended.is_empty() {
+        let claim = format!("{CONTENDED}: total time, ratio to no reservation");
+        checks.push(Check::median(&claim, Bound::AtMost(1.0), &contended));
     }
     for (guest, figure) in [("M", M_PACE), ("C", C_PACE)] {
         let all: Vec<f64> = reserved.iter().flat_map(|arm| beside(arm, figure)).collect();

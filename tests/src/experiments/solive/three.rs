@@ -45,7 +45,7 @@ pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let rounds = setting.runs.unwrap_or(if setting.quick { 1 } else { 3 });
     let orders = if setting.quick { &[ORDERS[0], WORST][..] } else { &ORDERS[..] };
     let arms: Vec<Arm> =
-        orders.iter().map(|name| Arm { name, words: &["--mode", "post-copy"] }).collect();
+        orders.iter().map(|name| Arm::new(name, &["--mode", "post-copy"])).collect();
     let _allowed = Allowed::now()?;
     let mut record = blank(&setting, (NAME, SCENARIO), rounds, &arms);
     record.question =
