@@ -45,6 +45,13 @@ pub struct Disk {
     pub activity: Activity,
 }
 
+impl Disk {
+    /// Whether its maps go as far as byte `end` of the image.
+    fn reaches(&self, end: u64) -> bool {
+        self.dirty.reaches(end) && self.activity.reaches(end)
+    }
+}
+
 #[derive(Debug)]
 enum Mode {
     /// Changes are marked.
@@ -166,15 +173,18 @@ impl Mirror {
         }
         let _landing = self.landing.enter(number, &range);
         let outcome = request.perform();
-        let length = request.image().length().unwrap_or(range.end);
-        disk.dirty.grow(length);
-        disk.activity.grow(length);
+        // Asked only where it may be a new one: it is a system call, and most writes come here.
+        if !disk.reaches(range.end) {
+            let length = request.image().length().unwrap_or(range.end);
+            disk.dirty.grow(length);
+            disk.activity.grow(length);
+        }
         disk.activity.write(&range);
         // A failed write may have changed anything within its range.
         let mirrors = outcome.is_ok() && !disk.dirty.is_dirty(&range);
         match &*self.mode.read().unwrap_or_else(PoisonError::into_inner) {
             Mode::Mirroring(frames) if mirrors || matches!(request.op(), Op::Resize { .. }) => {
-                self.send(frames, number, length, range, request);
+                self.send(frames, number, range, request);
             }
             // It landed while the seal was set: whoever wrote it must not believe in it.
             Mode::Sealed => {
@@ -193,18 +203,19 @@ impl Mirror {
         &self,
         frames: &mpsc::UnboundedSender<Frame>,
         disk: u16,
-        length: u64,
         range: Range<u64>,
         request: Request,
     ) {
+        let length = || request.image().length().unwrap_or(range.end);
         let (kind, range, payload) = match request.op() {
-            Op::Write { .. } => (Kind::Data, range, request.data()),
+            Op::Write { .. } => (Kind::Data, range.clone(), request.data()),
             Op::Allocate { mode, .. } if is_zeroing(mode) => {
-                (Kind::Zeroes, range.start..range.end.min(length), vec![])
+                (Kind::Zeroes, range.start..range.end.min(length()), vec![])
             }
             Op::Flush { .. } => (Kind::Flush, 0..0, vec![]),
             // Space that is set aside: no content, but perhaps a new length.
             Op::Resize { .. } | Op::Allocate { .. } | Op::Read { .. } => {
+                let length = length();
                 (Kind::Resize, length..length, vec![])
             }
         };
@@ -242,7 +253,7 @@ impl Hook for Mirror {
                     return request.answer();
                 }
                 match &*self.mode.read().unwrap_or_else(PoisonError::into_inner) {
-                    Mode::Mirroring(frames) => self.send(frames, number, 0, 0..0, request),
+                    Mode::Mirroring(frames) => self.send(frames, number, 0..0, request),
                     Mode::Marking | Mode::Sealed => request.answer(),
                 }
             }

@@ -64,12 +64,18 @@ impl Activity {
         activity
     }
 
+    /// Whether each of the first `length` bytes of the image is in a segment that is counted.
+    #[must_use]
+    pub fn reaches(&self, length: u64) -> bool {
+        self.segments() >= length.div_ceil(self.segment.0)
+    }
+
     /// The image is at least `length` bytes long now.
     pub fn grow(&self, length: u64) {
-        let segments = usize::try_from(length.div_ceil(self.segment.0)).unwrap_or(usize::MAX);
-        if self.segments() >= segments as u64 {
+        if self.reaches(length) {
             return;
         }
+        let segments = usize::try_from(length.div_ceil(self.segment.0)).unwrap_or(usize::MAX);
         let mut counters = self.counters.write().unwrap_or_else(PoisonError::into_inner);
         if counters.len() < segments {
             counters.resize_with(segments, Default::default);
@@ -142,6 +148,7 @@ mod tests {
     fn beyond_the_end_nothing_counts_until_the_image_grows() {
         let activity = Activity::new(SegmentSize::default(), SEGMENT);
         activity.read(&(5 * SEGMENT..6 * SEGMENT));
+        assert!(activity.reaches(SEGMENT) && !activity.reaches(SEGMENT + 1));
         activity.grow(6 * SEGMENT);
         activity.read(&(5 * SEGMENT..6 * SEGMENT));
         assert_eq!(activity.traffic().len(), 6);

@@ -106,13 +106,23 @@ impl DirtyMap {
         self.block
     }
 
+    fn words_for(&self, length: u64) -> usize {
+        usize::try_from(self.block.count(length).div_ceil(64)).unwrap_or(usize::MAX)
+    }
+
+    /// Whether each of the first `length` bytes of the image has a block that can be marked.
+    #[must_use]
+    pub fn reaches(&self, length: u64) -> bool {
+        self.words.read().unwrap_or_else(PoisonError::into_inner).len() >= self.words_for(length)
+    }
+
     /// The image is at least `length` bytes long now; a shorter one keeps its bits.
     pub fn grow(&self, length: u64) {
-        let words = usize::try_from(self.block.count(length).div_ceil(64)).unwrap_or(usize::MAX);
-        // Asked with each change: those that come side by side must not wait for each other here.
-        if self.words.read().unwrap_or_else(PoisonError::into_inner).len() >= words {
+        // Changes that come side by side must not wait for each other here.
+        if self.reaches(length) {
             return;
         }
+        let words = self.words_for(length);
         let mut own = self.words.write().unwrap_or_else(PoisonError::into_inner);
         if own.len() < words {
             own.resize_with(words, AtomicU64::default);
@@ -231,6 +241,8 @@ mod tests {
         let map = DirtyMap::new(BlockSize::default(), 64 * BLOCK);
         map.mark(&(64 * BLOCK..u64::MAX));
         assert_eq!(map.count(), 0);
+        assert!(map.reaches(64 * BLOCK) && !map.reaches(64 * BLOCK + 1));
+        assert!(!map.reaches(u64::MAX));
         map.grow(65 * BLOCK);
         map.mark(&(64 * BLOCK..64 * BLOCK + 1));
         assert_eq!(map.take(10), Some(64));
