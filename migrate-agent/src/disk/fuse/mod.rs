@@ -17,6 +17,7 @@ mod images;
 mod later;
 mod limit;
 mod memory;
+mod readers;
 mod request;
 mod serve;
 mod server;

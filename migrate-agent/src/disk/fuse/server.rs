@@ -27,14 +27,16 @@ use super::image_lock::Use;
 use super::images::{Image, Images};
 use super::later::Later;
 use super::limit::Limit;
-use super::memory::{MAX_DATA, Memory, MemoryError};
+use super::memory::{MAX_DATA, Memory, MemoryError, Slot};
+use super::readers::Readers;
 use super::request::{Hook, Request};
 use super::serve::{close_if_unused, is_done, serve};
 
 /// Requests that may be held at a time, each with its 1 MiB of memory once it was needed.
 const SLOTS: usize = 64;
-/// Threads that read requests. One alone costs half the rate at queue depth 16.
-const THREADS: usize = 4;
+/// Threads that read requests and do them: a queue of depth 16, and some to spare. `readers` says how
+/// many of them wait. docs/disks.md has what fewer cost.
+const THREADS: usize = 20;
 /// Threads for what is done later.
 const LATER_THREADS: usize = 2;
 
@@ -82,6 +84,7 @@ pub(super) struct Shared {
     /// its last user could be opened a second time before its locks are given back.
     pub(super) opening: Mutex<()>,
     limit: Limit,
+    readers: Readers,
 }
 
 impl Shared {
@@ -175,7 +178,9 @@ impl Server {
         let later = Later::start(LATER_THREADS)?;
         let limit = Limit::new(later.clone());
         let opening = Mutex::default();
-        let shared = Arc::new(Shared { device, memory, images, hook, later, opening, limit });
+        let readers = Readers::default();
+        let shared =
+            Arc::new(Shared { device, memory, images, hook, later, opening, limit, readers });
         let start = |number: usize| {
             let own = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(format!("fuse-{number}"));
@@ -288,16 +293,26 @@ fn mount_device(device: &OwnedFd, mount_point: &Path) -> Result<(), ServeError> 
 
 /// What each thread does until the mount is gone.
 fn read_and_serve(server: &Arc<Shared>) {
+    while server.readers.enter() {
+        let Some(slot) = next(server) else { return server.readers.end() };
+        server.readers.leave();
+        serve(server, slot, false);
+        server.readers.done();
+    }
+}
+
+/// Waits for a request; `None` when the mount is gone.
+fn next(server: &Shared) -> Option<Slot> {
+    let mut slot = server.memory.claim();
     loop {
-        let mut slot = server.memory.claim();
         match rustix::io::read(&server.device, slot.request_mut()) {
-            Ok(0) | Err(Errno::NODEV) => return,
-            Ok(_) => serve(server, slot, false),
+            Ok(0) | Err(Errno::NODEV) => return None,
+            Ok(_) => return Some(slot),
             // NOENT: the request was called off before we had it.
             Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => {}
             Err(errno) => {
                 tracing::error!(%errno, "cannot read FUSE requests");
-                return;
+                return None;
             }
         }
     }
