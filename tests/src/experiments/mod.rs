@@ -6,6 +6,7 @@
 
 pub mod livefs;
 mod machine;
+pub mod migratefs_3;
 pub mod overhead;
 pub mod plot;
 pub mod reservation;
@@ -106,6 +107,10 @@ pub const EXPERIMENTS: &[Entry] = &[
         name: livefs::seven::NAME,
         about: "what do reads wait for after an early hand-over, by how long the disk was watched?",
     },
+    Entry {
+        name: migratefs_3::NAME,
+        about: "what does a disk cost that is open through our mount, and is a limit kept?",
+    },
 ];
 
 /// Whether an experiment stands on `lab/up`, which makes namespaces of its own; the others are run
@@ -133,6 +138,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         livefs::five::NAME => Some(livefs::five::run(setting).await),
         livefs::six::NAME => Some(livefs::six::run(setting).await),
         livefs::seven::NAME => Some(livefs::seven::run(setting).await),
+        migratefs_3::NAME => Some(migratefs_3::run(setting).await),
         _ => None,
     }
 }
@@ -151,6 +157,7 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
         livefs::five::NAME => livefs::five::plots(record),
         livefs::six::NAME => livefs::six::plots(record),
         livefs::seven::NAME => livefs::seven::plots(record),
+        migratefs_3::NAME => migratefs_3::plots(record),
         _ => vec![],
     }
 }
