@@ -19,13 +19,13 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::pace::Pace;
-use crate::pattern::{PAGE_BYTES, Walk};
+use crate::pattern::Walk;
 use crate::sys::wait;
 
 /// Blocks between two flushes.
 const FLUSH_EVERY: u64 = 64;
-/// Blocks that are read back for each one that is written.
-const CHECKS_PER_WRITE: u64 = 2;
+/// What O_DIRECT asks of memory, bytes.
+const ALIGNMENT: usize = 4096;
 const BURST: Duration = Duration::from_millis(200);
 const IDLE: Duration = Duration::from_millis(10);
 
@@ -37,6 +37,19 @@ pub(crate) struct Counts {
     pub(crate) errors: AtomicU64,
 }
 
+/// What is done to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// So much of it is written, bytes.
+    pub(crate) bytes: u64,
+    /// With each write, bytes.
+    pub(crate) block: u64,
+    /// Writes per second.
+    pub(crate) rate: u64,
+    /// Blocks that are read back for 100 that are written.
+    pub(crate) check_percent: u64,
+}
+
 /// A disk at work.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -45,22 +58,14 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Begins to write `blocks_per_second` to the first `bytes` of `device`, and to check them.
-    pub(crate) fn start(
-        device: &Path,
-        bytes: u64,
-        blocks_per_second: u64,
-        seed: u64,
-    ) -> io::Result<Self> {
+    /// Begins to write to the begin of `device`, and to check what was written.
+    pub(crate) fn start(device: &Path, plan: Plan, seed: u64) -> io::Result<Self> {
         let file =
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(device)?;
         let counts = Arc::new(Counts::default());
         let (tell, wrong) = channel();
-        let walk = Walk::new(bytes, seed);
-        let mut load = Load { file, walk, buffer: Aligned::new(), counts: Arc::clone(&counts) };
-        std::thread::Builder::new()
-            .name("disk".to_owned())
-            .spawn(move || load.run(blocks_per_second, &tell))?;
+        let mut load = Load::new(file, plan, seed, Arc::clone(&counts));
+        std::thread::Builder::new().name("disk".to_owned()).spawn(move || load.run(&tell))?;
         Ok(Self { counts, wrong })
     }
 
@@ -74,29 +79,39 @@ impl Disk {
 struct Aligned {
     bytes: Vec<u8>,
     start: usize,
+    length: usize,
 }
 
 impl Aligned {
-    fn new() -> Self {
-        let bytes = vec![0; 2 * PAGE_BYTES];
-        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
-        Self { bytes, start }
+    fn new(length: usize) -> Self {
+        let bytes = vec![0; length + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        Self { bytes, start, length }
     }
 
     fn block(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + PAGE_BYTES]
+        &mut self.bytes[self.start..self.start + self.length]
     }
 }
 
 struct Load {
     file: File,
+    plan: Plan,
     walk: Walk,
     buffer: Aligned,
+    /// Hundredths of a check that are due.
+    checks_due: u64,
     counts: Arc<Counts>,
 }
 
 impl Load {
-    fn run(&mut self, blocks_per_second: u64, tell: &Sender<String>) {
+    fn new(file: File, plan: Plan, seed: u64, counts: Arc<Counts>) -> Self {
+        let walk = Walk::over(plan.bytes / plan.block, seed);
+        let buffer = Aligned::new(usize::try_from(plan.block).unwrap_or(ALIGNMENT));
+        Self { file, plan, walk, buffer, checks_due: 0, counts }
+    }
+
+    fn run(&mut self, tell: &Sender<String>) {
         let counts = Arc::clone(&self.counts);
         let say = |error: io::Error, doing: &str| {
             count_error(&counts);
@@ -109,7 +124,7 @@ impl Load {
             }
         }
         let clock = Clock::start();
-        let mut pace = Pace::new(blocks_per_second, BURST, 1, clock.now());
+        let mut pace = Pace::new(self.plan.rate, BURST, 1, clock.now());
         loop {
             let due = pace.due(clock.now());
             pace.took(due);
@@ -117,7 +132,9 @@ impl Load {
                 if let Err(error) = self.write_next() {
                     return say(error, "write");
                 }
-                for _ in 0..CHECKS_PER_WRITE {
+                self.checks_due += self.plan.check_percent;
+                while self.checks_due >= 100 {
+                    self.checks_due -= 100;
                     match self.check_next() {
                         Ok(None) => {}
                         Ok(Some(wrong)) => {
@@ -137,7 +154,7 @@ impl Load {
         let (page, version) = self.walk.write_next();
         let block = self.buffer.block();
         self.walk.fill(page, version, block);
-        self.file.write_all_at(block, page * PAGE_BYTES as u64)?;
+        self.file.write_all_at(block, page * self.plan.block)?;
         if self.walk.writes().is_multiple_of(FLUSH_EVERY) {
             self.file.sync_data()?;
         }
@@ -148,7 +165,7 @@ impl Load {
     fn check_next(&mut self) -> io::Result<Option<String>> {
         let (page, version) = self.walk.check_next();
         let block = self.buffer.block();
-        self.file.read_exact_at(block, page * PAGE_BYTES as u64)?;
+        self.file.read_exact_at(block, page * self.plan.block)?;
         self.counts.checks.fetch_add(1, Ordering::Relaxed);
         let wrong = self.walk.first_wrong(page, version, block);
         Ok(wrong.map(|word| format!("disk block {page} word {word}: version {version} expected")))
@@ -168,13 +185,13 @@ mod tests {
         let path = std::env::temp_dir().join(format!("disk-{}", std::process::id()));
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.unwrap();
-        let walk = Walk::new(8 * PAGE_BYTES as u64, 5);
-        let counts = Arc::default();
-        let mut load = Load { file, walk, buffer: Aligned::new(), counts };
+        const BLOCK: u64 = 8192;
+        let plan = Plan { bytes: 8 * BLOCK, block: BLOCK, rate: 1, check_percent: 200 };
+        let mut load = Load::new(file, plan, 5, Arc::default());
         (0..11).for_each(|_| load.write_next().unwrap());
         assert!((0..8).all(|_| load.check_next().unwrap().is_none()));
         // The block of an earlier version, as a migration that lost an update would leave it.
-        let (mut old, at) = (vec![0; PAGE_BYTES], 3 * PAGE_BYTES as u64);
+        let (mut old, at) = (vec![0; BLOCK as usize], 3 * BLOCK);
         load.file.read_exact_at(&mut old, at).unwrap();
         (0..8).for_each(|_| load.write_next().unwrap());
         load.file.write_all_at(&old, at).unwrap();

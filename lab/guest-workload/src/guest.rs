@@ -24,7 +24,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::checked::Checked;
 use crate::clock::Clock;
-use crate::disk::Disk;
+use crate::disk::{Disk, Plan};
 use crate::heartbeat::{self, Answer};
 use crate::pace::Pace;
 use crate::params::{GuestParams, Role};
@@ -94,7 +94,9 @@ impl Guest {
             0 => None,
             bytes => {
                 let (device, seed) = (Path::new("/dev/vda"), xxh3_64_with_seed(&boot_id, 1));
-                Some(Disk::start(device, bytes, params.disk_rate, seed)?)
+                let (block, rate) = (params.disk_block, params.disk_rate);
+                let plan = Plan { bytes, block, rate, check_percent: params.disk_check };
+                Some(Disk::start(device, plan, seed)?)
             }
         };
         let cpu = if params.role == Role::C { params.cpu * 10_000_000 } else { 0 };

@@ -103,15 +103,20 @@ pub(crate) struct GuestParams {
     pub(crate) stream: u64,
     /// `lb.disk`: bytes of the first disk that are written and checked; 0 for none.
     pub(crate) disk: u64,
-    /// `lb.disk_rate`: blocks of 4 KiB written per second.
+    /// `lb.disk_block`: bytes of one write to it: a multiple of 4 KiB, at most 1 MiB.
+    pub(crate) disk_block: u64,
+    /// `lb.disk_rate`: writes per second.
     pub(crate) disk_rate: u64,
+    /// `lb.disk_check`: blocks read back and checked for 100 that are written.
+    pub(crate) disk_check: u64,
     /// `lb.spoil`: harm one page on purpose after so many seconds, so that a test can see the
     /// alarm ring.
     pub(crate) spoil_after: Option<Duration>,
 }
 
 const GUEST_KEYS: &str = "lb.name lb.role lb.client lb.rate lb.transport lb.region lb.dirty \
-                          lb.check lb.cpu lb.stream lb.disk lb.disk_rate lb.spoil lb.ip lb.ip2 lb.mtu";
+                          lb.check lb.cpu lb.stream lb.disk lb.disk_block lb.disk_rate lb.disk_check lb.spoil \
+                          lb.ip lb.ip2 lb.mtu";
 
 impl GuestParams {
     /// Reads a kernel command line; words without `lb.` are the kernel's own.
@@ -128,7 +133,9 @@ impl GuestParams {
             cpu: 0,
             stream: 20_000,
             disk: 0,
+            disk_block: 4096,
             disk_rate: 50,
+            disk_check: 200,
             spoil_after: None,
         };
         for word in line.split_whitespace().filter(|word| word.starts_with("lb.")) {
@@ -154,7 +161,9 @@ impl GuestParams {
             "lb.cpu" => self.cpu = number(key, value)?.min(100),
             "lb.stream" => self.stream = number(key, value)?,
             "lb.disk" => self.disk = size(key, value)?,
+            "lb.disk_block" => self.disk_block = disk_block(key, value)?,
             "lb.disk_rate" => self.disk_rate = number(key, value)?,
+            "lb.disk_check" => self.disk_check = number(key, value)?,
             "lb.spoil" => self.spoil_after = Some(Duration::from_secs(number(key, value)?)),
             "lb.ip" | "lb.ip2" | "lb.mtu" => {}
             _ => return Err(ParamError::Unknown { key: key.to_owned(), known: GUEST_KEYS }),
@@ -287,6 +296,12 @@ fn transport(key: &str, value: &str) -> Result<Transport, ParamError> {
         "tcp" => Ok(Transport::Tcp),
         _ => Err(bad(key, value, "udp or tcp")),
     }
+}
+
+fn disk_block(key: &str, value: &str) -> Result<u64, ParamError> {
+    let bytes = size(key, value)?;
+    let fits = bytes > 0 && bytes.is_multiple_of(4096) && bytes <= 1 << 20;
+    if fits { Ok(bytes) } else { Err(bad(key, value, "4KiB to 1MiB, a multiple of 4KiB")) }
 }
 
 fn size(key: &str, value: &str) -> Result<u64, ParamError> {

@@ -41,6 +41,15 @@ fn a_size_that_no_guest_has_is_refused() {
 }
 
 #[test]
+fn a_block_that_no_disk_has_is_refused() {
+    let read = |block: &str| GuestParams::from_command_line(&format!("lb.disk_block={block}"));
+    assert_eq!(read("64KiB").unwrap().disk_block, 64 << 10);
+    for block in ["0", "2KiB", "5000", "2MiB"] {
+        assert!(read(block).is_err(), "{block}");
+    }
+}
+
+#[test]
 fn the_client_knows_its_guests() {
     let params =
         client(&["--guest", "name=log,ip=10.0.0.104,source=1000", "--out", "report.json"]).unwrap();

@@ -57,7 +57,12 @@ pub(crate) struct Walk {
 impl Walk {
     /// Over `bytes` rounded down to whole pages (at least one), of which none is written yet.
     pub(crate) fn new(bytes: u64, seed: u64) -> Self {
-        let pages = (bytes / PAGE_BYTES as u64).max(1);
+        Self::over(bytes / PAGE_BYTES as u64, seed)
+    }
+
+    /// Over `pages` (at least one) of any size: [`Self::fill`] fills what it is given.
+    pub(crate) fn over(pages: u64, seed: u64) -> Self {
+        let pages = pages.max(1);
         Self { pages, stride: coprime_stride(pages), seed, writes: 0, check_at: 0 }
     }
 
