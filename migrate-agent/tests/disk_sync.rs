@@ -251,6 +251,39 @@ async fn three_phases_bring_an_image_that_is_written_all_the_while() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn writes_go_to_both_sides_at_once_where_somebody_is_in_a_hurry() {
+    let world = World::new();
+    world.rate.send_replace(Some(BytesPerSec(4_000_000)));
+    world.mount.server.set_disk_limit(Some(BytesPerSec(2_000_000)));
+    let guest = Guest::start(&world, 7);
+    let way = world.connect(world.outgoing(|_| {}));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(world.progress.borrow().phase, Phase::Bulk);
+    way.commands.send(Command::GoInStep).await.unwrap();
+    world.until(Phase::Synchronous).await;
+    let left = || world.mirror.disks()[0].dirty.count();
+    // The image takes 10 s at that rate.
+    let (then, writes) = (left(), guest.writes.load(Ordering::Relaxed));
+    assert!(then > 300, "{then}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // Nothing that is written adds to what is left, and the guest writes on.
+    assert!(left() < then, "{then} {}", left());
+    assert!(guest.writes.load(Ordering::Relaxed) > writes + 10);
+    world.rate.send_replace(None);
+    world.mount.server.set_disk_limit(None);
+    let drained = async {
+        while left() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), drained).await.unwrap();
+    tasks::blocking(move || guest.stop()).await;
+    way.seal().await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_moves_early_finds_everything_on_demand_and_keeps_what_it_writes() {
     let world = World::new();
     let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
@@ -423,8 +456,8 @@ async fn a_block_that_cannot_be_read_ends_the_transfer_by_name_and_the_guest_run
     let (_outgoing, outcome) = way.source.await.unwrap();
     let error = outcome.unwrap_err();
     assert!(!error.may_retry(), "{error}");
-    // 512 KiB a block.
-    assert!(matches!(error, SendError::Read { disk: 0, block: 60, .. }), "{error:?}");
+    // 64 KiB a block; it was read with seven others.
+    assert!(matches!(error, SendError::Read { disk: 0, block: 480, .. }), "{error:?}");
     let (veto, sealed) = oneshot::channel();
     assert!(way.commands.send(Command::Seal(veto)).await.is_err(), "nobody is left to seal");
     drop(sealed);

@@ -42,6 +42,8 @@ const STREAM_END_LIMIT: Duration = Duration::from_secs(30);
 const LOADED_LIMIT: Duration = Duration::from_secs(20);
 /// Memory keeps at least this part of the limit beside the guest's writes to its disks.
 const MEMORY_SHARE_LEAST: u64 = 4;
+/// Memory and those writes together take at most this part of it.
+const MEMORY_SHARE_MOST: f64 = 0.9;
 /// So near its end the first pass may be the last.
 const NEARLY_THERE: Duration = Duration::from_secs(1);
 /// A sign of life is sent this often where nothing else is.
@@ -239,8 +241,11 @@ impl SourceTask {
         }
     }
 
-    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of the
-    /// limit. Towards the end the guest's own limit is lifted, because the pause waits for every write.
+    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of nine
+    /// tenths of the limit. They are counted as what the guest wrote before it had to wait for the
+    /// link: memory that takes whatever is free would slow it down and have still more. The tenth keeps
+    /// the queues on the way short, which each write waits for. Towards the end the guest's own limit is
+    /// lifted, because the pause waits for every write.
     async fn heed_disks(
         &mut self,
         info: &MigrateInfo,
@@ -252,9 +257,8 @@ impl SourceTask {
         if self.stop_seen.is_none()
             && let Some(limit) = self.limit
         {
-            relay.set_limit(Some(
-                (limit - figures.mirrored).max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST)),
-            ));
+            let free = limit.scale(MEMORY_SHARE_MOST) - figures.kept_free;
+            relay.set_limit(Some(free.max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST))));
         }
         let Some(ram) = &info.ram else { return Ok(()) };
         let soon = (ram.mbps * 1e6 / 8.0 * NEARLY_THERE.as_secs_f64()) as u64;

@@ -11,16 +11,19 @@
 //! ```
 //!
 //! The order of disk and memory, and why the seal may be last: docs/decisions/0031. Deliberately not
-//! here: who owns the VM (`handover/`), and the transfer itself (`disk::process`).
+//! here: who owns the VM (`handover/`), the transfer itself (`disk::process`), and what a date asks of the
+//! guest ([`date`]).
 
-use std::time::Duration;
+mod date;
 
-use lifeboat_policy::disk::{Need, SLOWEST, Verdict, Writes, verdict};
+use std::time::{Duration, Instant};
+
 use lifeboat_protocol::agent::Phase;
 use lifeboat_protocol::ids::{MigrationId, VmId};
-use lifeboat_protocol::units::{Bytes, BytesPerSec};
+use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::link::Frame;
 
+use self::date::Spread;
 use super::copying::{heard, unwelcome};
 use super::{Context, Failure, SourceTask};
 use crate::clock;
@@ -94,6 +97,11 @@ pub(super) struct Leaving {
     replaced: u32,
     mirrored: RateMeter,
     sent: RateMeter,
+    spread: Spread,
+    /// When it was first asked how far it is, and how much the guest had written then.
+    first: Option<(Instant, u64)>,
+    /// What the guest has written per second until its writes went to both sides.
+    wrote: BytesPerSec,
 }
 
 /// How the disks are doing while memory moves.
@@ -101,10 +109,14 @@ pub(super) struct Leaving {
 pub(super) struct Figures {
     /// Every write is on both sides.
     pub(super) in_step: bool,
-    /// What guests' writes take of the link, now.
-    pub(super) mirrored: BytesPerSec,
+    /// What is left to guests' writes of the link while memory moves.
+    pub(super) kept_free: BytesPerSec,
     /// What all of it takes of the link, now.
     sent: BytesPerSec,
+    /// Bytes of blocks that were sent so far.
+    blocks: u64,
+    /// Every write goes to both sides, whatever is left.
+    synchronous: bool,
     /// Bytes that are not at the destination.
     left: u64,
     /// Every block has been sent once.
@@ -136,6 +148,9 @@ impl SourceTask {
             replaced: 0,
             mirrored: RateMeter::default(),
             sent: RateMeter::default(),
+            spread: Spread::default(),
+            first: None,
+            wrote: BytesPerSec::ZERO,
         });
         loop {
             match self.swap_all(qmp, Side::Mount).await {
@@ -202,7 +217,7 @@ impl SourceTask {
             }
             let Some(figures) = self.disk_figures().await? else { return Ok(()) };
             if figures.in_step {
-                return Ok(());
+                return Ok(self.hold_to_the_plan().await?);
             }
             if let Some(window) = self.order.disk_window
                 && asked.elapsed() >= ASK_EVERY
@@ -223,37 +238,6 @@ impl SourceTask {
             if let Some(limit) = self.order.deadline.filter(|limit| began.elapsed() > *limit) {
                 return Err(DiskFailure::Late(limit).into());
             }
-        }
-    }
-
-    /// Asks inequality (1) again, with what is left of disks and time now: what was estimated wrongly
-    /// before is corrected so. Where date and promise cannot both be kept, the promise is.
-    async fn keep_date(&mut self, figures: &Figures, window: Duration) -> Result<(), DiskFailure> {
-        let definition = self.context.guests.definition(&self.order.vm).unwrap_or_default();
-        let promised = BytesPerSec(definition.promised_disk_bytes_per_sec);
-        let need = Need {
-            left: Bytes(figures.left),
-            network: self.limit.unwrap_or(figures.sent),
-            vmm_time: Duration::ZERO,
-            window,
-            spread: 1.0,
-        };
-        if need.network == BytesPerSec::ZERO || figures.left == u64::MAX {
-            // Nothing has been sent yet, or it is not known what is left.
-            return Ok(());
-        }
-        let limit = match verdict(&need, Writes { wanted: None, promised }) {
-            Verdict::Free => None,
-            Verdict::Limit(rate) => Some(rate),
-            Verdict::Conflict(_) => Some(promised.max(SLOWEST)),
-        };
-        let now = self.disks.as_ref().and_then(|leaving| leaving.limit);
-        // A change of a twentieth is not worth telling.
-        let near = |a: BytesPerSec, b: BytesPerSec| a.0.abs_diff(b.0) <= b.0 / 20;
-        match (limit, now) {
-            (Some(limit), Some(now)) if near(limit, now) => Ok(()),
-            (limit, now) if limit == now => Ok(()),
-            (limit, _) => self.limit_disks(limit).await,
         }
     }
 
@@ -288,13 +272,17 @@ impl SourceTask {
         }
         let (Some(leaving), now) = (&mut self.disks, clock::now()) else { return Ok(None) };
         let mirrored = BytesPerSec(leaving.mirrored.read(now, report.mirrored) / 8);
+        leaving.look_at_writes(&report, now);
+        let kept_free = mirrored.max(leaving.limit.unwrap_or(leaving.wrote));
         let rate = leaving.sent.read(now, report.sent);
         let in_step = report.stage == Stage::Synchronous && report.dirty == 0;
         let left = report.left;
         let bulk_is_over = report.stage != Stage::Bulk;
         self.show_disks(&report, rate);
         let sent = BytesPerSec(rate / 8);
-        Ok(Some(Figures { in_step, mirrored, sent, left, bulk_is_over }))
+        let blocks = report.sent.saturating_sub(report.mirrored);
+        let synchronous = report.stage >= Stage::Synchronous;
+        Ok(Some(Figures { in_step, kept_free, sent, blocks, synchronous, left, bulk_is_over }))
     }
 
     /// To a mover that knows nothing of the transfer.
@@ -304,9 +292,16 @@ impl SourceTask {
             Ok(()) | Err(DiskFailure::Mover(MoverClientError::Gone(_))) => {}
             Err(error) => return Err(error),
         }
-        let (left, none) = (u64::MAX, BytesPerSec::ZERO);
-        let (mirrored, sent) = (none, none);
-        Ok(Some(Figures { in_step: false, mirrored, sent, left, bulk_is_over: false }))
+        let none = BytesPerSec::ZERO;
+        Ok(Some(Figures {
+            in_step: false,
+            kept_free: none,
+            sent: none,
+            blocks: 0,
+            synchronous: false,
+            left: u64::MAX,
+            bulk_is_over: false,
+        }))
     }
 
     fn show_disks(&mut self, report: &Report, rate: u64) {
@@ -452,6 +447,16 @@ impl SourceTask {
 }
 
 impl Leaving {
+    /// How fast the guest writes is seen while it does not wait for the link.
+    fn look_at_writes(&mut self, report: &Report, now: Instant) {
+        let (since, written) = *self.first.get_or_insert((now, report.written));
+        let seconds = now.saturating_duration_since(since).as_secs_f64();
+        if report.stage < Stage::Synchronous && seconds > 0.0 {
+            let bytes = report.written.saturating_sub(written);
+            self.wrote = BytesPerSec((bytes as f64 / seconds) as u64);
+        }
+    }
+
     fn limits(&self, network: Option<BytesPerSec>) -> Limits {
         let disk = self.limit.filter(|_| !self.lifted);
         Limits { network: network.map(|rate| rate.0), disk: disk.map(|rate| rate.0) }

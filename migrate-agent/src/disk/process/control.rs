@@ -93,6 +93,8 @@ pub enum Request {
     Send(Destination),
     /// Set both limits.
     Limit(Limits),
+    /// Have writes go to both sides at once, whatever is left. Nothing where they do.
+    GoInStep,
     /// How far is it?
     Progress,
     /// The guest is paused and QEMU writes nothing more: seal. Answered when the destination has
@@ -104,8 +106,8 @@ pub enum Request {
     Finish,
 }
 
-/// How far the disks are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// How far the disks are, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
     /// Nothing is being sent.
@@ -148,6 +150,9 @@ pub struct Report {
     pub sent: u64,
     /// The guest's changes that went to both sides so far, bytes.
     pub mirrored: u64,
+    /// What the guest has written so far, bytes; a mover of an older version does not say.
+    #[serde(default)]
+    pub written: u64,
     /// Why it will not go on, however often it connects.
     pub failed: Option<String>,
 }

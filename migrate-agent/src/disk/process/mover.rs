@@ -36,9 +36,9 @@ use crate::disk::track::{BlockSize, SegmentSize};
 use crate::tls::{TlsError, TlsIdentity};
 use crate::{clock, tasks};
 
-/// The two sides go in step when at most so many blocks are left: 4 MiB, about one round trip's
-/// worth at 1 Gbit/s and 30 ms.
-const LEFT_FOR_STEP: u64 = 8;
+/// The two sides go in step when at most so much is left, bytes: about one round trip's worth at 1
+/// Gbit/s and 30 ms.
+const LEFT_FOR_STEP: u64 = 4 << 20;
 /// The kernel tells of a closed file late; an unmount waits for it so long.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 /// A mover that was killed has gone within this time, on a busy machine.
@@ -243,6 +243,7 @@ impl Mover {
             }
             Request::Send(to) => self.send(to).await?,
             Request::Limit(limits) => self.limit(limits).await,
+            Request::GoInStep => self.go_in_step().await?,
             Request::Progress => return Ok(Reply::Progress(self.report().await)),
             Request::Seal => self.seal().await?,
             Request::Stop => self.stop().await,
@@ -272,7 +273,7 @@ impl Mover {
             return Err("the disks are being sent already".to_owned());
         }
         let choice = Choice {
-            goal: Goal { left: LEFT_FOR_STEP, early: false },
+            goal: Goal { left: LEFT_FOR_STEP / BlockSize::default().bytes(), early: false },
             strategy: Strategy::Whole,
             weights: Weights::default(),
             segment: SegmentSize::default(),
@@ -306,6 +307,14 @@ impl Mover {
         Ok(())
     }
 
+    async fn go_in_step(&self) -> Result<(), String> {
+        let begun = self.begun.lock().await;
+        let begun = begun.as_ref().ok_or("nothing is being sent")?;
+        // One that is not obeyed yet is as good.
+        let _ = begun.commands.try_send(Command::GoInStep);
+        Ok(())
+    }
+
     async fn limit(&self, limits: Limits) {
         self.network.send_replace(limits.network.map(BytesPerSec));
         let mounted = self.mounted.lock().await;
@@ -319,8 +328,9 @@ impl Mover {
     async fn report(&self) -> Report {
         let begun = self.begun.lock().await;
         let Some(begun) = begun.as_ref() else {
-            let (left, dirty, sent, mirrored) = (0, 0, 0, 0);
-            return Report { stage: Stage::Idle, left, dirty, sent, mirrored, failed: None };
+            let (left, dirty, sent, mirrored, written) = (0, 0, 0, 0, 0);
+            let stage = Stage::Idle;
+            return Report { stage, left, dirty, sent, mirrored, written, failed: None };
         };
         let (seen, now) = (&begun.seen, *begun.seen.progress.borrow());
         // Counted anew: the transfer's own figure is as old as its last event.
@@ -333,6 +343,7 @@ impl Mover {
             dirty,
             sent: mirrored + seen.counts.blocks.load(Ordering::Relaxed),
             mirrored,
+            written: self.mirror.written(),
             failed: seen.failed.borrow().clone(),
         }
     }

@@ -153,7 +153,8 @@ impl Transfer {
             // Who asked may have gone.
             Command::Seal(answer) => drop(answer.send(Err(veto))),
             Command::Unseal => self.outgoing.unseal(),
-            Command::EndMonitoring | Command::Cede => {}
+            // Asked for again once there is a connection.
+            Command::EndMonitoring | Command::GoInStep | Command::Cede => {}
         }
     }
 }

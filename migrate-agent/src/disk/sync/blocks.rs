@@ -6,6 +6,7 @@
 //!
 //! Deliberately not here: which blocks, in which order, and what comes back.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,21 +45,22 @@ pub fn mark_data(mirror: &Mirror, disk: u16, image: &Image) -> Result<(), Errno>
     Ok(())
 }
 
-/// Reads `block` of disk `disk` and makes it a frame with the next version, entered in the ledger.
-/// `None` beyond the end of the image.
+/// Reads neighbouring `blocks` of disk `disk` and makes them a frame with the next version, entered in
+/// the ledger. `None` beyond the end of the image.
 ///
 /// # Errors
-/// When the disk cannot be read; then the block is dirty again.
+/// When the disk cannot be read; then the blocks are dirty again.
 pub async fn read(
     mirror: &Arc<Mirror>,
     image: &Arc<Image>,
     disk: u16,
-    block: u64,
+    blocks: Range<u64>,
 ) -> Result<Option<Frame>, Errno> {
     let Some(size) = mirror.disks().get(usize::from(disk)).map(|own| own.dirty.block()) else {
         return Ok(None);
     };
-    let range = size.range(block, image.length()?);
+    let end = image.length()?;
+    let range = size.range(blocks.start, end).start..size.range(blocks.end, end).start;
     let length = range.end - range.start;
     if length == 0 {
         return Ok(None);

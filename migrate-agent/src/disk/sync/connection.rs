@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use super::blocks::Pace;
 use super::frame::{Frame, HEADER, Kind};
 use super::mirror::Mirror;
-use super::passes::{PassError, Work};
+use super::passes::{PassError, Passed, Work};
 use super::phases::{Action, Event, Phase, Veto};
 use super::receive::block_hash;
 use super::send::{Command, Outgoing, Progress, SendError};
@@ -40,7 +40,7 @@ enum Signal {
 }
 
 enum Ended {
-    Pass(Result<u64, PassError>),
+    Pass(Result<Passed, PassError>),
     Seal,
     Rest(Result<(), PassError>),
 }
@@ -212,14 +212,14 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 self.task = None;
                 match ended {
                     Ended::Pass(outcome) => {
-                        let left = outcome.map_err(of_pass)?;
+                        let Passed { left, sent } = outcome.map_err(of_pass)?;
                         if self.own.choice.goal.early {
                             // Before the next pass begins: it would be broken off like this one,
                             // and so would all after it.
                             self.try_seal();
                         }
                         if self.own.phases.phase() < Phase::Sealing {
-                            self.apply(Event::PassOver { left });
+                            self.apply(Event::PassOver { left, sent });
                         }
                         self.try_seal();
                     }
@@ -280,6 +280,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::EndMonitoring => self.apply(Event::MonitoringOver),
+            Command::GoInStep => self.apply(Event::Hurry),
             Command::Seal(answer) => {
                 self.sealing = Some(answer);
                 // A VM that may move early does not wait for the pass; another lets it finish.
@@ -305,7 +306,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         self.work.stopped.store(false, Ordering::Release);
         if self.own.phases.phase() == Phase::Synchronous && !self.own.choice.goal.early {
             // What a failed write may have left since the last pass.
-            self.apply(Event::PassOver { left: self.work.left() });
+            self.apply(Event::PassOver { left: self.work.left(), sent: 0 });
             if self.task.is_some() {
                 return;
             }

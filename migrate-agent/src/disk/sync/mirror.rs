@@ -19,7 +19,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -72,6 +72,8 @@ pub struct Mirror {
     broken: watch::Sender<bool>,
     /// The VM is this host's for good: nothing is sent or sealed any more.
     retired: AtomicBool,
+    /// Bytes that guests have changed.
+    written: AtomicU64,
 }
 
 impl Mirror {
@@ -96,6 +98,7 @@ impl Mirror {
             deadline,
             broken: watch::Sender::new(false),
             retired: AtomicBool::new(false),
+            written: AtomicU64::new(0),
         }
     }
 
@@ -121,6 +124,19 @@ impl Mirror {
     pub fn arm(&self, frames: mpsc::UnboundedSender<Frame>) {
         self.broken.send_replace(false);
         self.set(Mode::Mirroring(frames));
+    }
+
+    /// Bytes that guests have written so far.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Whether changes are sent.
+    #[must_use]
+    pub fn is_mirroring(&self) -> bool {
+        let mode = self.mode.read().unwrap_or_else(PoisonError::into_inner);
+        matches!(*mode, Mode::Mirroring(_))
     }
 
     /// From now on changes are marked only.
@@ -180,6 +196,9 @@ impl Mirror {
             disk.activity.grow(length);
         }
         disk.activity.write(&range);
+        if let Op::Write { length, .. } = request.op() {
+            self.written.fetch_add(length, Ordering::Relaxed);
+        }
         // A failed write may have changed anything within its range.
         let mirrors = outcome.is_ok() && !disk.dirty.is_dirty(&range);
         match &*self.mode.read().unwrap_or_else(PoisonError::into_inner) {

@@ -29,8 +29,12 @@ use crate::disk::track::SegmentSize;
 
 /// Bytes that may be on their way: a window for 1 Gbit/s at 60 ms.
 const WINDOW: u64 = 8 << 20;
-/// Blocks from one flush of a pass to the next.
-const FLUSH_EVERY: u64 = 64;
+/// Bytes from one flush of a pass to the next.
+const FLUSH_EVERY: u64 = 32 << 20;
+/// In step blocks leave this part of the rate unused.
+const IN_STEP_SPARED: u64 = 9;
+/// What is read and sent at once at most, bytes: MigrateFS' transfer block (section 4).
+const RUN: u64 = 512 << 10;
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -57,19 +61,23 @@ pub(super) struct Work<W> {
 
 impl<W: AsyncWrite + Unpin> Work<W> {
     /// Sends every block that is dirty and goes before the hand-over, and waits until they are
-    /// acknowledged. Returns how many are left.
-    pub(super) async fn pass(&self) -> Result<u64, PassError> {
+    /// acknowledged.
+    pub(super) async fn pass(&self) -> Result<Passed, PassError> {
         self.announce_lengths();
-        let (mut last, mut unflushed) = (Version(0), 0);
+        let (mut last, mut unflushed, mut sent) = (Version(0), 0, 0);
         for (disk, range) in self.ranges(false) {
-            for block in range {
-                if self.stopped.load(Ordering::Acquire) {
+            let mut at = range.start;
+            while !self.stopped.load(Ordering::Acquire) {
+                let Some(run) = self.send_run(disk, at..range.end, self.at_once(disk)).await?
+                else {
                     break;
-                }
-                let Some(version) = self.send_if_dirty(disk, block).await? else { continue };
+                };
+                at = run.end;
+                let Some(version) = run.version else { continue };
                 last = version;
-                unflushed += 1;
-                if unflushed == FLUSH_EVERY {
+                sent += run.blocks;
+                unflushed += run.bytes;
+                if unflushed >= FLUSH_EVERY {
                     last = self.flush(disk).await?;
                     unflushed = 0;
                 }
@@ -81,7 +89,16 @@ impl<W: AsyncWrite + Unpin> Work<W> {
             }
         }
         self.mirror.ledger().until_settled(last).await;
-        Ok(self.left())
+        Ok(Passed { left: self.left(), sent })
+    }
+
+    /// So many blocks are read and sent at once. In step only one: a guest's write waits behind what
+    /// the link has been given already.
+    fn at_once(&self, disk: u16) -> u64 {
+        match self.mirror.disks().get(usize::from(disk)) {
+            Some(own) if !self.mirror.is_mirroring() => (RUN / own.dirty.block().bytes()).max(1),
+            _ => 1,
+        }
     }
 
     /// Makes what was sent durable as it goes, on the blocks' own stream: kept for the seal it would
@@ -98,11 +115,14 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     /// Sends everything that is dirty, what the destination asks for first, until it has all.
     pub(super) async fn rest(&self) -> Result<(), PassError> {
         for (disk, range) in self.ranges(true) {
-            for block in range {
+            let mut at = range.start;
+            loop {
                 while let Some((disk, block)) = self.next_wanted() {
-                    self.send_if_dirty(disk, block).await?;
+                    self.send_run(disk, block..block + 1, 1).await?;
                 }
-                self.send_if_dirty(disk, block).await?;
+                // One at a time: the next that is wanted does not wait for more.
+                let Some(run) = self.send_run(disk, at..range.end, 1).await? else { break };
+                at = run.end;
             }
         }
         self.mirror.ledger().until_empty().await;
@@ -178,23 +198,61 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         self.ranges(false).into_iter().map(dirty).sum()
     }
 
-    async fn send_if_dirty(&self, disk: u16, block: u64) -> Result<Option<Version>, PassError> {
+    /// Sends the first dirty block of `range` with those that follow it without a gap, at most `most`.
+    /// `None` when nothing of it is dirty.
+    async fn send_run(
+        &self,
+        disk: u16,
+        range: Range<u64>,
+        most: u64,
+    ) -> Result<Option<Run>, PassError> {
         let Some(own) = self.mirror.disks().get(usize::from(disk)) else { return Ok(None) };
-        if !own.dirty.holds(block) {
+        let Some(first) = range.clone().find(|block| own.dirty.holds(*block)) else {
             return Ok(None);
-        }
+        };
         self.mirror.ledger().until_at_most(WINDOW).await;
-        if !own.dirty.take_one(block) {
-            return Ok(None);
-        }
+        let until = range.end.min(first + most);
+        let taken = (first..until).take_while(|block| own.dirty.take_one(*block)).count() as u64;
+        let mut run = Run { end: first + taken.max(1), blocks: taken, bytes: 0, version: None };
         let image = &self.images[usize::from(disk)];
-        let failed = |source| PassError::Read { disk, block, source };
-        let frame = blocks::read(&self.mirror, image, disk, block).await.map_err(failed)?;
-        let Some(frame) = frame else { return Ok(None) };
-        self.pace.wait((frame.payload.len() + HEADER) as u64).await;
+        let frame = match blocks::read(&self.mirror, image, disk, first..first + taken).await {
+            // One of them cannot be read, and all are dirty again: alone each says so for itself.
+            Err(_) if taken > 1 && own.dirty.take_one(first) => {
+                (run.end, run.blocks) = (first + 1, 1);
+                blocks::read(&self.mirror, image, disk, first..first + 1).await
+            }
+            outcome => outcome,
+        };
+        let frame = frame.map_err(|source| PassError::Read { disk, block: first, source })?;
+        let Some(frame) = frame else { return Ok(Some(run)) };
+        let bytes = (frame.payload.len() + HEADER) as u64;
+        // In step a queue on the way is what every write of the guest would wait for: blocks alone
+        // must not fill the link.
+        let spared = if self.mirror.is_mirroring() { bytes / IN_STEP_SPARED } else { 0 };
+        self.pace.wait(bytes + spared).await;
         self.bulk.lock().await.write(&frame).await?;
-        Ok(Some(frame.version))
+        (run.bytes, run.version) = (frame.payload.len() as u64, Some(frame.version));
+        Ok(Some(run))
     }
+}
+
+/// What a pass has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Passed {
+    /// Blocks that must go before the hand-over and are dirty again.
+    pub(super) left: u64,
+    /// Blocks that it has sent.
+    pub(super) sent: u64,
+}
+
+/// Neighbouring blocks that were sent as one.
+struct Run {
+    /// Where the next begins.
+    end: u64,
+    blocks: u64,
+    bytes: u64,
+    /// None of what lay beyond the image, or was sent meanwhile.
+    version: Option<Version>,
 }
 
 /// Dirty blocks within `length` bytes as runs.

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  Monitoring --over--> Bulk --pass over--> Dirty --left <= goal--> Synchronous --seal--> Sealing
-//!                        ^ \________________left <= goal____________^  |   ^                 |
+//!                        ^ \________left <= goal, or hurry__________^  |   ^                 |
 //!                        |                                             |   |               sealed
 //!                  (connected again: next pass)                        |   |                 v
 //!                                 Dirty <---unanswered or lost---------'   '----unseal---- Sealed
@@ -20,11 +20,15 @@
 //!
 //! # A guest that writes faster than blocks are sent
 //!
-//! Its 4 KiB write makes 512 KiB dirty, so a few scattered writes outrun any link, and the dirty phase
+//! Its 4 KiB write makes 64 KiB dirty, so a few scattered writes outrun any link, and the dirty phase
 //! would never end. In the synchronous phase nothing becomes dirty any more: a write to a clean block is
-//! sent as it is, one to a dirty block is answered at once and goes with that block. So when a dirty pass leaves no less
-//! than the one before, the phase is entered with whatever is left, and drained. The guest pays with
-//! its latency, from then on only, and the disk has been sent at most twice.
+//! sent as it is, one to a dirty block is answered at once and goes with that block. So when a pass
+//! leaves three quarters of what it has sent or more, the phase is entered with whatever is left, and
+//! drained: further passes would take four times as long at least. The guest pays with its latency, from
+//! then on only, and what it rewrites has been sent at most twice.
+//!
+//! Whoever has a date to keep ([`Event::Hurry`]) does not wait for the end of a pass: what is left then
+//! takes what it takes on the link, and no write adds more to it than its own bytes.
 //!
 //! # What synchronous means
 //!
@@ -94,7 +98,11 @@ pub enum Event {
     PassOver {
         /// So many blocks.
         left: u64,
+        /// So many blocks went.
+        sent: u64,
     },
+    /// What writes make dirty would not be sent in time.
+    Hurry,
     /// A write to both sides was not answered in time.
     Unanswered,
     /// The connection is gone, or the peer is silent.
@@ -118,10 +126,11 @@ pub enum Event {
 
 impl Event {
     /// One of each, for tests.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::MonitoringOver,
-        Self::PassOver { left: 0 },
-        Self::PassOver { left: u64::MAX },
+        Self::PassOver { left: 0, sent: 9 },
+        Self::PassOver { left: u64::MAX, sent: u64::MAX },
+        Self::Hurry,
         Self::Unanswered,
         Self::Lost,
         Self::Connected,
@@ -213,8 +222,7 @@ impl Phases {
             Event::Unanswered => return self.out_of_step(Veto::Unanswered),
             _ => {}
         }
-        let before = self.left;
-        if let Event::PassOver { left } = event {
+        if let Event::PassOver { left, .. } = event {
             self.left = left;
         }
         match (self.phase, event) {
@@ -223,8 +231,8 @@ impl Phases {
                 actions.extend(self.enter(Phase::Bulk, Action::BeginPass));
                 actions
             }
-            (Phase::Bulk | Phase::Dirty, Event::PassOver { left }) if self.connected => {
-                let outrun = self.phase == Phase::Dirty && !self.goal.early && left >= before;
+            (Phase::Bulk | Phase::Dirty, Event::PassOver { left, sent }) if self.connected => {
+                let outrun = !self.goal.early && left >= sent - sent / 4;
                 if left <= self.goal.left || outrun {
                     self.phase = Phase::Synchronous;
                     // Mirroring first: what is written from here on never adds to what is left.
@@ -232,7 +240,12 @@ impl Phases {
                 }
                 self.enter(Phase::Dirty, Action::BeginPass)
             }
-            (Phase::Synchronous, Event::PassOver { left: 1.. }) => vec![Action::BeginPass],
+            (Phase::Bulk | Phase::Dirty, Event::Hurry) if self.connected && !self.goal.early => {
+                (self.phase, self.left) = (Phase::Synchronous, u64::MAX);
+                // The pass that is going on goes on.
+                vec![Action::Mirror(true), Action::BeginPass]
+            }
+            (Phase::Synchronous, Event::PassOver { left: 1.., .. }) => vec![Action::BeginPass],
             (Phase::Synchronous, Event::Seal) if self.left == 0 || self.goal.early => {
                 self.enter(Phase::Sealing, Action::SendSeal)
             }

@@ -14,12 +14,12 @@ fn at(phase: Phase, connected: bool, goal: Goal, left: u64) -> Phases {
 fn migratefs_three_phases_follow_each_other() {
     let mut way = Phases::new(WHOLE, false);
     assert_eq!(way.apply(Event::Connected), [Action::BeginPass]);
-    assert_eq!(way.apply(Event::PassOver { left: 100 }), [Action::BeginPass]);
+    assert_eq!(way.apply(Event::PassOver { left: 100, sent: 900 }), [Action::BeginPass]);
     assert_eq!(way.phase(), Phase::Dirty);
     let in_step = [Action::Mirror(true), Action::BeginPass];
-    assert_eq!(way.apply(Event::PassOver { left: 8 }), in_step);
+    assert_eq!(way.apply(Event::PassOver { left: 8, sent: 100 }), in_step);
     assert_eq!(way.apply(Event::Seal), [Action::Veto(Veto::BlocksLeft)]);
-    assert_eq!(way.apply(Event::PassOver { left: 0 }), []);
+    assert_eq!(way.apply(Event::PassOver { left: 0, sent: 8 }), []);
     assert_eq!(way.apply(Event::Seal), [Action::SendSeal]);
     assert_eq!(way.apply(Event::SealAcknowledged), []);
     assert_eq!(way.apply(Event::Ceded { missing: 0 }), [Action::Finish]);
@@ -27,17 +27,35 @@ fn migratefs_three_phases_follow_each_other() {
 }
 
 #[test]
-fn a_dirty_pass_that_gains_nothing_is_the_last_before_both_sides_go_in_step() {
+fn a_pass_that_gains_little_is_the_last_before_both_sides_go_in_step() {
     let mut way = Phases::new(WHOLE, false);
     way.apply(Event::Connected);
-    for left in [1000, 400, 399] {
-        assert_eq!(way.apply(Event::PassOver { left }), [Action::BeginPass]);
+    for (sent, left) in [(2000, 1000), (1000, 749), (749, 400)] {
+        assert_eq!(way.apply(Event::PassOver { left, sent }), [Action::BeginPass]);
         assert_eq!(way.phase(), Phase::Dirty);
     }
-    assert_eq!(way.apply(Event::PassOver { left: 399 }), [Action::Mirror(true), Action::BeginPass]);
+    let in_step = [Action::Mirror(true), Action::BeginPass];
+    assert_eq!(way.apply(Event::PassOver { left: 300, sent: 400 }), in_step);
     assert_eq!(way.phase(), Phase::Synchronous);
+    // The bulk pass may be it already.
+    let mut bulk = at(Phase::Bulk, true, WHOLE, u64::MAX);
+    assert_eq!(bulk.apply(Event::PassOver { left: 1500, sent: 2000 }), in_step);
     // And not sealed before all of it is drained.
     assert_eq!(way.apply(Event::Seal), [Action::Veto(Veto::BlocksLeft)]);
+}
+
+#[test]
+fn who_is_in_a_hurry_goes_in_step_before_a_pass_is_over() {
+    let mut way = Phases::new(WHOLE, false);
+    assert_eq!(way.apply(Event::Hurry), []);
+    way.apply(Event::Connected);
+    assert_eq!(way.apply(Event::Hurry), [Action::Mirror(true), Action::BeginPass]);
+    assert_eq!(way.phase(), Phase::Synchronous);
+    assert_eq!(way.apply(Event::Hurry), []);
+    // And not sealed before a pass has found nothing left.
+    assert_eq!(way.apply(Event::Seal), [Action::Veto(Veto::BlocksLeft)]);
+    assert_eq!(way.apply(Event::PassOver { left: 0, sent: 99 }), []);
+    assert_eq!(way.apply(Event::Seal), [Action::SendSeal]);
 }
 
 #[test]
@@ -45,7 +63,7 @@ fn livefs_five_phases_follow_each_other() {
     let mut way = Phases::new(EARLY, true);
     assert_eq!(way.apply(Event::Connected), []);
     assert_eq!(way.apply(Event::MonitoringOver), [Action::Rank, Action::BeginPass]);
-    assert_eq!(way.apply(Event::PassOver { left: 5 }).len(), 2);
+    assert_eq!(way.apply(Event::PassOver { left: 5, sent: 50 }).len(), 2);
     assert_eq!(way.apply(Event::Seal), [Action::SendSeal]);
     way.apply(Event::SealAcknowledged);
     assert_eq!(way.apply(Event::Ceded { missing: 70 }), [Action::SendRest]);
@@ -84,7 +102,7 @@ fn every_pair_of_phase_and_event_leads_where_the_picture_says() {
     use Phase::*;
     let table = |phase, event| match (phase, event) {
         (Monitoring, Event::MonitoringOver) => Bulk,
-        (Bulk | Dirty, Event::PassOver { left: 0 }) => Synchronous,
+        (Bulk | Dirty, Event::PassOver { left: 0, .. }) => Synchronous,
         (Bulk, Event::PassOver { .. }) => Dirty,
         (Synchronous | Sealing, Event::Unanswered | Event::Lost) => Dirty,
         (Synchronous, Event::Seal) => Sealing,

@@ -69,6 +69,9 @@ impl SendError {
 pub enum Command {
     /// The monitoring time is over.
     EndMonitoring,
+    /// Have writes go to both sides at once, whatever is left: what they make dirty would not be sent
+    /// in time.
+    GoInStep,
     /// The VM is paused: seal, and say when it is done or why not.
     Seal(oneshot::Sender<Result<(), Veto>>),
     /// The VM runs on here after all.

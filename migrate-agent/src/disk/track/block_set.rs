@@ -1,4 +1,4 @@
-//! A set of block numbers, one bit each: 256 bytes for a GiB in blocks of 512 KiB.
+//! A set of block numbers, one bit each: 2 KiB for a GiB in blocks of 64 KiB.
 //!
 //! `sync::incoming` keeps what is missing in it. For one owner; the map that several threads mark is
 //! [`super::DirtyMap`].
