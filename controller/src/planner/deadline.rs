@@ -18,6 +18,20 @@ use super::{Goes, millis};
 use crate::clock::UnixMs;
 use crate::evacuation::DiskDate;
 
+/// What no prediction knows of (how QEMU's iterations end, how long the last flush of a busy disk takes)
+/// is allowed this much of the window, and a second.
+const MARGIN: u32 = 20;
+/// But no more than this.
+const MARGIN_MOST: Duration = Duration::from_secs(10);
+
+/// Each brings limit and memory's time nearer to each other; after two they differ by little.
+const ROUNDS: usize = 2;
+
+/// Beside a guest's writes an agent gives memory what they leave of this part of the link, and no less than
+/// one in so many parts of it (the agent's `source/copying.rs`).
+const MEMORY_SHARE_MOST: f64 = 0.9;
+const MEMORY_SHARE_LEAST: u64 = 4;
+
 /// What a VM's owner was promised for its disks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskPromise {
@@ -35,14 +49,14 @@ pub(super) fn keep(
     now: UnixMs,
     deadline: UnixMs,
 ) -> Vec<String> {
-    let window = Duration::from_millis(deadline.since(now));
+    let window = aimed_at(Duration::from_millis(deadline.since(now)));
     let mut notes = Vec::new();
     for one in goes.iter_mut().filter(|one| one.figures.disk.0 > 0) {
         let own = one.step.predicted.prediction.likely.total_time.saturating_add(one.between);
         let others = total.saturating_sub(own);
         let window = window.saturating_sub(others);
-        let need = need(one, window);
-        let (limit, note) = judge(one, &need);
+        let (need, found) = Terms::of(one).settle(window);
+        let (limit, note) = judge(one, found);
         let copying = millis(window.saturating_sub(need.vmm_time));
         let in_step_by = UnixMs(now.0.saturating_add(copying));
         let may_throttle = !one.disk_promise.unthrottled;
@@ -52,18 +66,81 @@ pub(super) fn keep(
     notes
 }
 
-fn need(goes: &Goes, window: Duration) -> Need {
-    let network = goes.step.predicted.bandwidth.bytes_per_sec();
-    let copy = disk_copy(&goes.figures, network);
-    let total = goes.step.predicted.prediction.likely.total_time;
-    let vmm_time = total.saturating_sub(copy.time).saturating_add(goes.between);
-    Need { left: copy.content, network, vmm_time, window, spread: 1.0 }
+/// A date is kept by who aims at a little earlier.
+fn aimed_at(window: Duration) -> Duration {
+    let margin = (window / MARGIN + Duration::from_secs(1)).min(MARGIN_MOST);
+    window.saturating_sub(margin)
 }
 
-fn judge(goes: &Goes, need: &Need) -> (Option<BytesPerSec>, Option<String>) {
+/// What is known of a VM before it goes.
+struct Terms<'a> {
+    vm: &'a MeasuredVm,
+    promise: DiskPromise,
+    network: BytesPerSec,
+    /// Its predicted total time, while nobody holds it back.
+    total: Duration,
+    /// From the end of the one before it to its first page.
+    between: Duration,
+}
+
+impl<'a> Terms<'a> {
+    fn of(goes: &'a Goes) -> Self {
+        Self {
+            vm: &goes.figures,
+            promise: goes.disk_promise,
+            network: goes.step.predicted.bandwidth.bytes_per_sec(),
+            total: goes.step.predicted.prediction.likely.total_time,
+            between: goes.between,
+        }
+    }
+
+    /// A guest that is held back is so while its memory moves, too, and memory has what that leaves of
+    /// the link: the limit makes the time that it is computed from.
+    fn settle(&self, window: Duration) -> (Need, Verdict) {
+        let (wanted, promised) = (Some(self.vm.disk_writes), self.promise.rate);
+        let free = self.need(window, self.vm.disk_writes);
+        let found = verdict(&free, Writes { wanted, promised });
+        if found == Verdict::Free || self.promise.unthrottled {
+            return (free, found);
+        }
+        let least = promised.max(SLOWEST);
+        let most = |held| {
+            let need = self.need(window, held);
+            (need, verdict(&need, Writes { wanted: None, promised }))
+        };
+        let (mut best, mut held) = (most(least), least);
+        if matches!(best.1, Verdict::Limit(_)) {
+            best.1 = Verdict::Limit(least);
+        }
+        // Memory beside the slowest guest leaves the copy most time; beside a guest that makes use of
+        // all that, less. Who is held to what comes of the latter keeps the date.
+        for _ in 0..ROUNDS {
+            let Verdict::Limit(bold) = most(held).1 else { break };
+            let careful = most(bold);
+            let Verdict::Limit(rate) = careful.1 else { break };
+            (best, held) = (careful, rate);
+        }
+        best
+    }
+
+    /// What has to be done by when, of a guest that writes at `writes` while its memory moves.
+    fn need(&self, window: Duration, writes: BytesPerSec) -> Need {
+        let copy = disk_copy(self.vm, self.network);
+        // Predicted at what the guest leaves of the link when nobody holds it back. Faster, memory gains
+        // more than in proportion, because the guest dirties less of it meanwhile.
+        let memory = self.total.saturating_sub(copy.time);
+        let predicted_at = (self.network - copy.writes).0 as f64;
+        let leaves = self.network.scale(MEMORY_SHARE_MOST) - writes.min(copy.writes);
+        let leaves = leaves.max(BytesPerSec(self.network.0 / MEMORY_SHARE_LEAST));
+        let memory = memory.mul_f64(predicted_at / leaves.0.max(1) as f64);
+        let vmm_time = memory.saturating_add(self.between);
+        Need { left: copy.content, network: self.network, vmm_time, window, spread: 1.0 }
+    }
+}
+
+fn judge(goes: &Goes, found: Verdict) -> (Option<BytesPerSec>, Option<String>) {
     let (vm, promise) = (&goes.figures, goes.disk_promise);
-    let writes = Writes { wanted: Some(vm.disk_writes), promised: promise.rate };
-    match verdict(need, writes) {
+    match found {
         Verdict::Free => (None, None),
         Verdict::Limit(rate) | Verdict::Conflict(Choices { limit: Some(rate), .. })
             if promise.unthrottled =>
@@ -128,6 +205,47 @@ mod tests {
             disk_writes: BytesPerSec(40_000_000),
             error: 0.0,
         }
+    }
+
+    /// 1 GiB over 25 MB/s, and 3 s of memory over an idle link: 12 s beside 20 MB/s of writes.
+    fn terms(vm: &MeasuredVm, writes: u64) -> Terms<'_> {
+        let network = BytesPerSec(25_000_000);
+        let memory = 75.0 / (25.0 - writes as f64 / 1e6);
+        let total = disk_copy(vm, network).time + Duration::from_secs_f64(memory);
+        let (promise, between) = (DiskPromise::default(), Duration::ZERO);
+        Terms { vm, promise, network, total, between }
+    }
+
+    #[test]
+    fn a_date_is_aimed_at_with_a_margin_that_has_an_end() {
+        let seconds = |window| aimed_at(Duration::from_secs(window)).as_secs();
+        assert_eq!((seconds(1), seconds(60), seconds(3600)), (0, 56, 3590));
+    }
+
+    #[test]
+    fn who_is_held_back_leaves_memory_the_link_and_gets_some_of_the_time() {
+        let vm = MeasuredVm { disk_writes: BytesPerSec(20_000_000), ..vm() };
+        let terms = terms(&vm, 20_000_000);
+        let window = Duration::from_secs(62);
+        let (need, found) = terms.settle(window);
+        let Verdict::Limit(limit) = found else { panic!("{found:?}") };
+        // 4 s of memory beside 5 MB/s; 12 s beside what it wants would leave it 2 MB/s.
+        assert!((5_000_000..6_000_000).contains(&limit.0), "{limit:?} {need:?}");
+        let memory = Duration::from_secs_f64(75.0 / (22.5 - limit.0 as f64 / 1e6));
+        assert!(need.vmm_time >= memory && need.vmm_time < memory + Duration::from_millis(100));
+        // The date holds with what it was computed from.
+        let took = need.left.time_at(need.network - limit).unwrap() + memory;
+        assert!(took <= window && took + Duration::from_secs(1) > window, "{took:?}");
+    }
+
+    #[test]
+    fn who_writes_little_is_left_alone_and_who_may_not_be_held_back_is_counted_as_it_writes() {
+        let vm = MeasuredVm { disk_writes: BytesPerSec(2_000_000), ..vm() };
+        assert_eq!(terms(&vm, 2_000_000).settle(Duration::from_secs(62)).1, Verdict::Free);
+        let vm = MeasuredVm { disk_writes: BytesPerSec(20_000_000), ..vm };
+        let promise = DiskPromise { unthrottled: true, ..DiskPromise::default() };
+        let (need, _) = Terms { promise, ..terms(&vm, 20_000_000) }.settle(Duration::from_secs(62));
+        assert_eq!(need.vmm_time.as_secs(), 12);
     }
 
     #[test]
