@@ -4,9 +4,11 @@
 //! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The
 //! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
+pub mod disk_baseline;
 pub mod livefs;
 mod machine;
 pub mod migratefs_3;
+pub mod migratefs_4;
 pub mod overhead;
 pub mod plot;
 pub mod reservation;
@@ -111,6 +113,14 @@ pub const EXPERIMENTS: &[Entry] = &[
         name: migratefs_3::NAME,
         about: "what does a disk cost that is open through our mount, and is a limit kept?",
     },
+    Entry {
+        name: migratefs_4::NAME,
+        about: "does a disk leave by its date, and what does that leave its guest?",
+    },
+    Entry {
+        name: disk_baseline::NAME,
+        about: "what does a VM take that goes with its disk, against QEMU's own mirror?",
+    },
 ];
 
 /// Whether an experiment stands on `lab/up`, which makes namespaces of its own; the others are run
@@ -139,6 +149,8 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         livefs::six::NAME => Some(livefs::six::run(setting).await),
         livefs::seven::NAME => Some(livefs::seven::run(setting).await),
         migratefs_3::NAME => Some(migratefs_3::run(setting).await),
+        migratefs_4::NAME => Some(migratefs_4::run(setting).await),
+        disk_baseline::NAME => Some(disk_baseline::run(setting).await),
         _ => None,
     }
 }
@@ -158,6 +170,8 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
         livefs::six::NAME => livefs::six::plots(record),
         livefs::seven::NAME => livefs::seven::plots(record),
         migratefs_3::NAME => migratefs_3::plots(record),
+        migratefs_4::NAME => migratefs_4::plots(record),
+        disk_baseline::NAME => disk_baseline::plots(record),
         _ => vec![],
     }
 }

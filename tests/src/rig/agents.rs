@@ -14,7 +14,7 @@ use hyper_util::rt::TokioIo;
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     Command as Ordered, ListVmsRequest, MigrationProgress, Mode, PrepareDestinationRequest,
-    QueryMigrationRequest, StartMigrationRequest, StartVmRequest, VmStatus,
+    QueryMigrationRequest, StartMigrationRequest, StartVmRequest, StopVmRequest, VmStatus,
 };
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -63,7 +63,7 @@ impl Agent {
         images: &Path,
     ) -> Result<Self, RigError> {
         let own = folder.join(host);
-        for name in ["vms", "profiles"] {
+        for name in ["vms", "profiles", "disks"] {
             fs::create_dir_all(own.join(name)).map_err(RigError::io("cannot make folders"))?;
         }
         let certificates = folder.join(format!("certs/agent-{host}"));
@@ -109,6 +109,17 @@ impl Agent {
         let request = StartVmRequest { command: self.command(), vm: vm.to_owned() };
         let started = self.client.start_vm(request).await;
         started.map(drop).map_err(RigError::refused("to start a VM"))
+    }
+
+    /// Ends a VM, without asking its guest.
+    ///
+    /// # Errors
+    /// With the agent's words.
+    pub async fn stop_vm(&mut self, vm: &str) -> Result<(), RigError> {
+        let command = self.command();
+        let request = StopVmRequest { command, vm: vm.to_owned(), grace_ms: 0 };
+        let stopped = self.client.stop_vm(request).await;
+        stopped.map(drop).map_err(RigError::refused("to stop a VM"))
     }
 
     /// A VM as this host sees it.
@@ -202,6 +213,11 @@ impl Prepared {
         Ok(Self { request })
     }
 
+    /// Has the guest change at most so much of its disks per second, in bytes, until it is paused.
+    pub fn hold_writes(&mut self, bytes_per_sec: u64) {
+        self.request.disk_limit_bytes_per_sec = bytes_per_sec;
+    }
+
     /// Sets it going, with this aim for the pause and this limit in bit/s.
     ///
     /// # Errors
@@ -239,6 +255,7 @@ fn configuration(
          vms_dir = \"{own}/vms\"\n\
          profiles_dir = \"{own}/profiles\"\n\
          memory = \"4 GiB\"\n\
+         disk_dirs = [\"{own}/disks\"]\n\
          [qemu]\n\
          user = \"nobody\"\n\
          accelerator = \"tcg\"\n\

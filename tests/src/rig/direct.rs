@@ -20,7 +20,8 @@ use crate::clock;
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// `nobody`, on Debian.
 const NOBODY: User = User { uid: 65534, gid: 65534 };
-const PORT: u16 = 7500;
+/// Where one that waits listens.
+pub const PORT: u16 = 7500;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where a QEMU runs.
@@ -117,6 +118,12 @@ impl Direct {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Its monitor.
+    #[must_use]
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
     }
 
     /// What its guest has said on its serial line here.

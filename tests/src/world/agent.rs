@@ -150,7 +150,7 @@ impl Agent {
         use std::os::unix::fs::PermissionsExt;
         let (file, path, format, key) = match disk {
             Disk::None => return Ok(String::new()),
-            Disk::Raw => (self.disk(), "disk".to_owned(), "raw", String::new()),
+            Disk::Raw | Disk::Busy(_) => (self.disk(), "disk".to_owned(), "raw", String::new()),
             Disk::Overlay => (self.disk(), "disk".to_owned(), "qcow2", String::new()),
             Disk::Shared => {
                 let file = self.shared().join("disk.raw");
@@ -160,6 +160,7 @@ impl Agent {
         };
         match disk {
             Disk::Overlay => self.make_overlay(&file)?,
+            Disk::Busy(busy) => File::create(&file)?.set_len(busy.image)?,
             _ => File::create(&file)?.set_len(DISK_BYTES)?,
         }
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
@@ -208,6 +209,13 @@ impl Agent {
     pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
         let writes = match disk {
             Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300"),
+            Disk::Busy(busy) => format!(
+                " lb.disk={} lb.disk_block={} lb.disk_rate={} lb.disk_check={}",
+                busy.image,
+                busy.block,
+                busy.rate / busy.block,
+                busy.check_percent
+            ),
             Disk::None | Disk::Shared => String::new(),
         };
         let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;

@@ -16,15 +16,17 @@ use crate::rig::RigError;
 
 /// A controller sees all its hosts within this time.
 const SIGHT_LIMIT: Duration = Duration::from_secs(60);
-/// What the plan believes that a link carries, and what the agents hold to: it lets a migration
-/// take long enough to be hit.
-const CAPACITY: &str = "400 Mbit/s";
+/// What the plan believes that a link carries, and what the agents hold to, in bit/s: it lets a
+/// migration take long enough to be hit.
+pub(super) const CAPACITY: u64 = 400_000_000;
 
 /// The controller, which may be dead, and its commands.
 pub struct Control {
     folder: PathBuf,
     program: PathBuf,
     hosts: usize,
+    /// What each link carries, in bit/s.
+    link: u64,
     child: Option<Child>,
 }
 
@@ -35,9 +37,14 @@ pub struct Attended {
 }
 
 impl Control {
-    pub(super) fn start(world: &Path, programs: &Path, hosts: usize) -> Result<Self, RigError> {
+    pub(super) fn start(
+        world: &Path,
+        programs: &Path,
+        hosts: usize,
+        link: u64,
+    ) -> Result<Self, RigError> {
         let (folder, program) = (world.to_owned(), programs.join("lifeboat"));
-        let mut control = Self { folder, program, hosts, child: None };
+        let mut control = Self { folder, program, hosts, link, child: None };
         fs::write(control.folder.join("lab.toml"), control.configuration())
             .map_err(RigError::io("cannot write the controller's configuration"))?;
         control.restart()?;
@@ -45,7 +52,7 @@ impl Control {
     }
 
     fn configuration(&self) -> String {
-        let dir = self.folder.display();
+        let (dir, capacity) = (self.folder.display(), self.link / 1_000_000);
         let mut text = format!(
             "[controller]\nlisten = [\"unix:{dir}/controller.sock\"]\nstate_dir = \"{dir}/controller\"\n\
              metrics_listen = \"off\"\n[policy]\nmeasure_window_ms = 200\n\
@@ -56,7 +63,7 @@ impl Control {
                 "[[host]]\nname = \"{name}\"\nagent = \"unix:{dir}/{name}/agent.sock\"\n\
                  ovsdb = \"unix:{dir}/no-switch.sock\"\nbridge = \"br0\"\nuplink = \"{name}-eth0\"\n\
                  address = \"127.0.0.1\"\n\
-                 [[link]]\na = \"s1:s1-{name}\"\nb = \"{name}:{name}-eth0\"\ncapacity = \"{CAPACITY}\"\n"
+                 [[link]]\na = \"s1:s1-{name}\"\nb = \"{name}:{name}-eth0\"\ncapacity = \"{capacity} Mbit/s\"\n"
             ));
         }
         text

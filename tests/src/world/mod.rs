@@ -73,6 +73,21 @@ pub enum Disk {
     Overlay,
     /// A file on a storage that the first two hosts reach; the third one says that it does, too.
     Shared,
+    /// An image of its host's, all of it written again and again, as fast as that says.
+    Busy(Busy),
+}
+
+/// How a guest writes to an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Busy {
+    /// The image's length, bytes.
+    pub image: u64,
+    /// Of one write, which lies anywhere in the image, bytes.
+    pub block: u64,
+    /// What it would like to write, bytes/s.
+    pub rate: u64,
+    /// Blocks that it reads back and checks for 100 that it writes.
+    pub check_percent: u64,
 }
 
 /// The world. Everything in it ends when it is dropped; QEMUs end with the process's namespace.
@@ -101,7 +116,16 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, HOSTS)
+        Self::raise(number, images, disk, HOSTS, control::CAPACITY)
+    }
+
+    /// The same, and its links carry so much, in bit/s: what the plan counts with, and what the agents
+    /// hold to.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_on(number: usize, images: &Path, disk: Disk, link: u64) -> Result<Self, RigError> {
+        Self::raise(number, images, disk, HOSTS, link)
     }
 
     /// The same with five hosts, all of which may keep pages of VMs that are between two others.
@@ -109,10 +133,16 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with_stores(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, HOSTS_WITH_STORES)
+        Self::raise(number, images, disk, HOSTS_WITH_STORES, control::CAPACITY)
     }
 
-    fn raise(number: usize, images: &Path, disk: Disk, hosts: usize) -> Result<Self, RigError> {
+    fn raise(
+        number: usize,
+        images: &Path,
+        disk: Disk,
+        hosts: usize,
+        link: u64,
+    ) -> Result<Self, RigError> {
         let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
         // QEMU's user must be able to pass through.
         let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
@@ -145,7 +175,7 @@ impl World {
         for agent in &mut agents {
             agent.start(None)?;
         }
-        let control = Control::start(folder.path(), &programs, hosts)?;
+        let control = Control::start(folder.path(), &programs, hosts, link)?;
         let world = Self { folder, agents, control, witness, relays };
         world.await_guest(0)?;
         Ok(world)
