@@ -53,12 +53,17 @@ impl Planner {
         };
         let (movable, mut stuck) = sort(order, source, &entry, &description, wanted);
         let begun = clock::now();
+        let mut statuses: BTreeMap<VmId, VmStatus> = movable.iter().cloned().collect();
         let asked = movable.iter().map(|(vm, status)| self.measured(source, vm, status, promised));
         let (mut vms, mut promises) = (Vec::new(), BTreeMap::new());
         for ((vm, status), measured) in movable.iter().zip(join_all(asked).await) {
             let definition = status.definition.clone().unwrap_or_default();
             match measured {
                 Ok(said) => {
+                    if let Some(reason) = told(order.mode, vm, &said, &mut statuses) {
+                        stuck.push(stays(source, vm, reason));
+                        continue;
+                    }
                     let memory = Bytes(definition.memory_bytes);
                     let measured = facts::measured_vm(vm, memory, &said);
                     let needs = facts::vm_needs(vm, status, &definition, &description, &measured);
@@ -90,7 +95,6 @@ impl Planner {
             experience: Experience::default(),
             between: SETTING_UP.saturating_add(measuring.max(self.window())),
         };
-        let statuses = movable.into_iter().collect();
         Ok((Gathered { inventory, promises, statuses }, stuck))
     }
 
@@ -239,6 +243,19 @@ fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
         }
         () => None,
     }
+}
+
+/// Notes what a VM's QEMU said while it was measured, which its definition did not; why it cannot move
+/// in this mode, if that is why.
+fn told(
+    mode: Mode,
+    vm: &VmId,
+    said: &VmMeasurement,
+    statuses: &mut BTreeMap<VmId, VmStatus>,
+) -> Option<String> {
+    let status = statuses.get_mut(vm).filter(|_| !said.post_copy_obstacle.is_empty())?;
+    status.post_copy_obstacle.clone_from(&said.post_copy_obstacle);
+    unfetchable(mode, status)
 }
 
 impl Gathered {

@@ -22,7 +22,7 @@ use crate::qemu::procfs::{self, TICKS_PER_SECOND};
 use crate::qemu::ram::{Ram, RamError};
 use crate::tasks;
 use crate::vms::definition::{Definition, Disk};
-use crate::vms::{Settings, VmError, Vms, taps};
+use crate::vms::{Settings, VmError, Vms, pinned, taps};
 
 /// The window where none is asked for.
 const WINDOW_DEFAULT: Duration = Duration::from_secs(2);
@@ -73,7 +73,7 @@ pub async fn measure(vms: &Vms, vm: &VmId, window_ms: u32) -> Result<VmMeasureme
     };
     let (pid, definition) = vms.process(vm)?;
     let size = launch::ram_under(vms.settings().accelerator, definition.memory);
-    let ram = Ram::find(pid, size)?;
+    let (ram, behind) = Ram::find_any(pid, size)?;
     let pages = ram.pages();
     // The same pages each time: two measurements of one VM differ by what it did, not by chance.
     let seed = xxh3_64(vm.as_str().as_bytes());
@@ -102,6 +102,7 @@ pub async fn measure(vms: &Vms, vm: &VmId, window_ms: u32) -> Result<VmMeasureme
         window_ms: u32::try_from(seen.window.as_millis()).unwrap_or(u32::MAX),
         sampled_pages: seen.changes.sampled,
         disk_bytes: local_disk_bytes(vms.settings(), &definition),
+        post_copy_obstacle: pinned::asked(vms, vm, behind).await.unwrap_or_default(),
     })
 }
 

@@ -3,6 +3,9 @@
 //! Used by `measure/`, and by `source/` to serve the pages of a stopped guest. Reading does not populate pages: what `/proc/PID/pagemap` calls neither
 //! present nor swapped is zero, and is not touched. The guest goes on meanwhile, so two reads
 //! of one page may differ; that is what is measured. Writing is not here.
+//!
+//! Serving needs memory that lies nowhere else ([`Ram::find`]): what another process has put into a
+//! shared file is not in QEMU's pagemap, and would be taken for zeroes. Measuring looks at any.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +19,8 @@ use super::procfs;
 /// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap): present, swapped.
 const POPULATED: u64 = 1 << 63 | 1 << 62;
 const ENTRY_BYTES: u64 = 8;
+/// `HUGETLBFS_MAGIC` of linux/magic.h, in statfs(2)'s `f_type`.
+const HUGETLBFS: rustix::fs::FsWord = 0x9584_58f6;
 
 /// Why a guest's memory cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +48,17 @@ pub enum RamError {
     },
 }
 
+/// What lies behind a guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Behind {
+    /// Nothing: it is QEMU's own.
+    Nothing,
+    /// A file, or memory that other processes may have too (memfd).
+    File,
+    /// Huge pages, each of so much.
+    HugePages(Bytes),
+}
+
 /// The memory of a guest.
 #[derive(Debug)]
 pub struct Ram {
@@ -53,23 +69,39 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Finds the memory of the guest of process `pid`, by its size.
+    /// Finds the memory of the guest of process `pid`, by its size; QEMU's own memory only.
     ///
     /// # Errors
     /// When there is not exactly one such mapping, or it cannot be read.
     pub fn find(pid: u32, size: Bytes) -> Result<Self, RamError> {
         let maps = procfs::maps(pid).map_err(|source| RamError::Read { pid, source })?;
-        let fits = |m: &&procfs::Mapping| {
-            m.writable && m.name.is_empty() && m.range.end - m.range.start == size.0
-        };
-        let mut found: Vec<_> = maps.iter().filter(fits).map(|m| m.range.clone()).collect();
-        match (found.pop(), found.len()) {
-            (Some(range), 0) => Self::open(pid, range),
-            (last, others) => {
-                let found = others + usize::from(last.is_some());
-                Err(RamError::NotFound { pid, found, size })
-            }
+        Self::open(pid, only(pid, size, own(&maps, size))?)
+    }
+
+    /// As [`Self::find`]; where QEMU has no memory of its own of that size, memory that lies in a file
+    /// or in huge pages.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn find_any(pid: u32, size: Bytes) -> Result<(Self, Behind), RamError> {
+        let maps = procfs::maps(pid).map_err(|source| RamError::Read { pid, source })?;
+        let own = own(&maps, size);
+        if !own.is_empty() {
+            return Ok((Self::open(pid, only(pid, size, own)?)?, Behind::Nothing));
         }
+        let in_files = maps.iter().filter(|m| m.writable && !m.name.is_empty());
+        let fits = |m: &procfs::Mapping| {
+            let behind = behind(pid, &m.range)?;
+            // A file of huge pages is of whole ones; the guest's memory need not be.
+            let whole = match behind {
+                Behind::HugePages(page) => size.0.next_multiple_of(page.0),
+                Behind::File | Behind::Nothing => size.0,
+            };
+            let range = m.range.start..m.range.start + size.0;
+            (m.range.end - m.range.start == whole).then_some((range, behind))
+        };
+        let (range, behind) = only(pid, size, in_files.filter_map(fits).collect())?;
+        Ok((Self::open(pid, range)?, behind))
     }
 
     /// The memory of process `pid` at `range`, which is of whole pages.
@@ -115,4 +147,32 @@ impl Ram {
     const fn failed(&self, source: io::Error) -> RamError {
         RamError::Read { pid: self.pid, source }
     }
+}
+
+fn own(maps: &[procfs::Mapping], size: Bytes) -> Vec<Range<u64>> {
+    let fits = |m: &&procfs::Mapping| {
+        m.writable && m.name.is_empty() && m.range.end - m.range.start == size.0
+    };
+    maps.iter().filter(fits).map(|m| m.range.clone()).collect()
+}
+
+fn only<T>(pid: u32, size: Bytes, mut found: Vec<T>) -> Result<T, RamError> {
+    match (found.pop(), found.len()) {
+        (Some(one), 0) => Ok(one),
+        (last, others) => {
+            let found = others + usize::from(last.is_some());
+            Err(RamError::NotFound { pid, found, size })
+        }
+    }
+}
+
+/// What a mapping with a name lies in; `None` for `[heap]` and the like, which are no files. The
+/// kernel's own link to the file leads there even where its name has gone.
+fn behind(pid: u32, range: &Range<u64>) -> Option<Behind> {
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", range.start, range.end);
+    let system = rustix::fs::statfs(link.as_str()).ok()?;
+    Some(match system.f_type == HUGETLBFS {
+        true => Behind::HugePages(Bytes(u64::try_from(system.f_bsize).ok()?)),
+        false => Behind::File,
+    })
 }

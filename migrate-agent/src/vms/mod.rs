@@ -19,7 +19,7 @@ mod guests;
 pub mod host_files;
 mod lifecycle;
 pub mod ownership;
-mod pinned;
+pub mod pinned;
 mod running;
 pub mod taps;
 mod wire;

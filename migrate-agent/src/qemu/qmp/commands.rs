@@ -95,6 +95,46 @@ impl Qmp {
         Ok(list.into_iter().map(|t| t.name).collect())
     }
 
+    /// The types of what lies at `path` of QEMU's tree of objects, such as `/machine/peripheral`, where
+    /// each device with an id is.
+    pub async fn qom_children(&self, path: &str) -> Result<Vec<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Property {
+            r#type: String,
+        }
+        let list: Vec<Property> = self.ask_with("qom-list", json!({"path": path})).await?;
+        let child =
+            |p: Property| Some(p.r#type.strip_prefix("child<")?.strip_suffix('>')?.to_owned());
+        Ok(list.into_iter().filter_map(child).collect())
+    }
+
+    /// The kinds of its memory devices: `dimm`, `virtio-mem` ...
+    pub async fn query_memory_devices(&self) -> Result<Vec<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Device {
+            r#type: String,
+        }
+        let list: Vec<Device> = self.ask("query-memory-devices").await?;
+        Ok(list.into_iter().map(|device| device.r#type).collect())
+    }
+
+    /// The names of the dirty bitmaps that somebody keeps of its disks: those that a job of QEMU's
+    /// keeps for itself have none.
+    pub async fn query_dirty_bitmaps(&self) -> Result<Vec<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Node {
+            #[serde(default, rename = "dirty-bitmaps")]
+            bitmaps: Vec<Bitmap>,
+        }
+        #[derive(Deserialize)]
+        struct Bitmap {
+            name: Option<String>,
+        }
+        let nodes: Vec<Node> =
+            self.ask_with("query-named-block-nodes", json!({"flat": true})).await?;
+        Ok(nodes.into_iter().flat_map(|node| node.bitmaps).filter_map(|b| b.name).collect())
+    }
+
     /// Switches migration capabilities. QEMU takes nearly every combination; whether it makes
     /// sense is the caller's to know.
     pub async fn migrate_set_capabilities(
