@@ -139,12 +139,14 @@ impl Wire for Ipv6Addr {
     }
 }
 
-/// Seconds and nanoseconds, 32 bits each. Nanoseconds beyond a second carry over, they cannot
-/// overflow.
+/// Seconds and nanoseconds, 32 bits each. A peer that says more nanoseconds than a second has is taken
+/// at the most of them: carried over, they may be a second for which 32 bits have no room, and what
+/// was read could not be written again.
 impl Wire for Duration {
     fn get(reader: &mut Reader<'_>) -> Result<Self, BodyError> {
         let seconds: u32 = reader.get()?;
-        Ok(Duration::new(u64::from(seconds), reader.get()?))
+        let nanoseconds: u32 = reader.get()?;
+        Ok(Duration::new(u64::from(seconds), nanoseconds.min(999_999_999)))
     }
     fn put(&self, out: &mut BytesMut) {
         out.put_u32(u32::try_from(self.as_secs()).unwrap_or(u32::MAX));
