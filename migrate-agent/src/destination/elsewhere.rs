@@ -309,6 +309,10 @@ impl DestinationTask {
             progress.pages_arrived = seen.arrived;
             progress.pages_stored = seen.stored;
             progress.faults_served = seen.faults;
+            progress.faults_from_stores = seen.waited.served;
+            progress.fault_wait_p50_us = seen.waited.p50_us;
+            progress.fault_wait_p99_us = seen.waited.p99_us;
+            progress.fault_overtaken = seen.waited.overtaken;
             progress.bytes_sent = progress.bytes_sent.max(seen.bytes);
             progress.bytes_remaining = left;
             progress.rate_bits_per_sec = rate;

@@ -5,6 +5,7 @@
 //! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
 pub mod disk_baseline;
+pub mod faults;
 pub mod livefs;
 mod machine;
 pub mod migratefs_3;
@@ -78,6 +79,10 @@ pub const EXPERIMENTS: &[Entry] = &[
         about: "what does a page cost on its way to a store and back, by batch size?",
     },
     Entry {
+        name: faults::NAME,
+        about: "what does a guest wait for a page that is in a store, against one bare GET?",
+    },
+    Entry {
         name: tenant::NAME,
         about: "what does a migration do to an application that has a queue of its own?",
     },
@@ -140,6 +145,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         reservation::NAME => Some(reservation::run(setting).await),
         overhead::NAME => Some(overhead::run(setting).await),
         solive_5::NAME => Some(solive_5::run(setting).await),
+        faults::NAME => Some(faults::run(setting).await),
         tenant::NAME => Some(tenant::run(setting).await),
         solive::three::NAME => Some(solive::three::run(setting)),
         solive::six::NAME => Some(solive::six::run(setting)),

@@ -26,14 +26,14 @@ use std::time::Duration;
 use lifeboat_agent::qemu::launch::{Accelerator, Begin, LaunchSpec};
 use lifeboat_lab::experiment::statistics::{differences, ratios};
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
-use lifeboat_protocol::agent::Phase;
+use lifeboat_protocol::agent::{Mode, Phase};
 use lifeboat_protocol::units::Bytes;
 use serde_json::json;
 
 use super::Setting;
 use super::machine::machine;
 use crate::clock;
-use crate::rig::agents::{Agent, Prepared, make_certificates};
+use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 use crate::rig::cpu::CpuMeter;
 use crate::rig::direct::{Aim, Direct, Moments, Place};
 use crate::rig::network::{self, Namespace};
@@ -229,7 +229,8 @@ impl Rig {
         let (to, wire) = (1 - self.at, Wire::start(&self.namespaces[self.at])?);
         let [one, other] = &mut self.agents;
         let (source, destination) = if self.at == 0 { (one, other) } else { (other, one) };
-        let prepared = Prepared::at(source, destination, "ours", &migration).await?;
+        let manner = Manner::of(Mode::PreCopy);
+        let prepared = Prepared::at(source, destination, "ours", &migration, manner).await?;
         let (from, there) =
             (source.vm("ours").await?.qemu_pid, destination.vm("ours").await?.qemu_pid);
         let relays = [source.pid(), destination.pid()];

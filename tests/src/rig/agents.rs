@@ -13,9 +13,11 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
-    Command as Ordered, ListVmsRequest, MigrationProgress, Mode, PrepareDestinationRequest,
-    QueryMigrationRequest, StartMigrationRequest, StartVmRequest, StopVmRequest, VmStatus,
+    Command as Ordered, ListVmsRequest, MigrationProgress, Mode, PageStore,
+    PrepareDestinationRequest, PrepareStoreRequest, QueryMigrationRequest, ReleaseStoreRequest,
+    ScatterPlan, StartMigrationRequest, StartVmRequest, StopVmRequest, VmStatus,
 };
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -32,6 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Agent {
     host: String,
+    address: Ipv4Addr,
     folder: PathBuf,
     process: Running,
     client: AgentClient<Channel>,
@@ -74,7 +77,7 @@ impl Agent {
         let mut process =
             Running::start(command.arg("--config").arg(&file), &own.join("agent.log"))?;
         let client = connect(&own, &mut process).await?;
-        Ok(Self { host: host.to_owned(), folder: own, process, client, operations: 0 })
+        Ok(Self { host: host.to_owned(), address, folder: own, process, client, operations: 0 })
     }
 
     /// Its process id.
@@ -136,6 +139,39 @@ impl Agent {
             .ok_or_else(|| RigError::refused("a VM's status")(format!("no VM {vm} here")))
     }
 
+    /// Keeps pages of a migration from now on.
+    ///
+    /// # Errors
+    /// With the agent's words.
+    pub async fn store(
+        &mut self,
+        migration: &str,
+        vm: &str,
+        room: Bytes,
+    ) -> Result<PageStore, RigError> {
+        let request = PrepareStoreRequest {
+            command: self.command(),
+            migration: migration.to_owned(),
+            vm: vm.to_owned(),
+            memory_bytes: room.0,
+            ..PrepareStoreRequest::default()
+        };
+        let prepared = self.client.prepare_store(request).await;
+        let prepared = prepared.map_err(RigError::refused("a store"))?.into_inner();
+        prepared.store.ok_or_else(|| RigError::refused("a store")("none was given"))
+    }
+
+    /// Ends what it keeps of a migration.
+    ///
+    /// # Errors
+    /// With the agent's words.
+    pub async fn release(&mut self, migration: &str) -> Result<(), RigError> {
+        let command = self.command();
+        let request = ReleaseStoreRequest { command, migration: migration.to_owned() };
+        let released = self.client.release_store(request).await;
+        released.map(drop).map_err(RigError::refused("to release a store"))
+    }
+
     /// A migration as this side sees it.
     ///
     /// # Errors
@@ -170,6 +206,25 @@ impl Agent {
     }
 }
 
+/// How a guest moves.
+#[derive(Debug, Clone)]
+pub struct Manner {
+    /// The mode.
+    pub mode: Mode,
+    /// Where its pages wait; of scatter-gather.
+    pub scatter: Option<ScatterPlan>,
+    /// At what pace the destination fetches in the background; zero: as fast as it goes.
+    pub gather_limit: BitsPerSec,
+}
+
+impl Manner {
+    /// Without stores, and as fast as it goes.
+    #[must_use]
+    pub fn of(mode: Mode) -> Self {
+        Self { mode, scatter: None, gather_limit: BitsPerSec::ZERO }
+    }
+}
+
 /// A migration that the destination is ready for; [`Prepared::start`] sets it going.
 #[derive(Debug)]
 pub struct Prepared {
@@ -186,17 +241,19 @@ impl Prepared {
         destination: &mut Agent,
         vm: &str,
         migration: &str,
+        manner: Manner,
     ) -> Result<Self, RigError> {
         let status = source.vm(vm).await?;
         let request = PrepareDestinationRequest {
             command: destination.command(),
             migration: migration.to_owned(),
             definition: status.definition,
-            mode: Mode::PreCopy.into(),
+            mode: manner.mode.into(),
             generation: status.generation,
             source_host: source.host.clone(),
-            source_page_address: String::new(),
-            ..PrepareDestinationRequest::default()
+            source_page_address: format!("{}:{PAGE_PORT}", source.address),
+            scatter: manner.scatter.clone(),
+            gather_limit_bits_per_sec: manner.gather_limit.0,
         };
         let reply = destination.client.prepare_destination(request).await;
         let reply = reply.map_err(RigError::refused("to prepare the destination"))?.into_inner();
@@ -204,7 +261,8 @@ impl Prepared {
             command: source.command(),
             migration: migration.to_owned(),
             vm: vm.to_owned(),
-            mode: Mode::PreCopy.into(),
+            mode: manner.mode.into(),
+            scatter: manner.scatter,
             destination_host: destination.host.clone(),
             page_address: reply.page_address,
             token: reply.token,
@@ -247,7 +305,7 @@ fn configuration(
         "host = \"{host}\"\n\
          listen = [\"unix:{own}/agent.sock\"]\n\
          page_listen = \"{address}:{PAGE_PORT}\"\n\
-         roles = [\"hypervisor\"]\n\
+         roles = [\"hypervisor\", \"intermediary\"]\n\
          tls_dir = \"{}\"\n\
          state_dir = \"{own}/state\"\n\
          run_dir = \"{own}/qemu\"\n\

@@ -14,6 +14,7 @@ pub mod network;
 pub mod private;
 pub mod program;
 pub mod rack;
+pub mod stores;
 pub mod switch;
 pub mod traffic;
 pub mod userfaultfd;

@@ -17,6 +17,7 @@ pub(crate) mod journal;
 mod lanes;
 pub(super) mod recover;
 mod stores;
+mod waits;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -48,6 +49,8 @@ use journal::Journal;
 use lanes::Lane;
 pub(super) use stores::Reachable;
 use stores::{Fetched, Stores};
+pub(super) use waits::Waited;
+use waits::Waits;
 
 /// Pages that are asked of the source at once in the background.
 pub(super) const BATCH_PAGES: usize = 128;
@@ -81,6 +84,8 @@ pub(super) struct Seen {
     pub(super) stored: u64,
     /// Pages that QEMU has asked for.
     pub(super) faults: u64,
+    /// What it waited for those that were in stores.
+    pub(super) waited: Waited,
     /// Bytes of pages that came, from wherever.
     pub(super) bytes: u64,
     /// Pages that the guest waits for and to which no way is left.
@@ -185,6 +190,7 @@ struct Driver {
     gone: BTreeSet<PageAt>,
     /// There was nothing to do in the background when it was last asked.
     idle: bool,
+    waits: Waits,
 }
 
 /// The background's own pace.
@@ -264,6 +270,7 @@ impl Driver {
             stores: None,
             gone: BTreeSet::new(),
             idle: false,
+            waits: Waits::default(),
         }
     }
 
@@ -348,13 +355,18 @@ impl Driver {
     }
 
     async fn hear(&mut self, bytes: Bytes) -> Result<(), Failure> {
+        let now = clock::now();
         self.answers.feed(bytes);
         while let Some(message) = self.answers.read()? {
             match message {
                 Message::RequestPages { block, range } => {
                     self.show.send_modify(|seen| seen.faults += u64::from(range.count));
                     for page in range.first..range.first + range.count {
-                        self.apply(Event::Fault(PageAt { block, page })).await?;
+                        let at = PageAt { block, page };
+                        if let Ok(Where::InPack { .. }) = self.gather.ledger().find(at) {
+                            self.waits.asked(at, now);
+                        }
+                        self.apply(Event::Fault(at)).await?;
                     }
                 }
                 Message::Pong(PING_IN_PACKAGE) => {
@@ -417,6 +429,7 @@ impl Driver {
     }
 
     async fn perform(&mut self, actions: Vec<Action>) -> Result<(), Failure> {
+        let mut placed = Vec::new();
         for action in actions {
             match action {
                 Action::Load => self.write_package(),
@@ -424,14 +437,22 @@ impl Driver {
                 Action::Resume | Action::Finish => {}
                 Action::Fetch { at, place } => self.fetch(at, place).await,
                 Action::FetchBatch(batch) => self.fetch_batch(batch).await,
-                Action::Place(at) => self.write_page(at),
+                Action::Place(at) => {
+                    self.write_page(at);
+                    placed.push(at);
+                }
                 Action::Zeroes(pages) => compose::part(&mut self.writer, |writer| {
                     pages.into_iter().for_each(|at| writer.zero(at));
                 }),
                 Action::Close => compose::closing(&mut self.writer),
             }
         }
-        self.flush().await
+        self.flush().await?;
+        if self.waits.any() {
+            let now = clock::now();
+            placed.into_iter().for_each(|at| self.waits.written(at, now));
+        }
+        Ok(())
     }
 
     fn write_package(&mut self) {
@@ -471,6 +492,7 @@ impl Driver {
             stores.fetch_pack(*pack);
         }
         self.batch = Some(batch);
+        self.waits.batch_begins();
         self.ask_batch().await;
     }
 
@@ -494,6 +516,7 @@ impl Driver {
             self.arrive(at, Event::BatchCame(at)).await?;
         }
         self.batch = None;
+        self.waits.batch_ends();
         self.pace.took(bytes);
         self.apply(Event::BatchEnded).await
     }
@@ -511,7 +534,11 @@ impl Driver {
         let told = self.stores.as_ref().is_some_and(|stores| stores.complete);
         let released = told && counts.at_source == 0 && counts.absent == 0;
         let stuck = self.gather.stuck() as u64;
+        let waits = &mut self.waits;
         self.show.send_if_modified(|seen| {
+            if seen.waited.served != waits.served() {
+                seen.waited = waits.waited();
+            }
             let arrived = seen.total.saturating_sub(counts.at_source + counts.in_pack);
             let now = (arrived, counts.in_pack, stuck, released);
             let changed = (seen.arrived, seen.stored, seen.stuck, seen.released) != now;

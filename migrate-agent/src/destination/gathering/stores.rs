@@ -401,6 +401,7 @@ impl Driver {
                     self.ask_source_for(pack).await;
                 }
                 self.pace.rest();
+                self.waits.batch_ends();
                 self.apply(Event::BatchEnded).await
             }
             Fetched::Back(store, reached) => self.take_back(store, reached).await,

@@ -3,7 +3,7 @@
 //! Used by its experiment. The packs are what a migration makes: sealed, checked, opened again.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,15 +20,13 @@ use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{
     Key, KeySpace, Login, RedisStore, Secret, Settings, StoreServer, TlsListen, User,
 };
-use rustls::pki_types::ServerName;
 use tokio::task::JoinSet;
-use tokio_rustls::TlsConnector;
 
 use crate::clock;
 use crate::rig::network::{self, Namespace};
 use crate::rig::program::run;
 use crate::rig::switch::Switch;
-use crate::rig::{RigError, agents, private};
+use crate::rig::{RigError, agents, private, stores};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -93,8 +91,11 @@ impl Rig {
         let server = started.map_err(RigError::refused("a store"))?;
         let identity = TlsIdentity::load(&folder.join("certs/agent-h1"))
             .map_err(RigError::refused("the certificates"))?;
-        let packs = connect(&source, &settings, &identity).await?;
-        let singles = connect(&source, &settings, &identity).await?;
+        let (user, keys) = (settings.migration.clone(), settings.keys.clone());
+        let login = Login { user, keys, patience: PATIENCE, expected: None };
+        let at = SocketAddr::from((INTERMEDIARY, PORT));
+        let packs = stores::connect(&source, at, &login, &identity).await?;
+        let singles = stores::connect(&source, at, &login, &identity).await?;
         let opener = MigrationKey::new(SECRET).opener(tag());
         let reading = Arc::new(Reading { migration: tag(), opener: Some(opener) });
         Ok(Self { server, packs, singles, reading, _switch: switch })
@@ -295,27 +296,4 @@ fn starter(folder: &Path, namespace: &Namespace) -> Result<PathBuf, RigError> {
         .and_then(|()| fs::set_permissions(&program, fs::Permissions::from_mode(0o755)));
     written.map_err(RigError::io("cannot write the store's starter"))?;
     Ok(program)
-}
-
-async fn connect(
-    source: &Namespace,
-    settings: &Settings,
-    identity: &TlsIdentity,
-) -> Result<RedisStore, RigError> {
-    let address = SocketAddr::from((INTERMEDIARY, PORT));
-    let lost = || RigError::io("cannot connect to the store");
-    // A socket belongs to the namespace that it was made in.
-    let stream = source.within(move || {
-        let stream = TcpStream::connect(address)?;
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
-        Ok(stream)
-    })?;
-    let stream = stream.and_then(tokio::net::TcpStream::from_std).map_err(lost())?;
-    let connector = TlsConnector::from(Arc::clone(identity.client_config()));
-    let name = ServerName::from(std::net::IpAddr::from(INTERMEDIARY));
-    let stream = connector.connect(name, stream).await.map_err(lost())?;
-    let (user, keys) = (settings.migration.clone(), settings.keys.clone());
-    let login = Login { user, keys, patience: PATIENCE, expected: None };
-    RedisStore::connect(stream, &login).await.map_err(RigError::refused("a login"))
 }

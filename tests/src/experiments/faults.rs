@@ -1,0 +1,302 @@
+//! What does a guest wait for a page that is in a store, against one bare GET?
+//!
+//! ```text
+//!   h1 ── s1 ── h2      a guest of 192 MiB moves to and fro by scatter-gather; h2 fetches slowly in
+//!          |            the background, so that the guest asks for most of its pages itself
+//!          i1: store
+//! ```
+//!
+//! While the destination gathers, this program sends a GET now and then from the destination's host, on
+//! a connection of its own, for a value of as many bytes as one page takes in a store: TLS, Redis and the
+//! network are the same, QEMU, the ledger and decryption are left out. The guest's waits are the
+//! agent's own count, from the request read off QEMU to the page written to QEMU, of pages that were in a
+//! store when they were asked for. What of the background overtook a page is the agent's count, too.
+//!
+//! What others show: SOLive (V-B) names the wait for faults as the price of scatter-gather, and states
+//! no figure.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use lifeboat_agent::tls::TlsIdentity;
+use lifeboat_lab::experiment::statistics::ratios;
+use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
+use lifeboat_protocol::agent::{Mode, PageStore, Phase, ScatterPlan};
+use lifeboat_protocol::ids::MigrationId;
+use lifeboat_protocol::units::{BitsPerSec, Bytes};
+use lifeboat_scatter_gather::pack::slot_bytes;
+use lifeboat_scatter_gather::page::PackId;
+use lifeboat_scatter_gather::store::{Key, KeySpace, Login, RedisStore, Secret, User};
+use serde_json::json;
+
+use super::Setting;
+use super::machine::machine;
+use crate::clock;
+use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
+use crate::rig::network::{self, Namespace};
+use crate::rig::program::run as run_program;
+use crate::rig::switch::Switch;
+use crate::rig::userfaultfd::Allowed;
+use crate::rig::{RigError, private, stores};
+
+/// Its name.
+pub const NAME: &str = "faults";
+
+const HOSTS: [&str; 3] = ["h1", "h2", "i1"];
+const ADDRESSES: [Ipv4Addr; 3] =
+    [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 3)];
+const PORTS: [&str; 3] = ["to-h1", "to-h2", "to-i1"];
+const VM: &str = "guest";
+const MEMORY: Bytes = Bytes::from_mib(192);
+const ROOM: Bytes = Bytes::from_mib(320);
+/// It looks at all of its memory again and again, page by page.
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+                                lb.name=guest lb.role=M lb.region=120MiB lb.dirty=200 lb.check=3000";
+/// The background's pace: much less than what the guest asks for.
+const GATHER: BitsPerSec = BitsPerSec(40_000_000);
+const DOWNTIME: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Between two bare GETs; the guest's own requests come about as often.
+const PAUSE: Duration = Duration::from_micros(500);
+/// The name of the value that is fetched bare: no pack of a migration has such a number.
+const BARE: PackId = PackId(u64::MAX);
+
+const FAULT: &str = "fault_p99_us";
+const GET: &str = "bare_get_p99_us";
+const SERVED: &str = "faults_served_from_the_store";
+const GETS: &str = "bare_gets";
+const OVERTAKEN: &str = "batches_that_overtook_a_fault_at_most";
+const WRONG: &str = "wrong_bytes_reported";
+const CASE: &str = "while the destination gathers";
+
+/// Raises three hosts, moves the guest to and fro, judges.
+///
+/// # Errors
+/// When the rig cannot be raised, or a migration fails.
+pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
+    let runs = setting.runs.unwrap_or(if setting.quick { 3 } else { 15 });
+    let mut record = blank(&setting, runs);
+    let _allowed = Allowed::now()?;
+    let mut rig = Rig::raise(&setting).await?;
+    for run in 0..runs {
+        let figures = rig.measure(run).await?;
+        record.samples.push(Sample { case: CASE.to_owned(), run, figures });
+        setting.keep(&record, run + 1, runs);
+    }
+    record.checks = checks(&record);
+    Ok(record)
+}
+
+fn blank(setting: &Setting<'_>, runs: usize) -> Record {
+    Record {
+        name: NAME.to_owned(),
+        question: "what does a guest wait for a page that is in a store, against a bare GET?"
+            .to_owned(),
+        others_show:
+            "SOLive (V-B) names this wait as the price of scatter-gather, without a figure"
+                .to_owned(),
+        quick: setting.quick,
+        began_unix: clock::unix_now().as_secs(),
+        machine: machine(),
+        parameters: json!({
+            "runs": runs,
+            "guest_memory_bytes": MEMORY.0,
+            "kernel_arguments": KERNEL_ARGUMENTS,
+            "background_bits_per_sec": GATHER.0,
+            "value_bytes": slot_bytes(true),
+            "microseconds_between_bare_gets": PAUSE.as_micros() as u64,
+            "store_link": "TLS 1.3 over one userspace Open vSwitch bridge, unshaped",
+        }),
+        samples: Vec::new(),
+        checks: Vec::new(),
+    }
+}
+
+fn checks(record: &Record) -> Vec<Check> {
+    let figures = |name: &str| record.figures(CASE, name);
+    let waits: Vec<(f64, f64)> = figures(FAULT).into_iter().zip(figures(GET)).collect();
+    vec![
+        Check::median(
+            "p99 of a fault from the store, times that of a bare GET in the same run",
+            Bound::AtMost(3.0),
+            &ratios(&waits),
+        ),
+        Check::worst("faults served from the store", Bound::AtLeast(1000.0), &figures(SERVED)),
+        Check::worst("bare GETs beside them", Bound::AtLeast(1000.0), &figures(GETS)),
+        Check::worst(
+            "batches of the background that began behind a fault and came before it",
+            Bound::AtMost(1.0),
+            &figures(OVERTAKEN),
+        ),
+        Check::worst("wrong bytes reported by a guest", Bound::AtMost(0.0), &figures(WRONG)),
+    ]
+}
+
+struct Rig {
+    namespaces: [Namespace; 3],
+    agents: [Agent; 3],
+    identities: [TlsIdentity; 2],
+    _switch: Switch,
+}
+
+impl Rig {
+    async fn raise(setting: &Setting<'_>) -> Result<Self, RigError> {
+        let folder = setting.folder;
+        // QEMUs and stores run as somebody else, who has to pass through.
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755))
+            .map_err(RigError::io("cannot open the folder to QEMU's user"))?;
+        let [a, b, c] = HOSTS;
+        let namespaces = [Namespace::make(a)?, Namespace::make(b)?, Namespace::make(c)?];
+        for (index, namespace) in namespaces.iter().enumerate() {
+            network::plug(namespace, ADDRESSES[index], &Namespace::own(), PORTS[index])?;
+        }
+        let switch_folder = folder.join("switch");
+        fs::create_dir(&switch_folder).map_err(RigError::io("cannot make a folder"))?;
+        let switch = Switch::start(&Namespace::own(), &switch_folder)?;
+        switch.bridge("br0", &PORTS).await?;
+        for address in &ADDRESSES[1..] {
+            run_program(&mut namespaces[0].command(&format!("ping -q -c2 -i0.2 -W2 {address}")))?;
+        }
+        private::switches_are_up()?;
+        let named: Vec<_> = HOSTS.into_iter().zip(ADDRESSES).collect();
+        make_certificates(folder, &named)?;
+        let vms = folder.join("h1/vms");
+        fs::create_dir_all(&vms).map_err(RigError::io("cannot make a folder"))?;
+        fs::write(vms.join("guest.toml"), definition())
+            .map_err(RigError::io("cannot define the guest"))?;
+        let start = |index: usize| {
+            let (host, address) = (HOSTS[index], ADDRESSES[index]);
+            Agent::start(&namespaces[index], host, address, folder, setting.images)
+        };
+        let mut agents = [start(0).await?, start(1).await?, start(2).await?];
+        agents[0].start_vm(VM).await?;
+        lives(&agents[0].serial_log(VM))?;
+        let identity = |host: &str| {
+            let loaded = TlsIdentity::load(&folder.join(format!("certs/agent-{host}")));
+            loaded.map_err(RigError::refused("the certificates"))
+        };
+        let identities = [identity(a)?, identity(b)?];
+        Ok(Self { namespaces, agents, identities, _switch: switch })
+    }
+
+    /// Moves the guest to the other host.
+    async fn measure(&mut self, run: usize) -> Result<BTreeMap<&'static str, f64>, RigError> {
+        let migration = format!("m{}", run + 1);
+        let to = (run + 1) % 2;
+        let Self { namespaces, agents: [one, other, keeper], identities, .. } = self;
+        let (source, destination) = if to == 1 { (one, other) } else { (other, one) };
+        let store = keeper.store(&migration, VM, ROOM).await?;
+        let bare = Bare::new(&namespaces[to], &identities[to], &store, &migration).await?;
+        let plan = ScatterPlan { stores: vec![store], ..ScatterPlan::default() };
+        let mode = Mode::ScatterGather;
+        let manner = Manner { mode, scatter: Some(plan), gather_limit: GATHER };
+        let prepared = Prepared::at(source, destination, VM, &migration, manner).await?;
+        prepared.start(source, DOWNTIME, None).await?;
+        let sent = source.ended(&migration, PATIENCE).await?;
+        if sent.phase() != Phase::Completed {
+            let why = format!("{:?}: {}", sent.phase(), sent.reason);
+            return Err(RigError::refused("a migration")(why));
+        }
+        // From here on everything that is not at the destination is in the store.
+        let mut gets = Vec::new();
+        let deadline = clock::now() + PATIENCE;
+        let progress = loop {
+            let progress = destination.progress(&migration).await?;
+            if progress.phase() != Phase::Gather || clock::now() > deadline {
+                break progress;
+            }
+            gets.extend(bare.gets(100).await?);
+        };
+        if progress.phase() != Phase::Completed {
+            let why = format!("{:?}: {}", progress.phase(), progress.reason);
+            return Err(RigError::refused("to gather")(why));
+        }
+        gets.sort_unstable();
+        keeper.release(&migration).await?;
+        let wrong = lives(&destination.serial_log(VM))?;
+        Ok(BTreeMap::from([
+            (FAULT, progress.fault_wait_p99_us as f64),
+            ("fault_p50_us", progress.fault_wait_p50_us as f64),
+            (GET, at(&gets, 99)),
+            ("bare_get_p50_us", at(&gets, 50)),
+            (SERVED, progress.faults_from_stores as f64),
+            (GETS, gets.len() as f64),
+            (OVERTAKEN, progress.fault_overtaken as f64),
+            ("eviction_seconds", sent.eviction_ms as f64 / 1e3),
+            ("gathered_seconds", progress.total_ms as f64 / 1e3),
+            (WRONG, wrong),
+        ]))
+    }
+}
+
+/// A connection on which nothing is asked for but one value.
+struct Bare {
+    store: RedisStore,
+    key: Key,
+}
+
+impl Bare {
+    async fn new(
+        from: &Namespace,
+        identity: &TlsIdentity,
+        at: &PageStore,
+        migration: &str,
+    ) -> Result<Self, RigError> {
+        let address: SocketAddr =
+            at.address.parse().map_err(RigError::refused("a store's address"))?;
+        let migration = MigrationId::new(migration).map_err(RigError::refused("a name"))?;
+        let user = User { name: at.user.clone(), secret: Secret::given(at.secret.clone()) };
+        let keys = KeySpace::new(&migration);
+        let login = Login { user, keys, patience: PATIENCE, expected: None };
+        let store = stores::connect(from, address, &login, identity).await?;
+        let key = store.keys().pack(BARE);
+        let value = vec![7; slot_bytes(true)];
+        store.put(&key, &value).await.map_err(RigError::refused("a value"))?;
+        Ok(Self { store, key })
+    }
+
+    /// What each of so many GETs waits, one after the other.
+    async fn gets(&self, number: usize) -> Result<Vec<Duration>, RigError> {
+        let mut waits = Vec::with_capacity(number);
+        for _ in 0..number {
+            let begin = clock::now();
+            self.store.get(&self.key).await.map_err(RigError::refused("a value"))?;
+            waits.push(begin.elapsed());
+            tokio::time::sleep(PAUSE).await;
+        }
+        Ok(waits)
+    }
+}
+
+/// The wait that `percent` of all do not exceed, in microseconds. `waits` ascend.
+fn at(waits: &[Duration], percent: usize) -> f64 {
+    let place = waits.len().saturating_sub(1) * percent / 100;
+    waits.get(place).map_or(f64::NAN, |wait| wait.as_secs_f64() * 1e6)
+}
+
+/// Waits until the guest says that it is alive, and gives the number of wrong bytes it has reported.
+fn lives(serial: &Path) -> Result<f64, RigError> {
+    const WITHIN: Duration = Duration::from_secs(60);
+    let text = || String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
+    let ticks = |text: &str| text.lines().filter(|line| line.contains("LIFEBOAT-TICK")).count();
+    let before = ticks(&text());
+    let found = clock::wait_for(WITHIN, || {
+        let text = text();
+        (ticks(&text) > before + 1).then(|| text.matches("LIFEBOAT-CORRUPT").count() as f64)
+    });
+    let what = format!("a sign of life of the guest in {}", serial.display());
+    found.ok_or(RigError::TooLate { what, seconds: WITHIN.as_secs() })
+}
+
+fn definition() -> String {
+    format!(
+        "name = \"{VM}\"\nmemory = \"{} MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
+         cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
+         kernel_arguments = \"{KERNEL_ARGUMENTS}\"\n",
+        MEMORY.mib()
+    )
+}
