@@ -5,6 +5,8 @@
 //! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
 pub mod disk_baseline;
+pub mod downtime;
+pub mod eviction;
 pub mod faults;
 pub mod livefs;
 mod machine;
@@ -83,6 +85,14 @@ pub const EXPERIMENTS: &[Entry] = &[
         about: "what does a guest wait for a page that is in a store, against one bare GET?",
     },
     Entry {
+        name: eviction::NAME,
+        about: "how soon is a guest off its host by our ways, and by QEMU's own?",
+    },
+    Entry {
+        name: downtime::NAME,
+        about: "how long do guests stand still, by the mode in which they move?",
+    },
+    Entry {
         name: tenant::NAME,
         about: "what does a migration do to an application that has a queue of its own?",
     },
@@ -132,8 +142,8 @@ pub const EXPERIMENTS: &[Entry] = &[
 /// inside private ones.
 #[must_use]
 pub fn raises_a_cloud(name: &str) -> bool {
-    [solive::three::NAME, solive::six::NAME, solive::seven::NAME, solive::eight::NAME]
-        .contains(&name)
+    let own = [solive::three::NAME, solive::six::NAME, solive::seven::NAME, solive::eight::NAME];
+    own.contains(&name) || name == downtime::NAME
 }
 
 /// Runs one; `None` when there is none of that name.
@@ -146,6 +156,8 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         overhead::NAME => Some(overhead::run(setting).await),
         solive_5::NAME => Some(solive_5::run(setting).await),
         faults::NAME => Some(faults::run(setting).await),
+        eviction::NAME => Some(eviction::run(setting).await),
+        downtime::NAME => Some(downtime::run(setting)),
         tenant::NAME => Some(tenant::run(setting).await),
         solive::three::NAME => Some(solive::three::run(setting)),
         solive::six::NAME => Some(solive::six::run(setting)),

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use lifeboat_agent::qemu::launch::{Begin, LaunchSpec, command_line};
 use lifeboat_agent::qemu::process::{QemuProcess, User};
-use lifeboat_agent::qemu::qmp::{MigrateParameters, Qmp, QmpEvent};
+use lifeboat_agent::qemu::qmp::{MigrateParameters, MigrationStatus, Qmp, QmpEvent};
 use lifeboat_agent::qemu::run_dir::RunDir;
+use serde_json::{Value, json};
 use tokio::sync::broadcast::Receiver;
 
 use super::RigError;
@@ -64,6 +65,24 @@ pub struct Moments {
     pub resume: u64,
 }
 
+/// A way in which QEMU leaves a host soon, with what both sides have to be told for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    /// Its own post-copy, begun at once.
+    PostCopy,
+    /// Pre-copy over two connections, compressed.
+    MultifdZstd,
+}
+
+impl Leaving {
+    const fn capability(self) -> &'static str {
+        match self {
+            Self::PostCopy => "postcopy-ram",
+            Self::MultifdZstd => "multifd",
+        }
+    }
+}
+
 impl Direct {
     /// Starts a QEMU whose guest boots, or waits for its state.
     ///
@@ -112,6 +131,76 @@ impl Direct {
         let uri = format!("tcp:{}", SocketAddrV4::new(place.address, PORT));
         waiting.qmp.migrate_incoming(&uri).await.map_err(RigError::refused("to listen"))?;
         Ok(waiting)
+    }
+
+    /// Starts a QEMU that listens for a guest that comes in this way.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn listen_for(
+        spec: &LaunchSpec,
+        place: Place<'_>,
+        leaving: Leaving,
+    ) -> Result<Self, RigError> {
+        let spec = LaunchSpec { begin: Begin::Incoming, ..spec.clone() };
+        let waiting = Self::start(&spec, place).await?;
+        waiting.set(leaving).await?;
+        let uri = format!("tcp:{}", SocketAddrV4::new(place.address, PORT));
+        waiting.qmp.migrate_incoming(&uri).await.map_err(RigError::refused("to listen"))?;
+        Ok(waiting)
+    }
+
+    async fn set(&self, leaving: Leaving) -> Result<(), RigError> {
+        let set = self.qmp.migrate_set_only(&["events", leaving.capability()]).await;
+        set.map_err(RigError::refused("a capability"))?;
+        // As fast as it goes, with nothing that holds the end back.
+        let mut parameters = json!({"max-bandwidth": 0, "downtime-limit": 300});
+        if leaving == Leaving::MultifdZstd {
+            parameters["multifd-compression"] = "zstd".into();
+            parameters["multifd-channels"] = 2.into();
+        }
+        let set = self.qmp.execute("migrate-set-parameters", parameters, PATIENCE).await;
+        set.map(drop).map_err(RigError::refused("a parameter"))
+    }
+
+    /// Leaves for `destination`, which listens for that at `address`; returns when this QEMU has gone,
+    /// and how long it took from the order on.
+    ///
+    /// # Errors
+    /// When QEMU refuses, or it takes longer than `within`.
+    pub async fn leave(
+        self,
+        address: Ipv4Addr,
+        leaving: Leaving,
+        within: Duration,
+    ) -> Result<Duration, RigError> {
+        self.set(leaving).await?;
+        let uri = format!("tcp:{}", SocketAddrV4::new(address, PORT));
+        let began = clock::now();
+        self.qmp.migrate(&uri).await.map_err(RigError::refused("to migrate"))?;
+        let mut asked = leaving != Leaving::PostCopy;
+        loop {
+            let info = self.qmp.query_migrate().await.map_err(RigError::refused("its state"))?;
+            match info.status {
+                MigrationStatus::Completed => break,
+                MigrationStatus::Failed => {
+                    let why = info.error_desc.unwrap_or_default();
+                    return Err(RigError::refused("to migrate")(why));
+                }
+                MigrationStatus::Active if !asked => {
+                    let start = self.qmp.execute("migrate-start-postcopy", Value::Null, PATIENCE);
+                    start.await.map_err(RigError::refused("post-copy"))?;
+                    asked = true;
+                }
+                _ if began.elapsed() > within => {
+                    let what = "a migration".to_owned();
+                    return Err(RigError::TooLate { what, seconds: within.as_secs() });
+                }
+                _ => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+        self.end().await?;
+        Ok(began.elapsed())
     }
 
     /// Its process id.

@@ -231,7 +231,7 @@ fn reported_at_the_end(
 
 /// Gives an order to the controller and looks at what comes of it until it has ended; what the
 /// controller reports then.
-fn carried_out(
+pub(super) fn carried_out(
     cloud: &Cloud,
     order: &[&str],
     limit: Duration,
