@@ -17,10 +17,11 @@ use std::time::Duration;
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     BaseChain, ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
-    HashBasesRequest, HostDescription, ListMigrationsRequest, ListVmsRequest, MeasureVmRequest,
-    MigrationProgress, PortClassifier, PrepareDestinationReply, PrepareDestinationRequest,
-    PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest,
-    ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest, ReleaseStoreRequest,
+    ForgetSeedRequest, HashBasesRequest, HostDescription, ListMigrationsRequest, ListVmsRequest,
+    MeasureVmRequest, MigrationProgress, PortClassifier, PrepareDestinationReply,
+    PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply,
+    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
+    ReceiveSeedReply, ReceiveSeedRequest, ReleaseStoreRequest, SeedProgress, SendSeedRequest,
     SetLimitRequest, StartMigrationRequest, VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
@@ -108,6 +109,12 @@ impl AgentError {
     #[must_use]
     pub const fn is_silence(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Late { .. })
+    }
+
+    /// What a stream ended with.
+    #[must_use]
+    pub fn of_stream(host: &HostId, doing: &'static str, status: &Status) -> Self {
+        Self::from_status(host, doing, status)
     }
 
     fn from_status(host: &HostId, doing: &'static str, status: &Status) -> Self {
@@ -393,6 +400,46 @@ impl Agents {
         chains: Vec<BaseChain>,
     ) -> Result<Vec<BaseChain>, AgentError> {
         self.hash_bases(host, HashBasesRequest { vm: String::new(), chains }).await
+    }
+
+    /// Has a host expect a copy of a VM's disks, for as long as the answer is kept.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn receive_seed(
+        &self,
+        host: &HostId,
+        mut request: ReceiveSeedRequest,
+    ) -> Result<Streaming<ReceiveSeedReply>, AgentError> {
+        request.command = self.fresh_command("receive-seed");
+        let mut client = self.client(host)?;
+        call(host, "take a copy of disks", WORK, client.receive_seed(request)).await
+    }
+
+    /// Has a host send that copy; how far it is.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn send_seed(
+        &self,
+        host: &HostId,
+        mut request: SendSeedRequest,
+    ) -> Result<Streaming<SeedProgress>, AgentError> {
+        request.command = self.fresh_command("send-seed");
+        let mut client = self.client(host)?;
+        call(host, "send a copy of disks", WORK, client.send_seed(request)).await
+    }
+
+    /// Has a host delete its copy of a VM's disks; whether it had one.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn forget_seed(&self, host: &HostId, vm: &VmId) -> Result<bool, AgentError> {
+        let request =
+            ForgetSeedRequest { command: self.fresh_command("forget-seed"), vm: vm.to_string() };
+        let mut client = self.client(host)?;
+        let reply = call(host, "delete a copy of disks", WORK, client.forget_seed(request)).await?;
+        Ok(reply.was_there)
     }
 
     async fn hash_bases(

@@ -30,6 +30,7 @@ mod interrupts;
 mod migrate;
 mod output;
 mod plan;
+mod preseed;
 mod progress;
 mod report;
 mod retry;
@@ -116,6 +117,8 @@ enum Command {
     Report(report::Args),
     /// Say where an uncertain VM may run: the other host is fenced off.
     Claim(claim::Args),
+    /// Copy a VM's disks to another host now, so that a later migration sends only what differs.
+    Preseed(preseed::Args),
     /// Compare what a VM's overlays lie on with other hosts, by hash.
     Verify(verify::Args),
     /// Make certificates.
@@ -147,6 +150,7 @@ pub async fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Cancel(args) => cancel::run(&context, args).await,
         Command::Report(args) => report::run(&context, args).await,
         Command::Claim(args) => claim::run(&context, args).await,
+        Command::Preseed(args) => preseed::run(&context, args).await,
         Command::Verify(args) => verify::run(&context, args).await,
         Command::Certs(args) => certs::run(args),
         Command::Completions(args) => completions::run(args),

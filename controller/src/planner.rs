@@ -151,6 +151,8 @@ pub struct Goes {
     pub figures: MeasuredVm,
     /// What its owner was promised for its disks.
     pub disk_promise: DiskPromise,
+    /// Its destination has a copy of its disks.
+    pub seeded: bool,
     /// How its guest is held back for the date; `None`: not at all.
     pub disk_date: Option<DiskDate>,
     /// Where its pages wait; `None`: nowhere.
@@ -411,6 +413,7 @@ impl FullPlan {
             let (source, between) = (source.clone(), facts.inventory.between);
             // What the plan speaks of was measured for it.
             let Some((figures, disk_promise)) = facts.of(&step.vm) else { continue };
+            let seeded = facts.is_seeded(&step.destination, &step.vm);
             self.goes.push(Goes {
                 source,
                 step,
@@ -422,6 +425,7 @@ impl FullPlan {
                 between,
                 figures,
                 disk_promise,
+                seeded,
                 disk_date: None,
                 stores: None,
                 store_hops: Vec::new(),

@@ -115,7 +115,8 @@ mod tests {
         let record = VmRecord::waiting(VmId::new("a").unwrap(), source.clone(), prediction);
         let stays = VmRecord::left_behind(VmId::new("b").unwrap(), source, "no room".to_owned());
         let migration = MigrationId::new("e1-m1").unwrap();
-        let ticket = PageTicket { address: String::new(), token: Vec::new(), scatter: None };
+        let ticket =
+            PageTicket { address: String::new(), token: Vec::new(), seeded: false, scatter: None };
         let progress = MigrationProgress {
             migration: "e1-m1".to_owned(),
             phase: Phase::Completed.into(),

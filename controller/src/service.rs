@@ -7,6 +7,7 @@
 mod error;
 mod links;
 mod request;
+mod seeds;
 mod view;
 
 use std::collections::BTreeSet;

@@ -129,6 +129,12 @@ impl DestinationTask {
         self.disks.as_ref().and_then(ArrivingDisks::received)
     }
 
+    /// Whether a copy of its disks was here before.
+    #[must_use]
+    pub fn has_seeds(&self) -> bool {
+        self.disks.as_ref().is_some_and(ArrivingDisks::are_seeded)
+    }
+
     /// What is fetched in the background keeps to this.
     #[must_use]
     pub fn gather_at(mut self, limit: Option<BytesPerSec>) -> Self {

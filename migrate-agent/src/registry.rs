@@ -7,6 +7,7 @@
 mod answer;
 mod links;
 mod recover;
+mod seeds;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -164,13 +165,19 @@ pub struct Registry {
     context: Context,
     page_address: Arc<str>,
     entries: Arc<Mutex<Entries>>,
+    seeds: Arc<Mutex<seeds::Seeds>>,
 }
 
 impl Registry {
     /// No migrations yet. `page_address`: where other agents reach this host's page listener.
     #[must_use]
     pub fn new(context: Context, page_address: &str) -> Self {
-        Self { context, page_address: page_address.into(), entries: Arc::default() }
+        Self {
+            context,
+            page_address: page_address.into(),
+            entries: Arc::default(),
+            seeds: Arc::default(),
+        }
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
@@ -224,6 +231,7 @@ impl Registry {
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
         self.must_be_idle(&vm)?;
+        self.end_seeds_of(&vm).await;
         let plan = scatter_plan(mode, request.scatter.as_ref())?;
         let generation = Generation(request.generation).next();
         let lives = self.context.guests.lives(&vm);
@@ -260,7 +268,7 @@ impl Registry {
         .gather_from(plan)
         .gather_at(gather_limit(request.gather_limit_bits_per_sec));
         task.prepare().await?;
-        let disks = task.received_disks();
+        let (disks, seeded) = (task.received_disks(), task.has_seeds());
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
         let entry = Entry {
             vm,
@@ -272,6 +280,7 @@ impl Registry {
         Ok(PrepareDestinationReply {
             page_address: self.page_address.to_string(),
             token: token.to_vec(),
+            seeded,
         })
     }
 
@@ -285,6 +294,7 @@ impl Registry {
     ) -> Result<MigrationProgress, RegistryError> {
         let order = self.order(request)?;
         self.must_be_idle(&order.vm)?;
+        self.end_seeds_of(&order.vm).await;
         if !self.context.guests.lives(&order.vm) {
             let why = "has no running QEMU here; start it first".to_owned();
             return Err(RegistryError::Record { vm: order.vm, why });
@@ -334,6 +344,7 @@ impl Registry {
             limit: (limit.0 > 0).then_some(limit),
             disk_limit: (request.disk_limit_bytes_per_sec > 0)
                 .then_some(BytesPerSec(request.disk_limit_bytes_per_sec)),
+            compare_disks: request.compare_disks,
             disk_window: (request.disk_window_ms > 0)
                 .then(|| Duration::from_millis(request.disk_window_ms)),
             downtime_limit: match request.downtime_limit_ms {

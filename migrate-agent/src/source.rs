@@ -19,6 +19,7 @@ pub mod disk;
 mod elsewhere;
 mod guest;
 pub mod scattering;
+pub mod seeding;
 mod serving;
 
 use std::sync::Arc;
@@ -77,6 +78,8 @@ pub struct Order {
     pub limit: Option<BytesPerSec>,
     /// What its guest may change on its disks meanwhile; `None`: whatever it likes.
     pub disk_limit: Option<BytesPerSec>,
+    /// The destination has a copy of its disks: only what differs is sent.
+    pub compare_disks: bool,
     /// Its disks have to be in step within this time: it is held back as far as that takes.
     pub disk_window: Option<Duration>,
     /// What the pause should not exceed.

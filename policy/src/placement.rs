@@ -102,6 +102,11 @@ impl Room<'_> {
     }
 
     /// Rooms may share a file system: what is given away counts in each.
+    /// What a copy of a VM's disks has taken already.
+    fn seeded(&self, vm: &VmId) -> Bytes {
+        self.facts.seeds.get(vm).copied().unwrap_or_default()
+    }
+
     fn take_disks(&mut self, taken: Bytes) {
         for room in &mut self.disks {
             room.free = room.free - taken;
@@ -159,7 +164,7 @@ fn give(
     };
     best.memory = best.memory - needed;
     best.link_in = best.link_in - vm.network_in;
-    best.take_disks(vm.local_disks.bytes);
+    best.take_disks(vm.local_disks.bytes - best.seeded(&vm.id));
     places.insert(vm.id.clone(), best.facts.id.clone());
     None
 }
@@ -220,18 +225,19 @@ fn obstacles(
     if vm.network_in > room.link_in {
         found.push(Obstacle::LinkRoom { needed: vm.network_in, spare: room.link_in });
     }
-    found.extend(disk_obstacles(&vm.local_disks, room));
+    found.extend(disk_obstacles(vm, room));
     found.extend(incompatibilities(vm, host));
     found
 }
 
-fn disk_obstacles(disks: &LocalDisks, room: &Room<'_>) -> Vec<Obstacle> {
-    let mut found = Vec::new();
+fn disk_obstacles(vm: &VmNeeds, room: &Room<'_>) -> Vec<Obstacle> {
+    let (disks, mut found) = (&vm.local_disks, Vec::new());
+    let needed = disks.bytes - room.seeded(&vm.id);
     for path in &disks.paths {
         let obstacle = match room.disk_room(path) {
             None => Obstacle::DiskPlace { path: path.clone() },
-            Some(room) if disks.bytes > room.free => {
-                Obstacle::DiskRoom { needed: disks.bytes, free: room.free, room: room.path.clone() }
+            Some(room) if needed > room.free => {
+                Obstacle::DiskRoom { needed, free: room.free, room: room.path.clone() }
             }
             Some(_) => continue,
         };

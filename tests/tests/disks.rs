@@ -6,6 +6,7 @@
 //! guest.
 
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -67,6 +68,8 @@ fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
     })
 }
 
+/// Beyond what the guest writes.
+const STILL_AT: u64 = 40 << 20;
 /// One round of checks over all that is written.
 const ROUND: u64 = 4096;
 
@@ -223,6 +226,93 @@ fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
         await_no_mover(world, 0);
         await_over(world, &id);
         assert_at(world, 0);
+    });
+}
+
+#[test]
+fn a_disk_that_was_copied_ahead_sends_only_what_differs() {
+    let name = "a_disk_that_was_copied_ahead_sends_only_what_differs";
+    in_a_world(name, 10, Disk::Raw, |world| {
+        await_more(world, 0, "disk_checks", ROUND);
+        // What the guest never writes, and what it writes all the while before that.
+        let still: Vec<u8> = (0..20_u32 << 20).map(|at| (at >> 9) as u8 | 1).collect();
+        let image = std::fs::File::options().write(true).open(world.agents[0].disk()).unwrap();
+        image.write_all_at(&still, STILL_AT).unwrap();
+        let copied = world.control.ask("preseed vm --to h2 --limit 1000").unwrap();
+        assert_eq!(copied["phase"], "done", "{copied}");
+        let first = copied["bytes_sent"].as_u64().unwrap();
+        assert!(first >= copied["bytes_total"].as_u64().unwrap() / 2, "{copied}");
+        assert_eq!(files(world, 1), ["disk.seed-vm"]);
+        await_no_mover(world, 0);
+        assert_at(world, 0);
+        // Again: what the guest has written since, and no more.
+        let again = world.control.ask("preseed vm --to h2 --limit 1000").unwrap();
+        let sent = again["bytes_sent"].as_u64().unwrap();
+        assert!(sent + (19 << 20) < first, "{again} after {copied}");
+        let listed = || {
+            let seeds = world.control.ask("preseed --list").unwrap();
+            let seeds = seeds["seeds"].as_array().unwrap().iter();
+            seeds.map(|seed| seed["host"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let told = || (listed() == ["h2"]).then_some(());
+        assert!(clock::wait_for(PATIENCE, told).is_some(), "{:?}", listed());
+        let plan = world.control.ask("plan h1 --to h2 --urgency 0").unwrap();
+        assert!(plan["notes"].to_string().contains("has a copy of vm's disks"), "{plan}");
+        // A migration that does not come to its end leaves the copy as it was.
+        let id = world.control.detached("evacuate h1 --to h2 --urgency 0 --yes").unwrap();
+        await_mover(world, 0);
+        world.link(0, 1, relay::State::Silent);
+        await_over(world, &id);
+        world.link(0, 1, relay::State::Whole);
+        await_no_mover(world, 0);
+        let back = || (files(world, 1) == ["disk.seed-vm"]).then_some(());
+        assert!(clock::wait_for(PATIENCE, back).is_some(), "{:?}", files(world, 1));
+        assert_at(world, 0);
+        // One that does uses it up.
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+        assert_eq!(files(world, 1), ["disk"]);
+        let mut arrived = vec![0; still.len()];
+        let image = std::fs::File::open(world.agents[1].disk()).unwrap();
+        image.read_exact_at(&mut arrived, STILL_AT).unwrap();
+        assert!(arrived == still);
+        let none = || listed().is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, none).is_some(), "{:?}", listed());
+    });
+}
+
+#[test]
+fn a_copy_ahead_ends_with_its_command_and_makes_way_for_a_migration() {
+    let name = "a_copy_ahead_ends_with_its_command_and_makes_way_for_a_migration";
+    in_a_world(name, 11, Disk::Raw, |world| {
+        await_more(world, 0, "disk_writes", ROUND);
+        // So slow that it does not end by itself.
+        let mut copying = world.control.begin("preseed vm --to h2 --limit 1").unwrap();
+        await_mover(world, 0);
+        let begun = || (files(world, 1) == ["disk.seed-vm"]).then_some(());
+        assert!(clock::wait_for(PATIENCE, begun).is_some(), "{:?}", files(world, 1));
+        let second = world.control.order("preseed vm --to h2 --limit 1").unwrap_err().to_string();
+        assert!(second.contains("already"), "{second}");
+        copying.interrupt();
+        let (code, said) = copying.end(PATIENCE).unwrap();
+        assert_ne!(code, Some(0), "{said}");
+        await_no_mover(world, 0);
+        // What was begun is gone on with by a migration, which does not wait for a copy.
+        copying = world.control.begin("preseed vm --to h2 --limit 1").unwrap();
+        await_mover(world, 0);
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+        assert_eq!(files(world, 1), ["disk"]);
+        let (code, said) = copying.end(PATIENCE).unwrap();
+        assert!(code != Some(0) && said.contains("has begun to move"), "{code:?} {said}");
+        // Nothing is left of a copy that nobody wants.
+        world.control.await_sight(1).unwrap();
+        let id = world.control.ask("preseed vm --to h3 --limit 1000").unwrap();
+        assert_eq!(id["phase"], "done", "{id}");
+        world.control.order("preseed vm --to h3 --forget").unwrap();
+        assert_eq!(files(world, 2), Vec::<String>::new());
+        let again = world.control.order("preseed vm --to h3 --forget").unwrap_err().to_string();
+        assert!(again.contains("has no copy of the disks of vm"), "{again}");
     });
 }
 

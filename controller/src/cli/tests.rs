@@ -28,6 +28,9 @@ fn the_commands_of_the_manual_parse() {
         "lifeboat report e1 --json",
         "lifeboat claim web --fenced --host h2",
         "lifeboat verify web --host h2 --json",
+        "lifeboat preseed web --to h2 --limit 50",
+        "lifeboat preseed web --to h2 --forget --json",
+        "lifeboat preseed --list",
         "lifeboat certs init pki --agent h1=10.99.0.1,h2=10.99.0.2 --controller c1=10.99.0.254 --operator ann",
         "lifeboat completions bash",
     ] {

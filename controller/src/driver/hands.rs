@@ -277,8 +277,8 @@ impl Hands {
         };
         match self.planner.agents.prepare(&leg.destination, request).await {
             Ok(reply) => {
-                let (address, token) = (reply.page_address, reply.token);
-                let ticket = PageTicket { address, token, scatter };
+                let (address, token, seeded) = (reply.page_address, reply.token, reply.seeded);
+                let ticket = PageTicket { address, token, seeded, scatter };
                 Event::Prepared { migration, ticket }
             }
             Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
@@ -308,6 +308,7 @@ impl Hands {
             page_address: ticket.address,
             token: ticket.token,
             scatter: ticket.scatter,
+            compare_disks: ticket.seeded,
             network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,

@@ -24,6 +24,8 @@ pub struct PageTicket {
     pub address: String,
     /// What the source shows there.
     pub token: Vec<u8>,
+    /// The destination has a copy of the disks: only what differs is to be sent.
+    pub seeded: bool,
     /// The open stores, with what opens them.
     pub scatter: Option<ScatterPlan>,
 }

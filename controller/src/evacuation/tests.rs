@@ -27,7 +27,12 @@ fn progress(n: u32, phase: Phase) -> Event {
 }
 
 fn ticket() -> PageTicket {
-    PageTicket { address: "10.0.0.2:7000".to_owned(), token: vec![7; 32], scatter: None }
+    PageTicket {
+        address: "10.0.0.2:7000".to_owned(),
+        token: vec![7; 32],
+        seeded: false,
+        scatter: None,
+    }
 }
 
 fn begun(names: &[&str], order: EvacuationOrder) -> (Evacuation, Vec<Action>) {

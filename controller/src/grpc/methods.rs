@@ -34,6 +34,7 @@ fn status(error: CommandError) -> Status {
         | CommandError::Urgency(_) => Status::invalid_argument(text),
         CommandError::AlreadyThere { .. }
         | CommandError::NoOtherHost { .. }
+        | CommandError::NoSeed { .. }
         | CommandError::Plan(_)
         | CommandError::Admission(_)
         | CommandError::Over { .. }
@@ -103,6 +104,7 @@ impl Controller for Methods {
     }
 
     type WatchStream = BoxStream<'static, Result<wire::StatusReply, Status>>;
+    type PreseedStream = BoxStream<'static, Result<wire::PreseedReply, Status>>;
 
     async fn watch(
         &self,
@@ -178,6 +180,32 @@ impl Controller for Methods {
     ) -> Result<Response<wire::ClaimReply>, Status> {
         let who = caller(&request)?;
         reply(self.0.claim(request.get_ref(), &who).await)
+    }
+
+    async fn preseed(
+        &self,
+        request: Request<wire::PreseedRequest>,
+    ) -> Result<Response<Self::PreseedStream>, Status> {
+        let who = caller(&request)?;
+        let told = self.0.preseed(request.get_ref(), &who).await.map_err(status)?;
+        let told = ReceiverStream::new(told).map(|told| told.map_err(status));
+        Ok(Response::new(Box::pin(told)))
+    }
+
+    async fn forget_seed(
+        &self,
+        request: Request<wire::ForgetPreseedRequest>,
+    ) -> Result<Response<wire::ForgetPreseedReply>, Status> {
+        let who = caller(&request)?;
+        reply(self.0.forget_seed(request.get_ref(), &who).await)
+    }
+
+    async fn seeds(
+        &self,
+        request: Request<wire::SeedsRequest>,
+    ) -> Result<Response<wire::SeedsReply>, Status> {
+        caller(&request)?;
+        Ok(Response::new(self.0.seeds()))
     }
 
     async fn verify(

@@ -60,6 +60,7 @@ pub(super) fn host_facts(
         storage,
         profiles: set(&said.profiles),
         disk_rooms: said.disk_rooms.iter().map(disk_room).collect(),
+        seeds: said.seeds.iter().filter_map(seed).collect(),
         base_obstacles: BTreeMap::new(),
         fetch_obstacle: match said.modes().any(|mode| mode == agent::Mode::PostCopy) {
             true => said.post_copy_obstacle.clone(),
@@ -152,6 +153,10 @@ fn disk_need(definition: &VmDefinition) -> DiskNeed {
 pub(super) fn disk_promise(definition: &VmDefinition) -> DiskPromise {
     let rate = BytesPerSec(definition.promised_disk_bytes_per_sec);
     DiskPromise { rate, unthrottled: definition.forbid_throttling }
+}
+
+fn seed(said: &agent::Seed) -> Option<(VmId, Bytes)> {
+    Some((VmId::new(said.vm.clone()).ok()?, Bytes(said.bytes)))
 }
 
 /// The disks that go along, which take so many `bytes` together.

@@ -267,6 +267,12 @@ impl Gathered {
         })
     }
 
+    /// Whether a host has a copy of a VM's disks.
+    pub(super) fn is_seeded(&self, host: &HostId, vm: &VmId) -> bool {
+        let known = self.inventory.hosts.iter().find(|known| known.id == *host);
+        known.is_some_and(|known| known.seeds.contains_key(vm))
+    }
+
     /// All that was measured of a VM, and what its owner was promised for its disks.
     pub(super) fn of(&self, vm: &VmId) -> Option<(MeasuredVm, DiskPromise)> {
         let planned = self.inventory.vms.iter().find(|planned| planned.needs.id == *vm)?;

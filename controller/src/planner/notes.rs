@@ -29,6 +29,12 @@ pub(super) fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
         }
         notes.extend(narrow_destination(goes));
         notes.extend(super::elsewhere::note(goes));
+        notes.extend(goes.seeded.then(|| {
+            format!(
+                "{} has a copy of {}'s disks: only what differs is sent, but the forecast counts all of them",
+                goes.step.destination, goes.step.vm
+            )
+        }));
         if goes.step.mode == Mode::Cold {
             notes.push(format!(
                 "{} will be stopped and started again at its destination",

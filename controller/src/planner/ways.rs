@@ -36,6 +36,13 @@ pub enum PageFlowError {
 }
 
 impl Planner {
+    /// What the narrowest link between two hosts carries; 0 where there is no way.
+    pub async fn narrowest(&self, from: &HostId, to: &HostId) -> BitsPerSec {
+        let topology = self.fresh_topology().await;
+        let ways = topology.ways(from, to, 1).unwrap_or_default();
+        ways.first().and_then(Way::capacity).unwrap_or_default()
+    }
+
     /// The topology with ports up or down and with what passes on each link. A switch that has not
     /// been heard leaves its links as the configuration has them: up and unused.
     pub(super) async fn fresh_topology(&self) -> Topology {

@@ -55,6 +55,16 @@ pub enum CommandError {
         /// The host.
         host: HostId,
     },
+    /// `preseed --forget` of what is not there.
+    #[error(
+        "{host} has no copy of the disks of {vm}; `lifeboat preseed --list` shows those that there are"
+    )]
+    NoSeed {
+        /// The VM.
+        vm: VmId,
+        /// The host.
+        host: HostId,
+    },
     /// `verify` with nobody to compare with.
     #[error(
         "VM {vm} is at {host}, and no other host is connected that it can be compared with; `lifeboat hosts` lists them"

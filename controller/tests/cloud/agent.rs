@@ -252,6 +252,21 @@ impl Agent for FakeAgent {
         self.absent()
     }
 
+    type ReceiveSeedStream = ReceiverStream<Result<ReceiveSeedReply, Status>>;
+    type SendSeedStream = ReceiverStream<Result<SeedProgress, Status>>;
+
+    async fn receive_seed(&self, _: Request<ReceiveSeedRequest>) -> Reply<Self::ReceiveSeedStream> {
+        self.absent()
+    }
+
+    async fn send_seed(&self, _: Request<SendSeedRequest>) -> Reply<Self::SendSeedStream> {
+        self.absent()
+    }
+
+    async fn forget_seed(&self, _: Request<ForgetSeedRequest>) -> Reply<ForgetSeedReply> {
+        self.absent()
+    }
+
     async fn hash_bases(&self, _: Request<HashBasesRequest>) -> Reply<HashBasesReply> {
         self.absent()
     }

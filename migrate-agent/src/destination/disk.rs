@@ -21,6 +21,8 @@ pub struct ArrivingDisks {
     rooms: Arc<DiskRooms>,
     vm: VmId,
     images: Vec<PathBuf>,
+    /// A copy was here ahead of them.
+    seeded: bool,
     /// `None` after a restart of this agent: then everything has arrived, or none of it counts.
     received: Option<Arc<Received>>,
 }
@@ -37,8 +39,14 @@ impl ArrivingDisks {
     ) -> Result<Option<Self>, RoomError> {
         let Some(mut disks) = Self::found(rooms, vm, definition) else { return Ok(None) };
         disks.images.iter().try_for_each(|image| rooms.make_way(vm, image))?;
-        let arriving = disks.images.iter().map(|image| DiskRooms::arriving(vm, image));
-        disks.received = Some(Received::new(arriving.collect()));
+        for image in &disks.images {
+            disks.seeded |= rooms.take_seed(vm, image)?;
+        }
+        let arriving = disks.images.iter().map(|image| DiskRooms::arriving(vm, image)).collect();
+        disks.received = Some(match disks.seeded {
+            true => Received::going_on(arriving),
+            false => Received::new(arriving),
+        });
         Ok(Some(disks))
     }
 
@@ -48,13 +56,19 @@ impl ArrivingDisks {
         let disks = local_disks(definition, &rooms.directories).into_iter();
         let images: Vec<_> = disks.map(|disk| disk.path).collect();
         let (rooms, vm) = (Arc::clone(rooms), vm.clone());
-        (!images.is_empty()).then_some(Self { rooms, vm, images, received: None })
+        (!images.is_empty()).then_some(Self { rooms, vm, images, seeded: false, received: None })
     }
 
     /// What the source's connections write to.
     #[must_use]
     pub fn received(&self) -> Option<Arc<Received>> {
         self.received.clone()
+    }
+
+    /// Whether a copy was here: then the source has to send only what differs.
+    #[must_use]
+    pub fn are_seeded(&self) -> bool {
+        self.seeded
     }
 
     /// Whether this side may promise to run the VM: everything is here, durably.
@@ -85,10 +99,16 @@ impl ArrivingDisks {
         if let Some(received) = &self.received {
             received.close();
         }
-        self.each(DiskRooms::settle).await
+        self.each(DiskRooms::settle).await?;
+        if self.seeded {
+            // There is nothing left of it but a note.
+            let (rooms, vm) = (Arc::clone(&self.rooms), self.vm.clone());
+            crate::tasks::blocking(move || rooms.forget_seeds(&vm)).await?;
+        }
+        Ok(())
     }
 
-    /// The VM will not run here: what has arrived goes.
+    /// The VM will not run here: what has arrived goes, or is kept as the copy that it was before.
     ///
     /// # Errors
     /// When it cannot be removed.
@@ -96,7 +116,10 @@ impl ArrivingDisks {
         if let Some(received) = &self.received {
             received.close();
         }
-        self.each(DiskRooms::discard).await
+        match self.seeded {
+            true => self.each(DiskRooms::put_back).await,
+            false => self.each(DiskRooms::discard).await,
+        }
     }
 
     async fn each(

@@ -19,6 +19,13 @@
 //! An image that its VM has left behind is renamed, and deleted after a time: until then it is a
 //! consistent copy as of the switchover. A note in the state directory says which and since when.
 //!
+//! # What is there ahead of time
+//!
+//! `NAME.seed-VM` is a copy that was taken while the VM ran elsewhere (`lifeboat preseed`). When the
+//! VM arrives it becomes the unfinished image, and what differs is sent; where the VM stays after all
+//! it becomes a seed again. A note in the state directory says of which VM there are seeds; they are
+//! kept until they are used or forgotten.
+//!
 //! Deliberately not here: content, and who owns the VM.
 
 use std::ffi::{OsStr, OsString};
@@ -35,6 +42,9 @@ use serde::{Deserialize, Serialize};
 
 const ARRIVING: &str = ".arriving-";
 const LEFT: &str = ".left-";
+const SEED: &str = ".seed-";
+/// Beneath the notes.
+const SEEDS: &str = "seeds";
 
 /// Where the image is that a definition calls `path`: there, or, for a plain name, in the first of
 /// `directories`.
@@ -115,6 +125,17 @@ struct Note {
     images: Vec<PathBuf>,
 }
 
+/// A copy of a VM's images that was taken ahead of time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seed {
+    /// Whose.
+    pub vm: VmId,
+    /// What its files take.
+    pub bytes: Bytes,
+    /// When it was begun last, since the epoch.
+    pub since: Duration,
+}
+
 impl DiskRooms {
     /// How much room there is; a directory that is not there counts as none.
     #[must_use]
@@ -172,6 +193,104 @@ impl DiskRooms {
         Ok(())
     }
 
+    /// Under which name a seed of the image `path` of `vm` is kept.
+    #[must_use]
+    pub fn seed(vm: &VmId, path: &Path) -> PathBuf {
+        with_suffix(path, &format!("{SEED}{vm}"))
+    }
+
+    /// Whether seeds of these images of `vm` may be made here, or brought up to date; noted before
+    /// anything is written.
+    ///
+    /// # Errors
+    /// When one would lie elsewhere, an image has its name here, or the note cannot be written.
+    pub fn make_way_for_seeds(
+        &self,
+        vm: &VmId,
+        images: &[PathBuf],
+        now: Duration,
+    ) -> Result<(), RoomError> {
+        for path in images {
+            self.must_be_inside(path)?;
+            if fs::symlink_metadata(path).is_ok() {
+                return Err(RoomError::Exists { path: path.clone() });
+            }
+        }
+        let images = images.iter().map(|path| Self::seed(vm, path)).collect();
+        let note = Note { vm: vm.clone(), since: now.as_secs(), images };
+        write_note(&self.seed_note(vm), &note)
+    }
+
+    /// Makes the seed of an image the unfinished image, if there is one; what an earlier attempt
+    /// left has been removed by [`Self::make_way`].
+    ///
+    /// # Errors
+    /// When there is one and it cannot be used.
+    pub fn take_seed(&self, vm: &VmId, path: &Path) -> Result<bool, RoomError> {
+        let (seed, arriving) = (Self::seed(vm, path), Self::arriving(vm, path));
+        // What is no plain file is nothing that we made.
+        if !fs::symlink_metadata(&seed).is_ok_and(|seed| seed.is_file()) {
+            return Ok(false);
+        }
+        match rustix::fs::renameat_with(CWD, &seed, CWD, &arriving, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(true),
+            Err(errno) => Err(RoomError::File { path: path.to_owned(), source: errno.into() }),
+        }
+    }
+
+    /// The VM stays where it was: its unfinished image is a seed again.
+    ///
+    /// # Errors
+    /// When it cannot be renamed.
+    pub fn put_back(&self, vm: &VmId, path: &Path) -> Result<(), RoomError> {
+        let failed = |source| RoomError::File { path: path.to_owned(), source };
+        let arriving = Self::arriving(vm, path);
+        let Ok(unfinished) = fs::symlink_metadata(&arriving) else { return Ok(()) };
+        if fs::symlink_metadata(path).is_ok_and(|other| same_file(&other, &unfinished)) {
+            remove(path).map_err(failed)?;
+        }
+        fs::rename(&arriving, Self::seed(vm, path)).map_err(failed)
+    }
+
+    /// Every VM of which there are seeds.
+    #[must_use]
+    pub fn seeds(&self) -> Vec<Seed> {
+        let notes = fs::read_dir(self.notes.join(SEEDS)).into_iter().flatten().flatten();
+        let told = |place: PathBuf| {
+            let note: Note = serde_json::from_slice(&fs::read(place).ok()?).ok()?;
+            let there = note.images.iter().filter_map(|image| fs::symlink_metadata(image).ok());
+            let taken: Vec<u64> = there.map(|file| file.blocks() * 512).collect();
+            let bytes = Bytes(taken.iter().sum());
+            let since = Duration::from_secs(note.since);
+            (!taken.is_empty()).then_some(Seed { vm: note.vm, bytes, since })
+        };
+        notes.filter_map(|entry| told(entry.path())).collect()
+    }
+
+    /// Deletes the seeds of `vm`; whether there were any.
+    ///
+    /// # Errors
+    /// When one cannot be deleted.
+    pub fn forget_seeds(&self, vm: &VmId) -> Result<bool, RoomError> {
+        let place = self.seed_note(vm);
+        let Ok(text) = fs::read(&place) else { return Ok(false) };
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RoomError::File { path, source }
+        };
+        let note: Note =
+            serde_json::from_slice(&text).map_err(io::Error::from).map_err(failed(&place))?;
+        for image in &note.images {
+            remove(image).map_err(failed(image))?;
+        }
+        remove(&place).map_err(failed(&place))?;
+        Ok(true)
+    }
+
+    fn seed_note(&self, vm: &VmId) -> PathBuf {
+        self.notes.join(SEEDS).join(format!("{vm}.json"))
+    }
+
     /// Under which name the image `path` of `vm` is made.
     #[must_use]
     pub fn arriving(vm: &VmId, path: &Path) -> PathBuf {
@@ -212,11 +331,8 @@ impl DiskRooms {
         let failed = |source| RoomError::File { path: path.to_owned(), source };
         let arriving = Self::arriving(vm, path);
         let Ok(unfinished) = fs::symlink_metadata(&arriving) else { return Ok(()) };
-        let same = |other: fs::Metadata| {
-            (other.dev(), other.ino()) == (unfinished.dev(), unfinished.ino())
-        };
         // This name first: without the other one it would pass for a whole image.
-        if fs::symlink_metadata(path).is_ok_and(same) {
+        if fs::symlink_metadata(path).is_ok_and(|other| same_file(&other, &unfinished)) {
             remove(path).map_err(failed)?;
         }
         remove(&arriving).map_err(failed)
@@ -270,9 +386,7 @@ impl DiskRooms {
             let path = path.to_owned();
             move |source| RoomError::File { path, source }
         };
-        fs::create_dir_all(&self.notes).map_err(failed(&self.notes))?;
-        let text = serde_json::to_vec_pretty(&note).map_err(io::Error::from);
-        text.and_then(|text| fs::write(&place, text)).map_err(failed(&place))?;
+        write_note(&place, &note)?;
         let mut first = Ok(());
         for (image, left) in images.iter().zip(&note.images) {
             let outcome =
@@ -311,6 +425,19 @@ fn unfinished(path: &Path) -> Option<(PathBuf, VmId)> {
     let name = path.file_name()?.to_str()?;
     let (image, vm) = name.rsplit_once(ARRIVING)?;
     Some((path.with_file_name(image), VmId::new(vm).ok()?))
+}
+
+fn write_note(place: &Path, note: &Note) -> Result<(), RoomError> {
+    let failed = |source| RoomError::File { path: place.to_owned(), source };
+    let written = || -> io::Result<()> {
+        fs::create_dir_all(place.parent().unwrap_or(Path::new("/")))?;
+        fs::write(place, serde_json::to_vec_pretty(note)?)
+    };
+    written().map_err(failed)
+}
+
+fn same_file(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -405,6 +532,40 @@ mod tests {
         rooms.sweep(|_| false);
         rooms.discard(&vm("a"), &image).unwrap();
         assert_eq!(fs::read(&image).unwrap(), b"all");
+    }
+
+    #[test]
+    fn a_seed_becomes_the_unfinished_image_and_a_seed_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let rooms = rooms(directory.path());
+        let image = directory.path().join("room/disk");
+        fs::create_dir(directory.path().join("room")).unwrap();
+        let (a, now) = (vm("a"), Duration::from_secs(50));
+        assert!(!rooms.take_seed(&a, &image).unwrap());
+        rooms.make_way_for_seeds(&a, std::slice::from_ref(&image), now).unwrap();
+        assert_eq!(rooms.seeds(), []);
+        fs::write(DiskRooms::seed(&a, &image), "most").unwrap();
+        assert_eq!(
+            rooms.seeds().iter().map(|s| (s.vm.as_str(), s.since)).collect::<Vec<_>>(),
+            [("a", now)]
+        );
+        // It is no unfinished image: a crash does not cost it.
+        rooms.sweep(|_| false);
+        rooms.make_way(&a, &image).unwrap();
+        assert!(rooms.take_seed(&a, &image).unwrap());
+        assert!(DiskRooms::arriving(&a, &image).exists() && rooms.seeds().is_empty());
+        rooms.name(&a, &image).unwrap();
+        rooms.put_back(&a, &image).unwrap();
+        assert_eq!(fs::read(DiskRooms::seed(&a, &image)).unwrap(), b"most");
+        assert!(!image.exists() && !DiskRooms::arriving(&a, &image).exists());
+        assert!(rooms.forget_seeds(&a).unwrap() && !rooms.forget_seeds(&a).unwrap());
+        assert!(!DiskRooms::seed(&a, &image).exists());
+        // Somebody's link is not followed, and an image that is here is not seeded.
+        std::os::unix::fs::symlink("/etc/hostname", DiskRooms::seed(&a, &image)).unwrap();
+        assert!(!rooms.take_seed(&a, &image).unwrap());
+        fs::write(&image, "whole").unwrap();
+        let way = rooms.make_way_for_seeds(&a, &[image], now);
+        assert!(matches!(way, Err(RoomError::Exists { .. })));
     }
 
     #[test]

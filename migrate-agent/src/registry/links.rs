@@ -141,6 +141,9 @@ impl Registry {
     }
 
     fn expected_disks(&self, hello: &Hello) -> Option<Arc<Received>> {
+        if let Some(seed) = self.expected_seed(hello) {
+            return Some(seed);
+        }
         let entries = self.entries();
         let entry = entries.by_id.get(&hello.migration)?;
         let is_from = entry.progress.borrow().source_host == hello.host.as_str();
@@ -255,6 +258,6 @@ impl Registry {
 }
 
 /// Compares in a time that does not depend on where the difference is.
-fn same(a: &[u8], b: &[u8]) -> bool {
+pub(super) fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |different, (x, y)| different | (x ^ y)) == 0
 }

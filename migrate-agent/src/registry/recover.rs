@@ -128,6 +128,8 @@ impl Registry {
             token: [0; TOKEN_BYTES],
             limit: None,
             disk_limit: None,
+            // Whatever the destination has by now.
+            compare_disks: true,
             disk_window: None,
             downtime_limit: DOWNTIME_DEFAULT,
             iterations_max: None,

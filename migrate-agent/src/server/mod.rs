@@ -13,6 +13,7 @@ pub mod listen;
 mod migrations;
 mod operations;
 mod queries;
+mod seeds;
 mod status;
 mod storage;
 mod stores;
@@ -26,13 +27,14 @@ use std::time::Duration;
 use lifeboat_protocol::agent::agent_server::Agent;
 use lifeboat_protocol::agent::{
     ClaimVmRequest, ClassifierReply, ClassifierRequest, Command, CommandOnMigration,
-    CompletionReply, DescribeHostRequest, HashBasesReply, HashBasesRequest, HostDescription,
-    ListMigrationsRequest, ListMigrationsResponse, ListVmsRequest, ListVmsResponse,
-    MeasureVmRequest, MigrationProgress, MigrationReply, PrepareDestinationReply,
-    PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply,
-    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
-    ReleaseStoreReply, ReleaseStoreRequest, SetLimitRequest, StartMigrationRequest, StartVmRequest,
-    StopVmRequest, VmMeasurement, VmReply,
+    CompletionReply, DescribeHostRequest, ForgetSeedReply, ForgetSeedRequest, HashBasesReply,
+    HashBasesRequest, HostDescription, ListMigrationsRequest, ListMigrationsResponse,
+    ListVmsRequest, ListVmsResponse, MeasureVmRequest, MigrationProgress, MigrationReply,
+    PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest,
+    ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest,
+    QueryMigrationRequest, ReceiveSeedReply, ReceiveSeedRequest, ReleaseStoreReply,
+    ReleaseStoreRequest, SeedProgress, SendSeedRequest, SetLimitRequest, StartMigrationRequest,
+    StartVmRequest, StopVmRequest, VmMeasurement, VmReply,
 };
 use lifeboat_protocol::ids::{HostId, OperationId, Term, VmId};
 use prost::Message;
@@ -161,6 +163,7 @@ commanded!(
     ClassifierRequest,
     PrepareStoreRequest,
     ReleaseStoreRequest,
+    ForgetSeedRequest,
 );
 
 fn vm_named(name: String) -> Result<VmId, Status> {
@@ -170,6 +173,8 @@ fn vm_named(name: String) -> Result<VmId, Status> {
 #[tonic::async_trait]
 impl Agent for Service {
     type WatchMigrationStream = ReceiverStream<Result<MigrationProgress, Status>>;
+    type ReceiveSeedStream = ReceiverStream<Result<ReceiveSeedReply, Status>>;
+    type SendSeedStream = ReceiverStream<Result<SeedProgress, Status>>;
 
     async fn describe_host(
         &self,
@@ -362,6 +367,31 @@ impl Agent for Service {
         request: Request<HashBasesRequest>,
     ) -> Result<Response<HashBasesReply>, Status> {
         self.bases_hashed(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn receive_seed(
+        &self,
+        request: Request<ReceiveSeedRequest>,
+    ) -> Result<Response<Self::ReceiveSeedStream>, Status> {
+        self.must_be(AgentRole::Hypervisor)?;
+        self.seed_received(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn send_seed(
+        &self,
+        request: Request<SendSeedRequest>,
+    ) -> Result<Response<Self::SendSeedStream>, Status> {
+        self.seed_sent(request.into_inner()).map(Response::new)
+    }
+
+    async fn forget_seed(
+        &self,
+        request: Request<ForgetSeedRequest>,
+    ) -> Result<Response<ForgetSeedReply>, Status> {
+        self.command(request.into_inner(), |this, request| async move {
+            this.seed_forgotten(request).await
+        })
+        .await
     }
 
     async fn prepare_store(

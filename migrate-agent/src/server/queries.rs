@@ -60,6 +60,7 @@ impl Service {
             store_obstacle: stores.obstacle,
             post_copy_obstacle: userfault::obstacle(settings.user, &version).unwrap_or_default(),
             disk_rooms: rooms.registry.disk_rooms(),
+            seeds: rooms.registry.kept_seeds(),
         }
     }
 

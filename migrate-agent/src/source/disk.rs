@@ -82,6 +82,12 @@ pub enum DiskFailure {
     /// The images here.
     #[error(transparent)]
     Room(#[from] RoomError),
+    /// There is nothing to copy.
+    #[error("it has no disks that only this host has")]
+    NoDisks,
+    /// A migration goes before the copying of disks.
+    #[error("the VM has begun to move; what had been copied is used by that")]
+    Moves,
     /// The mover has gone too often.
     #[error("the disk process ended {REPLACED_MOST} times")]
     Unstable,
@@ -189,7 +195,7 @@ impl SourceTask {
             vm: order.vm.clone(),
             generation: self.machine.next_generation(),
             token: order.token.to_vec(),
-            compares: false,
+            compares: order.compare_disks,
         };
         let Some(leaving) = &mut self.disks else { return Ok(()) };
         let limits = leaving.limits(self.limit);

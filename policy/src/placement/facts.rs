@@ -211,6 +211,8 @@ pub struct HostFacts {
     pub disk_rooms: Vec<DiskRoom>,
     /// Why no guest can fetch its pages there while it runs; empty where one can.
     pub fetch_obstacle: String,
+    /// What copies of VMs' disks take there, which their disks need not take again.
+    pub seeds: BTreeMap<VmId, Bytes>,
     /// Why a VM's overlays cannot lie on what is there, for each VM where that is so.
     pub base_obstacles: BTreeMap<VmId, String>,
 }

@@ -49,6 +49,7 @@ pub(crate) fn facts(name: &str, free_mib: u64) -> HostFacts {
         bridges: BTreeMap::from([("br0".to_owned(), bridge)]),
         profiles: set(&["fast-net"]),
         storage: set(&["nfs1"]),
+        seeds: BTreeMap::new(),
         disk_rooms: vec![DiskRoom { path: "/disks".to_owned(), free: Bytes::from_mib(100) }],
         fetch_obstacle: String::new(),
         base_obstacles: BTreeMap::new(),

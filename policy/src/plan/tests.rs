@@ -97,6 +97,7 @@ fn facts(name: &str) -> HostFacts {
         bridges: BTreeMap::<String, Bridge>::new(),
         profiles: set(&[]),
         storage: set(&[]),
+        seeds: BTreeMap::new(),
         disk_rooms: Vec::new(),
         fetch_obstacle: String::new(),
         base_obstacles: BTreeMap::new(),

@@ -153,6 +153,9 @@ pub struct Report {
     /// What the guest has written so far, bytes; a mover of an older version does not say.
     #[serde(default)]
     pub written: u64,
+    /// Hashes are being compared: what is left is what was found so far.
+    #[serde(default)]
+    pub comparing: bool,
     /// Why it will not go on, however often it connects.
     pub failed: Option<String>,
 }

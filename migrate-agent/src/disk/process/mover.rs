@@ -284,7 +284,8 @@ impl Mover {
         let outgoing = tasks::blocking(move || Outgoing::new(mirror, images, choice)).await;
         let outgoing = outgoing.map_err(|errno| format!("cannot look for data: {errno}"))?;
         let (commands, obeyed) = mpsc::channel(8);
-        let first = Progress { phase: Phase::Bulk, dirty: 0, on_the_way: 0 };
+        let comparing = choice.compares;
+        let first = Progress { phase: Phase::Bulk, dirty: 0, on_the_way: 0, comparing };
         let (progress, failed) = (watch::Sender::new(first), watch::Sender::new(None));
         let counts = Arc::new(Counts::default());
         let seen = Seen {
@@ -329,8 +330,8 @@ impl Mover {
         let begun = self.begun.lock().await;
         let Some(begun) = begun.as_ref() else {
             let (left, dirty, sent, mirrored, written) = (0, 0, 0, 0, 0);
-            let stage = Stage::Idle;
-            return Report { stage, left, dirty, sent, mirrored, written, failed: None };
+            let (stage, comparing, failed) = (Stage::Idle, false, None);
+            return Report { stage, left, dirty, sent, mirrored, written, comparing, failed };
         };
         let (seen, now) = (&begun.seen, *begun.seen.progress.borrow());
         // Counted anew: the transfer's own figure is as old as its last event.
@@ -344,6 +345,7 @@ impl Mover {
             sent: mirrored + seen.counts.blocks.load(Ordering::Relaxed),
             mirrored,
             written: self.mirror.written(),
+            comparing: now.comparing,
             failed: seen.failed.borrow().clone(),
         }
     }

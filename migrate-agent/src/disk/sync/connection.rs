@@ -173,7 +173,8 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     fn progress(&self) -> Progress {
         let dirty = self.own.mirror.disks().iter().map(|disk| disk.dirty.count()).sum();
         let on_the_way = self.own.mirror.ledger().bytes();
-        Progress { phase: self.own.phases.phase(), dirty, on_the_way }
+        let (phase, comparing) = (self.own.phases.phase(), self.own.compares);
+        Progress { phase, dirty, on_the_way, comparing }
     }
 
     fn greet(&mut self) {

@@ -78,6 +78,9 @@ pub enum ReceiveError {
     /// Its blocks have an impossible size.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// It would call a copy whole of which it knows nothing.
+    #[error("the source seals disk {0} without having compared it with the copy that is here")]
+    NotCompared(u16),
     /// The VM is this host's: nobody else writes to its disks.
     #[error("the source still sends for disk {0}, which is this host's now")]
     Closed(u16),
@@ -114,6 +117,8 @@ struct Disk {
     incoming: Mutex<Incoming>,
     /// The source has sealed, and all of it is durable here.
     sealed: AtomicBool,
+    /// The source has asked for hashes; only a copy that was here before has to be compared.
+    compared: AtomicBool,
 }
 
 impl Disk {
@@ -132,6 +137,8 @@ impl Disk {
 /// The images of one VM at its destination.
 pub struct Received {
     paths: Vec<PathBuf>,
+    /// Images that are there already are gone on with.
+    seeded: bool,
     disks: Mutex<Vec<Option<Arc<Disk>>>>,
     /// A disk was announced.
     announced: Condvar,
@@ -145,10 +152,21 @@ impl Received {
     /// Disk N will be made at `paths[N]`, where nothing may be yet.
     #[must_use]
     pub fn new(paths: Vec<PathBuf>) -> Arc<Self> {
+        Self::made(paths, false)
+    }
+
+    /// As [`Self::new`], but what is at one of the paths is gone on with: a copy of the same image,
+    /// however old. The source has to compare hashes.
+    #[must_use]
+    pub fn going_on(paths: Vec<PathBuf>) -> Arc<Self> {
+        Self::made(paths, true)
+    }
+
+    fn made(paths: Vec<PathBuf>, seeded: bool) -> Arc<Self> {
         let disks = Mutex::new(paths.iter().map(|_| None).collect());
         let arrivals = watch::Sender::new(0);
         let (announced, wants, closed) = Default::default();
-        Arc::new(Self { paths, disks, announced, wants, arrivals, closed })
+        Arc::new(Self { paths, seeded, disks, announced, wants, arrivals, closed })
     }
 
     fn disks(&self) -> MutexGuard<'_, Vec<Option<Arc<Disk>>>> {
@@ -300,12 +318,13 @@ impl Received {
         }
         let block = BlockSize::new(frame.offset)?;
         let path = self.paths[usize::from(number)].clone();
-        let file = create(&path, length);
+        let file = create(&path, length, self.seeded);
         let failed = |source| ReceiveError::Create { disk: number, path, source };
         let file = file.map_err(failed)?;
         let incoming = Mutex::new(Incoming::new(block, length));
         let (held, sealed) = Default::default();
-        *slot = Some(Arc::new(Disk { held, file, incoming, sealed }));
+        let compared = AtomicBool::new(!self.seeded);
+        *slot = Some(Arc::new(Disk { held, file, incoming, sealed, compared }));
         self.announced.notify_all();
         Ok(())
     }
@@ -339,8 +358,19 @@ fn save(path: &Path, content: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-fn create(path: &Path, length: u64) -> io::Result<File> {
-    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+fn create(path: &Path, length: u64, seeded: bool) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut how = File::options();
+    how.read(true).write(true).mode(0o600);
+    // No link that somebody put there is followed.
+    match seeded {
+        true => how.create(true).custom_flags(libc::O_NOFOLLOW),
+        false => how.create_new(true),
+    };
+    let file = how.open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     file.set_len(length)?;
     Ok(file)
 }
@@ -414,6 +444,9 @@ impl Received {
             Kind::Resize => self.resize(&disk, frame)?,
             Kind::Flush => disk.file.sync_data().map_err(failed)?,
             Kind::Seal => {
+                if !disk.compared.load(Ordering::SeqCst) {
+                    return Err(ReceiveError::NotCompared(frame.disk));
+                }
                 let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
                 disk.incoming().seal(&runs);
                 disk.file.sync_all().map_err(failed)?;
@@ -425,7 +458,11 @@ impl Received {
                 disk.sealed.store(false, Ordering::SeqCst);
                 incoming.unseal();
             }
-            Kind::AskMap => return send_map(&disk, frame.disk, answers).map_err(failed),
+            Kind::AskMap => {
+                send_map(&disk, frame.disk, answers).map_err(failed)?;
+                disk.compared.store(true, Ordering::SeqCst);
+                return Ok(());
+            }
             // What only a destination says: from a source it means nothing.
             _ => return Err(StreamError::from(FrameError::Contradiction).into()),
         }
@@ -504,16 +541,18 @@ pub fn block_hash(content: &[u8]) -> u64 {
     xxh3_64(content).max(1)
 }
 
-/// Hashes of all blocks, as many frames as it takes, each at most 8 Ki blocks.
+/// Hashes of all blocks, as many frames as it takes. Each is also a sign of life, and so is at most
+/// what a slow disk reads in a second.
 fn send_map(disk: &Disk, number: u16, answers: &Answers) -> io::Result<()> {
-    const AT_A_TIME: u64 = 8192;
+    const AT_A_TIME: u64 = 64 << 20;
     let (size, length) = {
         let incoming = disk.incoming();
         (incoming.block(), incoming.length())
     };
+    let at_a_time = (AT_A_TIME / size.bytes()).clamp(1, MAX_PAYLOAD as u64 / 8);
     let mut first = 0;
     while first < size.count(length) {
-        let until = (first + AT_A_TIME).min(size.count(length));
+        let until = (first + at_a_time).min(size.count(length));
         let mut hashes = Vec::new();
         for block in first..until {
             let range = size.range(block, length);

@@ -89,6 +89,8 @@ pub struct Progress {
     pub dirty: u64,
     /// Bytes on their way.
     pub on_the_way: u64,
+    /// Hashes are being compared: dirty blocks are those found so far.
+    pub comparing: bool,
 }
 
 /// What is chosen for a migration.

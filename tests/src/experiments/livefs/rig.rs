@@ -231,7 +231,8 @@ impl Way {
         let (commands, mut orders) = mpsc::channel(4);
         let rate = watch::Sender::new(Some(BytesPerSec(LINK)));
         let phase = outgoing.phase();
-        let (told, progress) = watch::channel(Progress { phase, dirty: 0, on_the_way: 0 });
+        let (told, progress) =
+            watch::channel(Progress { phase, dirty: 0, on_the_way: 0, comparing: false });
         let limit = rate.subscribe();
         let sending = tasks::spawn("send", async move {
             let (control, bulk) = (control.into_split(), bulk.into_split());
