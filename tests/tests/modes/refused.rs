@@ -55,6 +55,29 @@ impl Drop for Reserved {
     }
 }
 
+/// Memory in huge pages as a folder, until this is dropped: a folder with a mount in it cannot be
+/// removed.
+struct HugePages(PathBuf);
+
+impl HugePages {
+    fn at(folder: PathBuf) -> Self {
+        fs::create_dir(&folder).unwrap();
+        let mount =
+            format!("mount -t hugetlbfs -o mode=1777,pagesize=2M none {}", folder.display());
+        run(&mut words(&mount)).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // A QEMU may still have a file open there; it ends with the namespace.
+        if let Err(error) = run(&mut words(&format!("umount --lazy {}", self.0.display()))) {
+            eprintln!("{error}");
+        }
+    }
+}
+
 /// Shows all programs of this mount namespace another setting than the machine's, which stays.
 fn show_sysctl(file: &Path) -> Result<(), RigError> {
     run(&mut words(&format!("mount --bind {} {SYSCTL}", file.display()))).map(drop)
@@ -135,10 +158,7 @@ fn a_plan_refuses_what_could_not_fetch_its_pages() {
     }
     private::settle().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let huge = folder.path().join("hugepages");
-    fs::create_dir(&huge).unwrap();
-    let mount = format!("mount -t hugetlbfs -o mode=1777,pagesize=2M none {}", huge.display());
-    run(&mut words(&mount)).unwrap();
+    let _mounted = HugePages::at(folder.path().join("hugepages"));
     let _reserved = Reserved::more(HUGE_PAGES);
     let setting = folder.path().join("unprivileged_userfaultfd");
     fs::write(&setting, "0\n").unwrap();
