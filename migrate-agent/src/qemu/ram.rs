@@ -19,6 +19,8 @@ use super::procfs;
 /// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap): present, swapped.
 const POPULATED: u64 = 1 << 63 | 1 << 62;
 const ENTRY_BYTES: u64 = 8;
+/// How often mappings are read for one that is not among them.
+const LOOKS_MOST: usize = 5;
 /// `HUGETLBFS_MAGIC` of linux/magic.h, in statfs(2)'s `f_type`.
 const HUGETLBFS: rustix::fs::FsWord = 0x9584_58f6;
 
@@ -74,8 +76,8 @@ impl Ram {
     /// # Errors
     /// When there is not exactly one such mapping, or it cannot be read.
     pub fn find(pid: u32, size: Bytes) -> Result<Self, RamError> {
-        let maps = procfs::maps(pid).map_err(|source| RamError::Read { pid, source })?;
-        Self::open(pid, only(pid, size, own(&maps, size))?)
+        let found = looked(pid, |maps| only(pid, size, own(maps, size)))?;
+        Self::open(pid, found)
     }
 
     /// As [`Self::find`]; where QEMU has no memory of its own of that size, memory that lies in a file
@@ -84,23 +86,13 @@ impl Ram {
     /// # Errors
     /// As [`Self::find`].
     pub fn find_any(pid: u32, size: Bytes) -> Result<(Self, Behind), RamError> {
-        let maps = procfs::maps(pid).map_err(|source| RamError::Read { pid, source })?;
-        let own = own(&maps, size);
-        if !own.is_empty() {
-            return Ok((Self::open(pid, only(pid, size, own)?)?, Behind::Nothing));
-        }
-        let in_files = maps.iter().filter(|m| m.writable && !m.name.is_empty());
-        let fits = |m: &procfs::Mapping| {
-            let behind = behind(pid, &m.range)?;
-            // A file of huge pages is of whole ones; the guest's memory need not be.
-            let whole = match behind {
-                Behind::HugePages(page) => size.0.next_multiple_of(page.0),
-                Behind::File | Behind::Nothing => size.0,
-            };
-            let range = m.range.start..m.range.start + size.0;
-            (m.range.end - m.range.start == whole).then_some((range, behind))
-        };
-        let (range, behind) = only(pid, size, in_files.filter_map(fits).collect())?;
+        let (range, behind) = looked(pid, |maps| {
+            let own = own(maps, size);
+            match own.is_empty() {
+                true => only(pid, size, in_files(pid, maps, size)),
+                false => Ok((only(pid, size, own)?, Behind::Nothing)),
+            }
+        })?;
         Ok((Self::open(pid, range)?, behind))
     }
 
@@ -149,6 +141,26 @@ impl Ram {
     }
 }
 
+/// Looks at the mappings, and again where what is looked for is not among them. In about one of ten
+/// guests that had been started half a second before, the memory was not there at the first look. Why is
+/// not known; mappings are read piece by piece, and may change meanwhile (proc_pid_maps(5)).
+fn looked<T>(
+    pid: u32,
+    find: impl Fn(&[procfs::Mapping]) -> Result<T, RamError>,
+) -> Result<T, RamError> {
+    let mut looks = 0;
+    loop {
+        let maps = procfs::maps(pid).map_err(|source| RamError::Read { pid, source })?;
+        looks += 1;
+        match find(&maps) {
+            Err(RamError::NotFound { found: 0, .. }) if looks < LOOKS_MOST => {
+                tracing::debug!(pid, looks, mappings = maps.len(), "memory not among the mappings");
+            }
+            found => return found,
+        }
+    }
+}
+
 fn own(maps: &[procfs::Mapping], size: Bytes) -> Vec<Range<u64>> {
     let fits = |m: &&procfs::Mapping| {
         m.writable && m.name.is_empty() && m.range.end - m.range.start == size.0
@@ -164,6 +176,22 @@ fn only<T>(pid: u32, size: Bytes, mut found: Vec<T>) -> Result<T, RamError> {
             Err(RamError::NotFound { pid, found, size })
         }
     }
+}
+
+/// Mappings of files that may be the guest's memory.
+fn in_files(pid: u32, maps: &[procfs::Mapping], size: Bytes) -> Vec<(Range<u64>, Behind)> {
+    let named = maps.iter().filter(|m| m.writable && !m.name.is_empty());
+    let fits = |m: &procfs::Mapping| {
+        let behind = behind(pid, &m.range)?;
+        // A file of huge pages is of whole ones; the guest's memory need not be.
+        let whole = match behind {
+            Behind::HugePages(page) => size.0.next_multiple_of(page.0),
+            Behind::File | Behind::Nothing => size.0,
+        };
+        let range = m.range.start..m.range.start + size.0;
+        (m.range.end - m.range.start == whole).then_some((range, behind))
+    };
+    named.filter_map(fits).collect()
 }
 
 /// What a mapping with a name lies in; `None` for `[heap]` and the like, which are no files. The
