@@ -114,7 +114,11 @@ impl Agent for FakeAgent {
             return Err(Status::failed_precondition("no room after all"));
         }
         let page_address = "10.0.0.9:7000".to_owned();
-        Ok(Response::new(PrepareDestinationReply { page_address, token: vec![1; 32] }))
+        Ok(Response::new(PrepareDestinationReply {
+            page_address,
+            token: vec![1; 32],
+            seeded: false,
+        }))
     }
 
     async fn start_migration(

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use lifeboat_protocol::agent::{MigrationProgress, Phase};
+use lifeboat_protocol::agent::{MigrationProgress, Mode, Phase};
 
 use super::Case;
 use super::hosts::{ADDRESSES, Hosts, NAMES, TOLD, made};
 use super::writes::{Ear, Moved};
 use crate::clock;
 use crate::rig::RigError;
-use crate::rig::agents::{Agent, Prepared, make_certificates};
+use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 
 const DOWNTIME: Duration = Duration::from_millis(300);
 const FILLING: Duration = Duration::from_secs(120);
@@ -52,7 +52,8 @@ async fn order(
     case: &Case,
 ) -> Result<(Instant, Instant, Instant, Figures), RigError> {
     let (began, began_unix) = (clock::now(), clock::unix_now());
-    let mut prepared = Prepared::at(source, destination, "vm", "m1").await?;
+    let manner = Manner::of(Mode::PreCopy);
+    let mut prepared = Prepared::at(source, destination, "vm", "m1", manner).await?;
     prepared.hold_writes(case.limit.unwrap_or(0));
     prepared.start(source, DOWNTIME, Some(TOLD * 8)).await?;
     let mut bulk_over = None;

@@ -250,7 +250,8 @@ impl Way {
         let (commands, mut orders) = mpsc::channel(4);
         let rate = watch::Sender::new(Some(BytesPerSec(LINK_BITS / 8)));
         let phase = outgoing.phase();
-        let (told, progress) = watch::channel(Progress { phase, dirty: 0, on_the_way: 0 });
+        let (told, progress) =
+            watch::channel(Progress { phase, dirty: 0, on_the_way: 0, comparing: false });
         let limit = rate.subscribe();
         let (bulk, control) = (streams.pop(), streams.pop());
         let sending = tasks::spawn("send", async move {
