@@ -174,7 +174,7 @@ fn packed(name: &str, stream: &Bytes) -> Seed {
         None => {
             let pages = [[0, 0, 1, 9], [1, 0, 2, 0], [0, 0, 3, 5]];
             let change = [0, 0, 60, 1];
-            let how = [3 << 1 | u8::from(name.len() % 2 == 0)];
+            let how = [3 << 1 | u8::from(name.len().is_multiple_of(2))];
             let bytes = [&how[..], pages.as_flattened(), &change].concat();
             Seed { target: "pack", name: format!("seed-{name}"), bytes }
         }

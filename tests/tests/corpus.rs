@@ -1,6 +1,7 @@
 //! Every codec holds for every input of its corpus in `fuzz/corpus/`: seeds, and whatever `tests/fuzz`
 //! once found. And the seeds are still what the captures of this checkout make.
 
+#[allow(unreachable_pub, reason = "a library elsewhere, whole")]
 #[path = "../../fuzz/src/lib.rs"]
 mod fuzz;
 

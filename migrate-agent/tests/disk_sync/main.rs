@@ -6,29 +6,25 @@ mod ahead;
 mod disk_lab;
 mod world;
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use disk_lab::Mounted;
 use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, Request};
 use lifeboat_agent::disk::sync::arriving::{Arriving, READ_DEADLINE};
 use lifeboat_agent::disk::sync::incoming::Readiness;
-use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
-use lifeboat_agent::disk::sync::phases::{Goal, Phase, Veto};
-use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
-use lifeboat_agent::disk::sync::receive::{ReceiveError, Received, receive};
-use lifeboat_agent::disk::sync::send::{Choice, Command, Outgoing, Progress, SendError};
-use lifeboat_agent::disk::track::{BlockSize, SegmentSize};
+use lifeboat_agent::disk::sync::mirror::DEADLINE;
+use lifeboat_agent::disk::sync::phases::{Goal, Phase};
+use lifeboat_agent::disk::sync::rank::Strategy;
+use lifeboat_agent::disk::sync::receive::ReceiveError;
+use lifeboat_agent::disk::sync::send::{Choice, Command, SendError};
 use lifeboat_agent::{clock, tasks};
 use lifeboat_protocol::units::BytesPerSec;
-use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
+use world::{Guest, LENGTH, MIB, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_phases_bring_an_image_that_is_written_all_the_while() {

@@ -23,26 +23,26 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::disk_lab::Mounted;
 
-pub const MIB: u64 = 1 << 20;
-pub const LENGTH: u64 = 64 * MIB;
+pub(super) const MIB: u64 = 1 << 20;
+pub(super) const LENGTH: u64 = 64 * MIB;
 
 /// An image behind a mount with its hook, and the place where it shall go.
-pub struct World {
-    pub mount: Mounted,
-    pub mirror: Arc<Mirror>,
-    pub arrived: PathBuf,
-    pub received: Arc<Received>,
-    pub rate: watch::Sender<Option<BytesPerSec>>,
-    pub progress: watch::Sender<Progress>,
+pub(super) struct World {
+    pub(super) mount: Mounted,
+    pub(super) mirror: Arc<Mirror>,
+    pub(super) arrived: PathBuf,
+    pub(super) received: Arc<Received>,
+    pub(super) rate: watch::Sender<Option<BytesPerSec>>,
+    pub(super) progress: watch::Sender<Progress>,
 }
 
 impl World {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::on(None)
     }
 
     /// With the image in a directory that another mount shows, or in one of its own.
-    pub fn on(below: Option<&Mounted>) -> Self {
+    pub(super) fn on(below: Option<&Mounted>) -> Self {
         let segment = SegmentSize::new(4 * MIB).unwrap();
         let disks = [(OsStr::new("a.raw"), LENGTH)];
         let mirror = Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE));
@@ -66,7 +66,7 @@ impl World {
         Self { mount, mirror, arrived, received, rate, progress }
     }
 
-    pub fn outgoing(&self, change: impl FnOnce(&mut Choice)) -> Outgoing {
+    pub(super) fn outgoing(&self, change: impl FnOnce(&mut Choice)) -> Outgoing {
         let mut choice = Choice {
             goal: Goal { left: 2, early: false },
             strategy: Strategy::Whole,
@@ -81,7 +81,7 @@ impl World {
     }
 
     /// Runs `outgoing` over new streams, with a receiver at the other end.
-    pub fn connect(&self, mut outgoing: Outgoing) -> Way {
+    pub(super) fn connect(&self, mut outgoing: Outgoing) -> Way {
         let (commands, mut orders) = mpsc::channel(4);
         let (rate, progress) = (self.rate.subscribe(), self.progress.clone());
         let streams = [(); 2].map(|()| UnixStream::pair().unwrap());
@@ -100,14 +100,14 @@ impl World {
         Way { commands, source, destinations }
     }
 
-    pub async fn until(&self, phase: Phase) {
+    pub(super) async fn until(&self, phase: Phase) {
         let mut progress = self.progress.subscribe();
         let reached = progress.wait_for(|progress| progress.phase == phase);
         let reached = tokio::time::timeout(Duration::from_secs(60), reached).await;
         assert!(reached.is_ok(), "{phase:?} was not reached: {:?}", self.progress.borrow());
     }
 
-    pub fn assert_same(&self) {
+    pub(super) fn assert_same(&self) {
         let (here, there) =
             (std::fs::read(self.mount.native("a.raw")), std::fs::read(&self.arrived));
         let (here, there) = (here.unwrap(), there.unwrap());
@@ -117,15 +117,15 @@ impl World {
     }
 }
 
-pub struct Way {
-    pub commands: mpsc::Sender<Command>,
-    pub source: tokio::task::JoinHandle<(Outgoing, Result<(), SendError>)>,
-    pub destinations: Vec<tokio::task::JoinHandle<Result<(), ReceiveError>>>,
+pub(super) struct Way {
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(super) source: tokio::task::JoinHandle<(Outgoing, Result<(), SendError>)>,
+    pub(super) destinations: Vec<tokio::task::JoinHandle<Result<(), ReceiveError>>>,
 }
 
 impl Way {
     /// Seals, asking again while blocks are on their way.
-    pub async fn seal(&self) {
+    pub(super) async fn seal(&self) {
         for _ in 0..200 {
             let (answer, sealed) = oneshot::channel();
             self.commands.send(Command::Seal(answer)).await.unwrap();
@@ -140,7 +140,7 @@ impl Way {
         panic!("it never seals");
     }
 
-    pub async fn cede(self) {
+    pub(super) async fn cede(self) {
         self.commands.send(Command::Cede).await.unwrap();
         self.source.await.unwrap().1.unwrap();
         for destination in self.destinations {
@@ -149,7 +149,7 @@ impl Way {
     }
 
     /// Cuts both connections at the destination's end.
-    pub async fn cut(self) -> Outgoing {
+    pub(super) async fn cut(self) -> Outgoing {
         self.destinations.iter().for_each(tokio::task::JoinHandle::abort);
         let (outgoing, outcome) = self.source.await.unwrap();
         assert!(outcome.unwrap_err().may_retry());
@@ -158,15 +158,15 @@ impl Way {
 }
 
 /// A guest: writes, discards, zeroes and flushes at random places, until it is stopped.
-pub struct Guest {
-    pub thread: Option<JoinHandle<()>>,
-    pub stop: Arc<AtomicBool>,
-    pub writes: Arc<AtomicU64>,
-    pub longest_ms: Arc<AtomicU64>,
+pub(super) struct Guest {
+    pub(super) thread: Option<JoinHandle<()>>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) writes: Arc<AtomicU64>,
+    pub(super) longest_ms: Arc<AtomicU64>,
 }
 
 impl Guest {
-    pub fn start(world: &World, seed: u64) -> Self {
+    pub(super) fn start(world: &World, seed: u64) -> Self {
         let path = world.mount.through("a.raw");
         let (stop, writes, longest_ms) =
             <(Arc<AtomicBool>, Arc<AtomicU64>, Arc<AtomicU64>)>::default();
@@ -196,7 +196,7 @@ impl Guest {
         Self { thread: Some(thread), stop, writes, longest_ms }
     }
 
-    pub fn stop(mut self) -> u64 {
+    pub(super) fn stop(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap();
         println!("longest request {} ms", self.longest_ms.load(Ordering::Relaxed));
@@ -213,7 +213,7 @@ impl Drop for Guest {
     }
 }
 
-pub fn punch(file: &File, at: u64, length: u64) {
+pub(super) fn punch(file: &File, at: u64, length: u64) {
     let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(file, mode, at, length).unwrap();
 }

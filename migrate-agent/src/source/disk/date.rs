@@ -123,11 +123,11 @@ mod tests {
         let (mut sent, mut left, limit) = (0, 1000 * MB, BytesPerSec(5 * MB));
         spread.is_too_much(begin, sent, left, limit);
         let after = |second: usize| begin + Duration::from_secs(second as u64 + 1);
-        let mut tell = |(second, dirtied): (usize, &u64)| {
+        let tell = |(second, dirtied): (usize, &u64)| {
             (sent, left) = (sent + 25 * MB, left + dirtied * MB - 25 * MB);
             spread.is_too_much(after(second), sent, left, limit)
         };
-        dirtied.iter().enumerate().map(|pair| tell(pair)).collect()
+        dirtied.iter().enumerate().map(tell).collect()
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Makes the seeds of every corpus in `fuzz/corpus/` anew, of the captures in this checkout:
 //! `cargo run -p lifeboat-tests --bin lifeboat-seeds`. What was found (`found-*`) stays.
 
+#[allow(unreachable_pub, reason = "a library elsewhere, whole")]
 #[path = "../../../../fuzz/src/lib.rs"]
 mod fuzz;
 
