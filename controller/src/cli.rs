@@ -9,7 +9,7 @@
 //! | 1 | refused or failed; the message says why, and nothing was changed unless it says so |
 //! | 2 | the evacuation ended and some VMs stayed, are uncertain, or lost; `verify`: not all files are the same |
 //! | 3 | the evacuation ended and no VM moved |
-//! | 4 | the evacuation was cancelled |
+//! | 4 | the evacuation was cancelled; `preseed`: stopped by Ctrl-C |
 //! | 5 | detached: the evacuation goes on without this command |
 //! | 64 | the command line was wrong |
 //!

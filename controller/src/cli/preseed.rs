@@ -11,9 +11,10 @@ use lifeboat_protocol::controller::{
 use lifeboat_protocol::units::BitsPerSec;
 use tokio_stream::StreamExt;
 
-use super::CliError;
 use super::client::Context;
+use super::interrupts::Interrupts;
 use super::output::{print, print_json, rate, size, table, time, to_go};
+use super::{CANCELLED, CliError};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -61,11 +62,23 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
     }
     let limit_bits_per_sec = args.limit.map_or(0, |limit| BitsPerSec::from_mbit(limit).0);
     let request = PreseedRequest { vm, to, limit_bits_per_sec };
+    let mut interrupts = Interrupts::listen()?;
     let mut news = client.preseed(request).await?.into_inner();
     let mut display = Display::new(context);
     let mut last = PreseedReply::default();
-    while let Some(reply) = news.next().await {
-        last = reply?;
+    loop {
+        tokio::select! {
+            reply = news.next() => match reply {
+                Some(reply) => last = reply?,
+                None => break,
+            },
+            _ = interrupts.next() => {
+                display.finish();
+                // Hanging up ends the copy at both agents.
+                eprintln!("stopped; what has been copied stays, and the next copy goes on with it");
+                return Ok(CANCELLED);
+            }
+        }
         display.update(&last)?;
     }
     display.finish();

@@ -1,15 +1,19 @@
 //! What is there before its time: a copy that was taken ahead, and a VM that moves before its disk.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lifeboat_agent::disk::sync::phases::{Goal, Phase};
+use lifeboat_agent::disk::sync::rank::Strategy;
 use lifeboat_agent::disk::sync::receive::{ReceiveError, Received};
 use lifeboat_agent::disk::sync::send::Command;
+use lifeboat_agent::tasks;
 use lifeboat_protocol::units::BytesPerSec;
 use tokio::sync::oneshot;
 
-use crate::world::{LENGTH, MIB, World};
+use crate::world::{Guest, LENGTH, MIB, World};
 
 /// As `World::new`, with a copy at the destination that differs in one block and is too short.
 fn with_a_copy() -> World {
@@ -74,13 +78,28 @@ async fn a_link_in_place_of_a_copy_is_not_followed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_may_move_early_is_sealed_in_the_middle_of_a_pass() {
     let world = World::new();
-    // All of it would take half a minute.
-    world.rate.send_replace(Some(BytesPerSec(1_500_000)));
-    let way = world.connect(world.outgoing(|choice| choice.goal = Goal { left: 4, early: true }));
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    world.rate.send_replace(Some(BytesPerSec(20_000_000)));
+    let way = world.connect(world.outgoing(|choice| {
+        choice.goal = Goal { left: 10_000, early: true };
+        choice.strategy = Strategy::Hot { threshold: 5.0 };
+        choice.monitors = true;
+    }));
+    // Segments 3 and 5 are hot.
+    let image = File::options().write(true).open(world.mount.through("a.raw")).unwrap();
+    for number in 0..40 {
+        image.write_all_at(&[7; 4096], 12 * MIB + number * 4096).unwrap();
+        image.write_all_at(&[7; 4096], 20 * MIB + number * 4096).unwrap();
+    }
+    way.commands.send(Command::EndMonitoring).await.unwrap();
+    // What it writes there while they are sent is left for another pass.
+    let guest = Guest::start(&world, 9);
+    world.until(Phase::Synchronous).await;
+    // Which would take most of a minute now.
+    world.rate.send_replace(Some(BytesPerSec(200_000)));
+    tasks::blocking(move || guest.stop()).await;
     let (answer, sealed) = oneshot::channel();
     way.commands.send(Command::Seal(answer)).await.unwrap();
-    let sealed = tokio::time::timeout(Duration::from_secs(10), sealed).await;
+    let sealed = tokio::time::timeout(Duration::from_secs(15), sealed).await;
     sealed.expect("it is not sealed while blocks are left").unwrap().unwrap();
     assert!(world.received.is_sealed() && world.received.missing() > 40);
     world.rate.send_replace(None);

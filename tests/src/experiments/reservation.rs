@@ -162,9 +162,13 @@ fn checks(record: &Record) -> Vec<Check> {
         let claim = format!("{case}: the migration's share in %");
         Check::median(&claim, three_points, &record.figures(case, SHARE))
     };
+    // What is borrowed is sent by HTB's root class, to which Open vSwitch gives a single packet's burst: each
+    // timer that fires late loses time for good. On a machine whose hypervisor took 13 % of the time 89 %
+    // of the link were lent, where a quiet one has 99.9. A first look asks only whether it is lent at all.
+    let lent = if record.quick { 80.0 } else { 95.0 };
     let whole = |case: &str, figure: &str| {
         let claim = format!("{case}: the other one's rate in % of the link");
-        Check::median(&claim, Bound::AtLeast(95.0), &record.figures(case, figure))
+        Check::median(&claim, Bound::AtLeast(lent), &record.figures(case, figure))
     };
     let contested = CASES.iter().filter(|c| c.reserved && c.migration && c.application.is_some());
     let mut checks: Vec<Check> = contested.map(|case| share(case.name)).collect();
