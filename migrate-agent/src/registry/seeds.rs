@@ -20,9 +20,10 @@ use super::links::same;
 use super::{Registry, RegistryError, random_token};
 use crate::clock;
 use crate::disk::local::local_disks;
-use crate::disk::rooms::DiskRooms;
+use crate::disk::rooms::{DiskRooms, RoomError};
 use crate::disk::sync::receive::Received;
 use crate::source::Failure;
+use crate::source::disk::DiskFailure;
 use crate::source::seeding::{self, Told};
 use crate::tasks;
 
@@ -120,7 +121,8 @@ impl Registry {
             rooms.make_way_for_seeds(&named, &images, now)?;
             Ok(images.iter().map(|image| DiskRooms::seed(&named, image)).collect())
         });
-        let paths = paths.await.map_err(|error| Failure::from(seeding::of_room(error)))?;
+        let paths =
+            paths.await.map_err(|error: RoomError| Failure::from(DiskFailure::from(error)))?;
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
         let received = Received::going_on(paths);
         {
@@ -219,7 +221,7 @@ impl Registry {
         }
         let (rooms, vm) = (Arc::clone(&self.context.rooms), vm.clone());
         let forgotten = tasks::blocking(move || rooms.forget_seeds(&vm)).await;
-        Ok(forgotten.map_err(|error| Failure::from(seeding::of_room(error)))?)
+        Ok(forgotten.map_err(|error: RoomError| Failure::from(DiskFailure::from(error)))?)
     }
 }
 

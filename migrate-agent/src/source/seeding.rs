@@ -21,7 +21,6 @@ use crate::clock;
 use crate::disk::local::{LocalDisk, local_disks};
 use crate::disk::process::client::{ANSWER_LIMIT, Mover};
 use crate::disk::process::control::{Destination, Limits, Report, Request, Stage};
-use crate::disk::rooms::RoomError;
 use crate::progress::RateMeter;
 
 /// How often it is told how far it is.
@@ -63,11 +62,6 @@ pub struct Told {
     pub comparing: bool,
     /// It has all arrived.
     pub done: bool,
-}
-
-/// A directory for disks as a failure of disks, for whoever may not know them.
-pub(crate) fn of_room(error: RoomError) -> DiskFailure {
-    error.into()
 }
 
 /// Sends until all has arrived durably, `stopped` comes true, or nobody listens to `told` any more.

@@ -20,10 +20,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use lifeboat_agent::qemu::launch::{Accelerator, Begin, LaunchSpec};
+use lifeboat_agent::qemu::launch::LaunchSpec;
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use lifeboat_protocol::agent::{Mode, Phase, ScatterPlan};
 use lifeboat_protocol::units::Bytes;
@@ -31,6 +31,7 @@ use serde_json::json;
 
 use super::Setting;
 use super::machine::machine;
+use super::twins::{Twins, lives, made};
 use crate::clock;
 use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 use crate::rig::direct::{Direct, Leaving, Place};
@@ -49,10 +50,12 @@ const ADDRESSES: [Ipv4Addr; 3] =
 const PORTS: [&str; 3] = ["to-h1", "to-h2", "to-i1"];
 const MEMORY: Bytes = Bytes::from_mib(192);
 const ROOM: Bytes = Bytes::from_mib(320);
-const MACHINE: &str = "pc-i440fx-7.2";
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
                                 lb.role=M lb.region=120MiB lb.dirty=500 lb.check=1000";
 const LINK: u64 = 200_000_000;
+const TWINS: Twins = Twins { memory: MEMORY, kernel_arguments: KERNEL_ARGUMENTS };
+/// So often a guest says that it lives before that is believed.
+const SIGNS: usize = 2;
 const DOWNTIME: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(120);
 const REST: Duration = Duration::from_millis(700);
@@ -188,7 +191,7 @@ impl Rig {
         let named: Vec<_> = HOSTS.into_iter().zip(ADDRESSES).collect();
         make_certificates(folder, &named)?;
         let definition = made(folder, "h1/vms")?.join("ours.toml");
-        fs::write(definition, our_definition()).map_err(RigError::io("cannot define the guest"))?;
+        fs::write(definition, TWINS.ours()).map_err(RigError::io("cannot define the guest"))?;
         let start = |index: usize| {
             let (host, address) = (HOSTS[index], ADDRESSES[index]);
             Agent::start(&namespaces[index], host, address, folder, setting.images)
@@ -196,11 +199,11 @@ impl Rig {
         let mut agents = [start(0).await?, start(1).await?, start(2).await?];
         agents[0].start_vm("ours").await?;
         let folders = [made(folder, "h1/direct")?, made(folder, "h2/direct")?];
-        let spec = direct_spec(setting.images);
+        let spec = TWINS.direct(setting.images);
         let place = Place { namespace: &namespaces[0], address: ADDRESSES[0], folder: &folders[0] };
         let direct = Direct::boot(&spec, place).await?;
-        lives(&agents[0].serial_log("ours"))?;
-        lives(&direct.serial_log())?;
+        lives(&agents[0].serial_log("ours"), SIGNS)?;
+        lives(&direct.serial_log(), SIGNS)?;
         Ok(Self {
             namespaces,
             folders,
@@ -243,7 +246,7 @@ impl Rig {
             (EVICTION, sent.eviction_ms as f64 / 1e3),
             ("gathered_seconds", taken.total_ms as f64 / 1e3),
             ("downtime_ms", sent.downtime_us as f64 / 1e3),
-            (WRONG, lives(&destination.serial_log("ours"))?),
+            (WRONG, lives(&destination.serial_log("ours"), SIGNS)?),
         ]))
     }
 
@@ -260,57 +263,10 @@ impl Rig {
         let took = running.leave(ADDRESSES[to], leaving, PATIENCE).await?;
         let figures = BTreeMap::from([
             (EVICTION, took.as_secs_f64()),
-            (WRONG, lives(&waiting.serial_log())?),
+            (WRONG, lives(&waiting.serial_log(), SIGNS)?),
         ]);
         (self.direct, self.direct_at) = (Some(waiting), to);
         Ok(figures)
-    }
-}
-
-/// Waits until the guest says that it is alive, and gives the number of wrong bytes it has reported.
-fn lives(serial: &Path) -> Result<f64, RigError> {
-    const WITHIN: Duration = Duration::from_secs(60);
-    let text = || String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
-    let ticks = |text: &str| text.lines().filter(|line| line.contains("LIFEBOAT-TICK")).count();
-    let before = ticks(&text());
-    let found = clock::wait_for(WITHIN, || {
-        let text = text();
-        (ticks(&text) > before + 1).then(|| text.matches("LIFEBOAT-CORRUPT").count() as f64)
-    });
-    let what = format!("a sign of life of the guest in {}", serial.display());
-    found.ok_or(RigError::TooLate { what, seconds: WITHIN.as_secs() })
-}
-
-fn made(folder: &Path, name: &str) -> Result<PathBuf, RigError> {
-    let path = folder.join(name);
-    fs::create_dir_all(&path).map_err(RigError::io(format!("cannot make {}", path.display())))?;
-    Ok(path)
-}
-
-fn our_definition() -> String {
-    format!(
-        "name = \"ours\"\nmemory = \"{} MiB\"\nvcpus = 1\nmachine = \"{MACHINE}\"\n\
-         cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-         kernel_arguments = \"{KERNEL_ARGUMENTS} lb.name=ours\"\n",
-        MEMORY.mib()
-    )
-}
-
-fn direct_spec(images: &Path) -> LaunchSpec {
-    LaunchSpec {
-        name: "direct".to_owned(),
-        memory: MEMORY,
-        vcpus: 1,
-        machine: MACHINE.to_owned(),
-        cpu_model: "max".to_owned(),
-        accelerator: Accelerator::Tcg,
-        kernel: Some(images.join("vmlinuz")),
-        initrd: Some(images.join("initrd")),
-        kernel_arguments: format!("{KERNEL_ARGUMENTS} lb.name=direct"),
-        nics: vec![],
-        disks: vec![],
-        profile_arguments: vec![],
-        begin: Begin::Boot,
     }
 }
 

@@ -19,7 +19,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::Duration;
 
 use lifeboat_agent::tls::TlsIdentity;
@@ -35,6 +34,7 @@ use serde_json::json;
 
 use super::Setting;
 use super::machine::machine;
+use super::twins::lives;
 use crate::clock;
 use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 use crate::rig::network::{self, Namespace};
@@ -174,7 +174,7 @@ impl Rig {
         };
         let mut agents = [start(0).await?, start(1).await?, start(2).await?];
         agents[0].start_vm(VM).await?;
-        lives(&agents[0].serial_log(VM))?;
+        lives(&agents[0].serial_log(VM), 2)?;
         let identity = |host: &str| {
             let loaded = TlsIdentity::load(&folder.join(format!("certs/agent-{host}")));
             loaded.map_err(RigError::refused("the certificates"))
@@ -217,7 +217,7 @@ impl Rig {
         }
         gets.sort_unstable();
         keeper.release(&migration).await?;
-        let wrong = lives(&destination.serial_log(VM))?;
+        let wrong = lives(&destination.serial_log(VM), 2)?;
         Ok(BTreeMap::from([
             (FAULT, progress.fault_wait_p99_us as f64),
             ("fault_p50_us", progress.fault_wait_p50_us as f64),
@@ -276,20 +276,6 @@ impl Bare {
 fn at(waits: &[Duration], percent: usize) -> f64 {
     let place = waits.len().saturating_sub(1) * percent / 100;
     waits.get(place).map_or(f64::NAN, |wait| wait.as_secs_f64() * 1e6)
-}
-
-/// Waits until the guest says that it is alive, and gives the number of wrong bytes it has reported.
-fn lives(serial: &Path) -> Result<f64, RigError> {
-    const WITHIN: Duration = Duration::from_secs(60);
-    let text = || String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
-    let ticks = |text: &str| text.lines().filter(|line| line.contains("LIFEBOAT-TICK")).count();
-    let before = ticks(&text());
-    let found = clock::wait_for(WITHIN, || {
-        let text = text();
-        (ticks(&text) > before + 1).then(|| text.matches("LIFEBOAT-CORRUPT").count() as f64)
-    });
-    let what = format!("a sign of life of the guest in {}", serial.display());
-    found.ok_or(RigError::TooLate { what, seconds: WITHIN.as_secs() })
 }
 
 fn definition() -> String {

@@ -18,6 +18,7 @@ pub mod reservation;
 pub mod solive;
 pub mod solive_5;
 pub mod tenant;
+mod twins;
 
 use std::path::Path;
 

@@ -20,10 +20,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use lifeboat_agent::qemu::launch::{Accelerator, Begin, LaunchSpec};
+use lifeboat_agent::qemu::launch::LaunchSpec;
 use lifeboat_lab::experiment::statistics::{differences, ratios};
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use lifeboat_protocol::agent::{Mode, Phase};
@@ -32,6 +32,7 @@ use serde_json::json;
 
 use super::Setting;
 use super::machine::machine;
+use super::twins::{MACHINE, Twins, lives, made};
 use crate::clock;
 use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 use crate::rig::cpu::CpuMeter;
@@ -50,7 +51,9 @@ const PORTS: [&str; 2] = ["to-h1", "to-h2"];
 const MEMORY: Bytes = Bytes::from_mib(256);
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
                                 lb.role=M lb.region=160MiB lb.dirty=500 lb.check=1000";
-const MACHINE: &str = "pc-i440fx-7.2";
+const TWINS: Twins = Twins { memory: MEMORY, kernel_arguments: KERNEL_ARGUMENTS };
+/// So often a guest says that it lives before that is believed.
+const SIGNS: usize = 1;
 const DOWNTIME: Duration = Duration::from_millis(300);
 const SHAPED: u64 = 200_000_000;
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -193,18 +196,18 @@ impl Rig {
 
         make_certificates(folder, &[(HOSTS[0], ADDRESSES[0]), (HOSTS[1], ADDRESSES[1])])?;
         let definition = made(folder, "h1/vms")?.join("ours.toml");
-        fs::write(definition, our_definition()).map_err(RigError::io("cannot define the guest"))?;
+        fs::write(definition, TWINS.ours()).map_err(RigError::io("cannot define the guest"))?;
         let start = |index: usize| {
             Agent::start(&namespaces[index], HOSTS[index], ADDRESSES[index], folder, setting.images)
         };
         let mut agents = [start(0).await?, start(1).await?];
         agents[0].start_vm("ours").await?;
         let folders = [made(folder, "h1/direct")?, made(folder, "h2/direct")?];
-        let spec = direct_spec(setting.images);
+        let spec = TWINS.direct(setting.images);
         let place = Place { namespace: &namespaces[0], address: ADDRESSES[0], folder: &folders[0] };
         let direct = Direct::boot(&spec, place).await?;
-        lives(&agents[0].serial_log("ours"))?;
-        lives(&direct.serial_log())?;
+        lives(&agents[0].serial_log("ours"), SIGNS)?;
+        lives(&direct.serial_log(), SIGNS)?;
         let direct = Some(direct);
         Ok(Self {
             namespaces,
@@ -254,7 +257,7 @@ impl Rig {
             figures.insert(name, of_phase.map(|time| time.micros as f64 / 1e3).sum());
         }
         let serial = self.agents[to].serial_log("ours");
-        figures.insert("wrong_bytes_reported", lives(&serial)?);
+        figures.insert("wrong_bytes_reported", lives(&serial, SIGNS)?);
         Ok(figures)
     }
 
@@ -275,7 +278,7 @@ impl Rig {
         let moments = running.migrate_to(&waiting, ADDRESSES[to], aim).await?;
         let used = cpu.finish();
         let mut figures = wire.figures(&self.namespaces[self.at], began, moments, &used)?;
-        figures.insert("wrong_bytes_reported", lives(&waiting.serial_log())?);
+        figures.insert("wrong_bytes_reported", lives(&waiting.serial_log(), SIGNS)?);
         self.direct = Some(waiting);
         Ok(figures)
     }
@@ -314,52 +317,4 @@ impl Wire {
 
 fn sent(at: &Namespace) -> Result<u64, RigError> {
     Ok(at.bytes_sent()?.get("eth0").copied().unwrap_or_default())
-}
-
-/// Waits until the guest of a serial log says, after what it has said so far, that it is alive and
-/// well, and gives the number of wrong bytes it has ever reported there.
-fn lives(serial: &Path) -> Result<f64, RigError> {
-    const WITHIN: Duration = Duration::from_secs(60);
-    let text = || String::from_utf8_lossy(&fs::read(serial).unwrap_or_default()).into_owned();
-    let ticks = |text: &str| text.lines().filter(|line| line.contains("LIFEBOAT-TICK")).count();
-    let before = ticks(&text());
-    let found = clock::wait_for(WITHIN, || {
-        let text = text();
-        (ticks(&text) > before).then(|| text.matches("LIFEBOAT-CORRUPT").count() as f64)
-    });
-    let what = format!("a sign of life of the guest in {}", serial.display());
-    found.ok_or(RigError::TooLate { what, seconds: WITHIN.as_secs() })
-}
-
-fn made(folder: &Path, name: &str) -> Result<PathBuf, RigError> {
-    let path = folder.join(name);
-    fs::create_dir_all(&path).map_err(RigError::io(format!("cannot make {}", path.display())))?;
-    Ok(path)
-}
-
-fn our_definition() -> String {
-    format!(
-        "name = \"ours\"\nmemory = \"{} MiB\"\nvcpus = 1\nmachine = \"{MACHINE}\"\n\
-         cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-         kernel_arguments = \"{KERNEL_ARGUMENTS} lb.name=ours\"\n",
-        MEMORY.mib()
-    )
-}
-
-fn direct_spec(images: &Path) -> LaunchSpec {
-    LaunchSpec {
-        name: "direct".to_owned(),
-        memory: MEMORY,
-        vcpus: 1,
-        machine: MACHINE.to_owned(),
-        cpu_model: "max".to_owned(),
-        accelerator: Accelerator::Tcg,
-        kernel: Some(images.join("vmlinuz")),
-        initrd: Some(images.join("initrd")),
-        kernel_arguments: format!("{KERNEL_ARGUMENTS} lb.name=direct"),
-        nics: vec![],
-        disks: vec![],
-        profile_arguments: vec![],
-        begin: Begin::Boot,
-    }
 }

@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast::Receiver;
 
 use super::Case;
-use super::hosts::{ADDRESSES, Hosts, NAMES, TOLD, made};
+use super::hosts::{ADDRESSES, Hosts, NAMES, TOLD};
 use super::writes::{Ear, Moved};
 use crate::clock;
+use crate::experiments::twins::made;
 use crate::rig::RigError;
 use crate::rig::direct::{Direct, PORT, Place};
 

@@ -10,6 +10,7 @@ use lifeboat_protocol::units::Bytes;
 
 use super::Case;
 use crate::experiments::Setting;
+use crate::experiments::twins::made;
 use crate::rig::RigError;
 use crate::rig::network::{self, Namespace};
 use crate::rig::program::run;
@@ -113,12 +114,6 @@ impl Hosts {
             begin: Begin::Boot,
         }
     }
-}
-
-pub(super) fn made(folder: &Path, name: &str) -> Result<PathBuf, RigError> {
-    let path = folder.join(name);
-    fs::create_dir_all(&path).map_err(RigError::io(format!("cannot make {}", path.display())))?;
-    Ok(path)
 }
 
 pub(super) fn open(path: &Path, mode: u32) -> Result<(), RigError> {

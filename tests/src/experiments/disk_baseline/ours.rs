@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use lifeboat_protocol::agent::{MigrationProgress, Mode, Phase};
 
 use super::Case;
-use super::hosts::{ADDRESSES, Hosts, NAMES, TOLD, made};
+use super::hosts::{ADDRESSES, Hosts, NAMES, TOLD};
 use super::writes::{Ear, Moved};
 use crate::clock;
+use crate::experiments::twins::made;
 use crate::rig::RigError;
 use crate::rig::agents::{Agent, Manner, Prepared, make_certificates};
 
