@@ -14,8 +14,8 @@ where a real one does, in the cable:
 Frames to a node leave through the `-c` end that faces it, and that end's token bucket lets pass
 what the link carries. It is 2 % quicker than the scenario says, so that a port shaped to the
 link's nominal rate is the bottleneck and its queues decide who goes first: two shapers of one
-rate in a row would share that decision. A full bucket's queue holds 25 ms and then drops, as a
-switch's buffer does.
+rate in a row would share that decision. A full bucket's queue holds 25 ms, or what the scenario says,
+and then drops, as a switch's buffer does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from mininet.link import Link
 from .shell import run
 
 SLACK = 1.02
-QUEUE_SECONDS = 0.025
 BURST_SECONDS = 0.002
 BURST_LEAST = 32 * 1024
 
@@ -39,9 +38,11 @@ class Cable(Link):
     """A Link with a capacity in bit/s towards each of its ends:
     `net.addLink(a, b, cls=Cable, capacity=(to_a, to_b))`."""
 
-    def __init__(self, *args: Any, capacity: tuple[int, int], mtu: int = 1500, **params: Any) -> None:
+    def __init__(self, *args: Any, capacity: tuple[int, int], mtu: int = 1500,
+                 queue_ms: int = 25, **params: Any) -> None:
         self.capacity = capacity
         self.mtu = mtu
+        self.queue_seconds = queue_ms / 1000
         super().__init__(*args, **params)
 
     # Mininet calls this for every new link; its name and order are Mininet's.
@@ -67,7 +68,7 @@ class Cable(Link):
         run("ip", "-batch", "-", stdin="\n".join(steps) + "\n")
         ends = zip((name1, name2), (node1, node2), self.capacity)
         for name, node, capacity in ends:
-            _limit(f"{name}-c", capacity)
+            _limit(f"{name}-c", capacity, self.queue_seconds)
             # The userspace datapath completes no checksums that a sender left to the hardware.
             run("ethtool", "-K", name, "tx", "off", pid=_pid(node))
 
@@ -84,9 +85,9 @@ def _half(name: str, mac: str, node: Any, bridge: str, mtu: int) -> list[str]:
     ]
 
 
-def _limit(end: str, capacity: int) -> None:
+def _limit(end: str, capacity: int, queue_seconds: float) -> None:
     rate = int(capacity * SLACK)
     burst = max(int(rate / 8 * BURST_SECONDS), BURST_LEAST)
-    limit = int(rate / 8 * QUEUE_SECONDS) + burst
+    limit = int(rate / 8 * queue_seconds) + burst
     bucket = ("tbf", "rate", f"{rate}bit", "burst", str(burst), "limit", str(limit))
     run("tc", "qdisc", "add", "dev", end, "root", *bucket)

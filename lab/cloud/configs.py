@@ -36,7 +36,7 @@ def write_all(cloud: Cloud) -> None:
     for vm in cloud.scenario.vms:
         if vm.disk:
             make_disk(vm)
-        _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm))
+        _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm, cloud.scenario.guest_mtu))
     _write(RUN / "lab.toml", controller(cloud))
 
 
@@ -137,10 +137,13 @@ def plug_table(name: str, plug: Plug) -> Mapping[str, Any]:
     }
 
 
-def definition(vm: Vm) -> str:
+def definition(vm: Vm, mtu: int) -> str:
     """A VM, as its host's agent reads it. What it is promised of the network is what it takes."""
+    # Ethernet's own is what a guest takes that is told nothing.
+    told = {} if mtu == 1500 else {"mtu": mtu}
     nics = [
-        ("[nic]", {"mac": nic.mac, "bridge": BRIDGE, "vlan_tag": nic.vlan}) for nic in vm.nics
+        ("[nic]", {"mac": nic.mac, "bridge": BRIDGE, "vlan_tag": nic.vlan, **told})
+        for nic in vm.nics
     ]
     top = {
         "name": vm.name,

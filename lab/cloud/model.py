@@ -90,6 +90,8 @@ class Scenario:
     name: str
     transport: str
     mtu: int
+    guest_mtu: int
+    queue_ms: int
     switches: tuple[Switch, ...]
     links: tuple[Link, ...]
     hosts: tuple[Host, ...]
@@ -103,6 +105,8 @@ class Scenario:
             name=given["name"],
             transport=given["transport"],
             mtu=given["mtu"],
+            guest_mtu=given["guest_mtu"],
+            queue_ms=given["queue_ms"],
             switches=tuple(Switch(**switch) for switch in given["switches"]),
             links=tuple(_link(link) for link in given["links"]),
             hosts=tuple(Host(**{**host, "plug": _plug(host["plug"])}) for host in given["hosts"]),

@@ -89,7 +89,8 @@ class Cloud:
                capacity: tuple[int, int]) -> None:
         """The capacities are those towards `one` and towards `other`."""
         self.net.addLink(one, other, cls=Cable, intfName1=port1, intfName2=port2,
-                         capacity=capacity, mtu=self.scenario.mtu)
+                         capacity=capacity, mtu=self.scenario.mtu,
+                         queue_ms=self.scenario.queue_ms)
 
     def _host(self, name: str, plug: Plug) -> None:
         """The management veth and the host's own Open vSwitch with its uplink."""
@@ -124,7 +125,8 @@ class Cloud:
             if name in made:
                 client.address(name, network.address)
             else:
-                client.internal(BRIDGE, name, network.address, network.vlan)
+                client.internal(BRIDGE, name, network.address, network.vlan,
+                                self.scenario.guest_mtu)
             made[name] = network
 
     def _first_packets(self) -> None:

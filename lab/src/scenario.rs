@@ -24,8 +24,12 @@ pub struct Scenario {
     pub name: String,
     /// What carries the guests' traffic: `udp` or `tcp`.
     pub transport: file::Transport,
-    /// The largest packet that hosts exchange, in bytes. Guests keep their own MTU.
+    /// The largest packet that hosts exchange, in bytes.
     pub mtu: u32,
+    /// The same of guests and the client; at most that of hosts.
+    pub guest_mtu: u32,
+    /// How long a link's queue is before it drops, in ms at the link's rate.
+    pub queue_ms: u32,
     /// The fabric's switches.
     pub switches: Vec<Switch>,
     /// The links between switches.

@@ -178,13 +178,16 @@ struct Stream {
     counted: u64,
 }
 
+/// Of the packets that it sends to guests of role NI, bytes: what every network takes.
+const MTU: usize = 1500;
+
 impl Guest {
     fn new(config: &GuestPeer, params: &ClientParams, now: Duration) -> io::Result<Self> {
         let heartbeat = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         heartbeat.set_nonblocking(true)?;
         let outflow = match config.source {
             0 => None,
-            rate => Some(Outflow::new(config.ip, config.transport, rate, now)?),
+            rate => Some(Outflow::new(config.ip, config.transport, (rate, MTU), now)?),
         };
         let peer = Peer::new(params.threshold);
         let (config, stream_rate) = (config.clone(), params.stream);

@@ -39,8 +39,13 @@ use crate::traffic::{Outflow, Sink};
 const BEAT: Duration = Duration::from_millis(20);
 /// How much of a beat goes to pages at most: a small machine falls behind, it does not go silent.
 const PAGE_BUDGET: Duration = Duration::from_millis(4);
-/// Computing comes in pieces of at least this, or reading the clock would be most of it.
-const COMPUTE_LEAST: Duration = Duration::from_millis(2);
+/// Rounds between two looks at the clock, or reading that would be most of it.
+const PIECE: u64 = 16 << 10;
+/// How many of them are timed at the start.
+const PIECES_TIMED: u64 = 32;
+/// Computing takes at most so much of a beat, and what could not be done is made up for within this.
+const COMPUTE_BUDGET: Duration = Duration::from_millis(20);
+const COMPUTE_CATCH_UP: Duration = Duration::from_secs(2);
 const BURST: Duration = Duration::from_millis(100);
 
 /// Runs until the machine stops.
@@ -85,7 +90,7 @@ impl Guest {
         listener.set_nonblocking(true)?;
         let outflow = match (params.role, params.client) {
             (Role::No, Some(client)) => {
-                Some(Outflow::new(client, params.transport, params.rate, now)?)
+                Some(Outflow::new(client, params.transport, (params.rate, params.mtu), now)?)
             }
             _ => None,
         };
@@ -99,11 +104,11 @@ impl Guest {
                 Some(Disk::start(device, plan, seed)?)
             }
         };
-        let cpu = if params.role == Role::C { params.cpu * 10_000_000 } else { 0 };
-        Ok(Self {
+        let percent = if params.role == Role::C { params.cpu } else { 0 };
+        let mut own = Self {
             writing: Pace::new(params.dirty, BURST, 1, now),
             checking: Pace::new(params.check, BURST, 1, now),
-            computing: Pace::new(cpu, BURST, 1, now),
+            computing: Pace::new(0, COMPUTE_CATCH_UP, PIECE, now),
             digest: 0,
             rounds: 0,
             state: Answer { boot_id, ..Answer::default() },
@@ -117,7 +122,12 @@ impl Guest {
             outflow,
             sink,
             disk,
-        })
+        };
+        if percent > 0 {
+            let rounds = own.rounds_for(percent);
+            own.computing = Pace::new(rounds, COMPUTE_CATCH_UP, PIECE, own.clock.now());
+        }
+        Ok(own)
     }
 
     fn watched(&self) -> Vec<Watch> {
@@ -198,21 +208,35 @@ impl Guest {
         }
     }
 
-    /// Computes for the share of time that is due, in nanoseconds of the guest's own clock.
+    /// Does the work that is due, until the next beat's time has come.
     fn compute(&mut self, now: Duration) {
-        let due = Duration::from_nanos(self.computing.due(now));
-        if due < COMPUTE_LEAST {
-            return;
+        let due = self.computing.due(now) / PIECE;
+        let (start, mut done) = (self.clock.now(), 0);
+        while done < due && self.clock.now().saturating_sub(start) < COMPUTE_BUDGET {
+            self.compute_piece();
+            done += 1;
         }
-        let start = self.clock.now();
-        while self.clock.now().saturating_sub(start) < due {
-            for _ in 0..1024 {
-                self.digest = xxh3_64_with_seed(&self.digest.to_le_bytes(), self.digest);
-            }
-            self.rounds += 1024;
+        self.computing.took(done * PIECE);
+    }
+
+    fn compute_piece(&mut self) {
+        for _ in 0..PIECE {
+            self.digest = xxh3_64_with_seed(&self.digest.to_le_bytes(), self.digest);
         }
-        let spent = self.clock.now().saturating_sub(start).as_nanos();
-        self.computing.took(u64::try_from(spent).unwrap_or(u64::MAX));
+        self.rounds += PIECE;
+    }
+
+    /// How many rounds a second are `percent` of this CPU: work, not time, for a CPU that others take
+    /// away now and then would count their time as its own. The quickest of some pieces counts.
+    fn rounds_for(&mut self, percent: u64) -> u64 {
+        let mut piece = || {
+            let start = self.clock.now();
+            self.compute_piece();
+            self.clock.now().saturating_sub(start).as_nanos().max(1)
+        };
+        let quickest = (0..PIECES_TIMED).map(|_| piece()).min().unwrap_or(1);
+        let a_second = u128::from(PIECE) * 1_000_000_000 / quickest;
+        u64::try_from(a_second).unwrap_or(u64::MAX) / 100 * percent
     }
 
     fn each_second(&mut self, now: Duration) {

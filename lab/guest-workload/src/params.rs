@@ -97,8 +97,10 @@ pub(crate) struct GuestParams {
     pub(crate) dirty: u64,
     /// `lb.check`: pages checked per second.
     pub(crate) check: u64,
-    /// `lb.cpu`: percent of one CPU spent computing (role C).
+    /// `lb.cpu`: percent of what one CPU could compute when the guest began (role C).
     pub(crate) cpu: u64,
+    /// `lb.mtu`: the largest packet, bytes; `lab/guest-init` sets it.
+    pub(crate) mtu: usize,
     /// `lb.stream`: bytes/s sent on the checked stream.
     pub(crate) stream: u64,
     /// `lb.disk`: bytes of the first disk that are written and checked; 0 for none.
@@ -131,6 +133,7 @@ impl GuestParams {
             dirty: 50,
             check: 1000,
             cpu: 0,
+            mtu: 1500,
             stream: 20_000,
             disk: 0,
             disk_block: 4096,
@@ -165,7 +168,8 @@ impl GuestParams {
             "lb.disk_rate" => self.disk_rate = number(key, value)?,
             "lb.disk_check" => self.disk_check = number(key, value)?,
             "lb.spoil" => self.spoil_after = Some(Duration::from_secs(number(key, value)?)),
-            "lb.ip" | "lb.ip2" | "lb.mtu" => {}
+            "lb.mtu" => self.mtu = number(key, value)?.clamp(576, 9000) as usize,
+            "lb.ip" | "lb.ip2" => {}
             _ => return Err(ParamError::Unknown { key: key.to_owned(), known: GUEST_KEYS }),
         }
         Ok(())

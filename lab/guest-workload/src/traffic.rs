@@ -15,8 +15,14 @@ use crate::params::Transport;
 use crate::ports;
 use crate::sys::{Watch, connect_without_blocking};
 
-/// Payload of a datagram: with its headers it stays below an MTU of 1450, so it is never cut.
-const DATAGRAM: usize = 1400;
+/// So much less than its network's MTU is a datagram's payload: with its headers it is never cut, also
+/// where a tunnel takes its part.
+const HEADERS: usize = 100;
+/// The largest payload.
+const DATAGRAM_MOST: usize = 9000 - HEADERS;
+/// What a flow may make up for at once: an emulated CPU that shares its core stands still longer than a
+/// tick of its own clock, and a flow that forgot that time would send a third less than its rate.
+const CATCH_UP: Duration = Duration::from_millis(250);
 /// Datagrams (or reads) per turn, so that traffic never starves the heartbeats.
 const BATCH: usize = 64;
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
@@ -34,23 +40,24 @@ pub(crate) struct Outflow {
 
 #[derive(Debug)]
 enum Carrier {
-    Udp(UdpSocket),
+    Udp { socket: UdpSocket, payload: usize },
     Tcp { socket: Option<TcpStream>, tried: Option<Duration> },
 }
 
 impl Outflow {
-    /// A flow of `bits_per_s` to the sink at `peer`.
+    /// A flow of `bits_per_s` to the sink at `peer`, in packets of at most `mtu` bytes.
     pub(crate) fn new(
         peer: Ipv4Addr,
         transport: Transport,
-        bits_per_s: u64,
+        (bits_per_s, mtu): (u64, usize),
         now: Duration,
     ) -> io::Result<Self> {
+        let payload = mtu.saturating_sub(HEADERS).clamp(1, DATAGRAM_MOST);
         let carrier = match transport {
-            Transport::Udp => Carrier::Udp(any_udp_socket()?),
+            Transport::Udp => Carrier::Udp { socket: any_udp_socket()?, payload },
             Transport::Tcp => Carrier::Tcp { socket: None, tried: None },
         };
-        let pace = Pace::new(bits_per_s / 8, Duration::from_millis(30), DATAGRAM as u64, now);
+        let pace = Pace::new(bits_per_s / 8, CATCH_UP, payload as u64, now);
         Ok(Self { peer: SocketAddrV4::new(peer, ports::SINK), pace, carrier, sent: 0 })
     }
 
@@ -63,7 +70,7 @@ impl Outflow {
     pub(crate) fn drive(&mut self, now: Duration) {
         let due = self.pace.due(now) as usize;
         let taken = match &mut self.carrier {
-            Carrier::Udp(socket) => send_datagrams(socket, self.peer, due),
+            Carrier::Udp { socket, payload } => send_datagrams(socket, self.peer, due, *payload),
             Carrier::Tcp { socket, tried } => {
                 reconnect(socket, tried, self.peer, now);
                 send_stream(socket, due)
@@ -75,11 +82,11 @@ impl Outflow {
 }
 
 /// A full buffer or an unreachable peer ends the turn; the credit is kept up to its cap.
-fn send_datagrams(socket: &UdpSocket, peer: SocketAddrV4, due: usize) -> u64 {
-    let datagram = [0x5a; DATAGRAM];
-    let count = (due / DATAGRAM).min(BATCH);
-    (0..count).take_while(|_| socket.send_to(&datagram, peer).is_ok()).count() as u64
-        * DATAGRAM as u64
+fn send_datagrams(socket: &UdpSocket, peer: SocketAddrV4, due: usize, payload: usize) -> u64 {
+    let datagram = &[0x5a; DATAGRAM_MOST][..payload];
+    let count = (due / payload).min(BATCH);
+    (0..count).take_while(|_| socket.send_to(datagram, peer).is_ok()).count() as u64
+        * payload as u64
 }
 
 fn send_stream(socket: &mut Option<TcpStream>, due: usize) -> u64 {

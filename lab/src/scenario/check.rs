@@ -29,6 +29,9 @@ const CHECK_SECONDS: u64 = 20;
 const HOSTS: usize = 90;
 /// Packet sizes in bytes: Ethernet's, to what jumbo frames usually carry.
 const MTU: std::ops::RangeInclusive<u32> = 1500..=9000;
+/// Queues of links, ms: what a switch with little memory has, and what is called bufferbloat.
+const QUEUE_MS: std::ops::RangeInclusive<u32> = 5..=500;
+const QUEUE_MS_USUAL: u32 = 25;
 const VM_MEMORY_LEAST: u64 = 96 << 20;
 /// The management network's own number for the client.
 const CLIENT_NUMBER: usize = 100;
@@ -55,8 +58,16 @@ pub enum Problem {
     #[error("a link carries between 1 Mbit/s and 10 Gbit/s, not {0}")]
     Capacity(BitsPerSec),
     /// Less than the guests' own, or more than Ethernet's jumbo frames.
-    #[error("an MTU of {0} is not within 1500 to 9000 bytes")]
-    Mtu(u32),
+    #[error("an MTU of {mtu} is not within 1500 to {most} bytes")]
+    Mtu {
+        /// What was given.
+        mtu: u32,
+        /// The most: 9000 between hosts, and what they have for guests.
+        most: u32,
+    },
+    /// A queue that no link has.
+    #[error("a queue of {0} ms is not within 5 to 500")]
+    Queue(u32),
     /// A load factor that makes no sense.
     #[error("load is a factor between 0 and 10, not {0}")]
     Load(f64),
@@ -146,18 +157,43 @@ impl<'a> Checker<'a> {
         let (switches, links) = self.switches(&file)?;
         let hosts = self.hosts(&file, &switches)?;
         let client = self.client(&file, &switches)?;
-        let vms = self.vms(&file, &hosts, &client)?;
-        let mtu = self.mtu(&file)?;
+        let mut vms = self.vms(&file, &hosts, &client)?;
+        let ((mtu, guest_mtu), queue_ms) = (self.mtus(&file)?, self.queue_ms(&file)?);
+        if guest_mtu != *MTU.start() {
+            vms.iter_mut().for_each(|vm| vm.arguments.push_str(&format!(" lb.mtu={guest_mtu}")));
+        }
         let (name, transport) = (file.name.into_inner(), file.workload.transport);
-        Ok(Scenario { name, transport, mtu, switches, links, hosts, client, vms })
+        Ok(Scenario {
+            name,
+            transport,
+            mtu,
+            guest_mtu,
+            queue_ms,
+            switches,
+            links,
+            hosts,
+            client,
+            vms,
+        })
     }
 
-    fn mtu(&self, file: &file::File) -> Checked<u32> {
-        let Some(mtu) = &file.links.mtu else { return Ok(*MTU.start()) };
-        if MTU.contains(mtu.get_ref()) {
-            return Ok(*mtu.get_ref());
+    fn queue_ms(&self, file: &file::File) -> Checked<u32> {
+        let Some(given) = &file.links.queue_ms else { return Ok(QUEUE_MS_USUAL) };
+        match QUEUE_MS.contains(given.get_ref()) {
+            true => Ok(*given.get_ref()),
+            false => Err(self.wrong("links.queue_ms", given, Problem::Queue(*given.get_ref()))),
         }
-        Err(self.wrong("links.mtu", mtu, Problem::Mtu(*mtu.get_ref())))
+    }
+
+    /// Between hosts, and of guests.
+    fn mtus(&self, file: &file::File) -> Checked<(u32, u32)> {
+        let of = |key: &str, given: &Option<Spanned<u32>>, most: u32| match given {
+            None => Ok(*MTU.start()),
+            Some(mtu) if (*MTU.start()..=most).contains(mtu.get_ref()) => Ok(*mtu.get_ref()),
+            Some(mtu) => Err(self.wrong(key, mtu, Problem::Mtu { mtu: *mtu.get_ref(), most })),
+        };
+        let hosts = of("links.mtu", &file.links.mtu, *MTU.end())?;
+        Ok((hosts, of("workload.mtu", &file.workload.mtu, hosts)?))
     }
 
     fn switches(&mut self, file: &file::File) -> Checked<(Vec<Switch>, Vec<Link>)> {

@@ -28,6 +28,7 @@ pub(super) struct Links {
     pub(super) host: Spanned<String>,
     pub(super) core: Spanned<String>,
     pub(super) mtu: Option<Spanned<u32>>,
+    pub(super) queue_ms: Option<Spanned<u32>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -36,11 +37,12 @@ pub(super) struct Workload {
     pub(super) load: Option<Spanned<f64>>,
     #[serde(default)]
     pub(super) transport: Transport,
+    pub(super) mtu: Option<Spanned<u32>>,
 }
 
 impl Default for Workload {
     fn default() -> Self {
-        Self { load: None, transport: Transport::Udp }
+        Self { load: None, transport: Transport::Udp, mtu: None }
     }
 }
 
