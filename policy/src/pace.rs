@@ -46,10 +46,11 @@ pub fn relay_buffer(rate: BytesPerSec) -> Bytes {
 
 /// A token bucket, kept as the moment at which everything granted so far will have been paid for.
 ///
-/// Over any span, what was granted is at most `rate * span + rate * BURST` and one chunk.
+/// Over any span, what was granted is at most `rate * span + rate * burst` and one chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pacer {
     rate: BytesPerSec,
+    burst: Duration,
     paid_at: Duration,
     /// Bytes still owed, while the rate is zero and no moment pays for them.
     held: u128,
@@ -59,7 +60,13 @@ impl Pacer {
     /// A pacer that owes nothing, at `rate` bytes/s. At zero nothing may be sent.
     #[must_use]
     pub const fn new(rate: BytesPerSec) -> Self {
-        Self { rate, paid_at: Duration::ZERO, held: 0 }
+        Self::bursting(rate, BURST)
+    }
+
+    /// The same, which may send `burst` of a second at once after it was idle instead of [`BURST`].
+    #[must_use]
+    pub const fn bursting(rate: BytesPerSec, burst: Duration) -> Self {
+        Self { rate, burst, paid_at: Duration::ZERO, held: 0 }
     }
 
     /// The current rate, bytes/s.
@@ -87,7 +94,7 @@ impl Pacer {
     /// nothing, while the rate is zero. Ask once for each chunk.
     pub fn ready_at(&mut self, now: Duration, bytes: Bytes) -> Option<Duration> {
         let time = time_for(u128::from(bytes.0), self.rate)?;
-        let start = self.paid_at.max(now.saturating_sub(BURST));
+        let start = self.paid_at.max(now.saturating_sub(self.burst));
         self.paid_at = start.saturating_add(time);
         Some(start.max(now))
     }
