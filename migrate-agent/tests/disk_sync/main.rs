@@ -4,6 +4,8 @@
 mod ahead;
 #[path = "../disk_lab/mod.rs"]
 mod disk_lab;
+mod model;
+mod promised;
 mod world;
 
 use std::fs::File;

@@ -3,13 +3,13 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use lifeboat_agent::disk::fuse::Hook;
+use lifeboat_agent::disk::fuse::{Hook, Server};
 use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
 use lifeboat_agent::disk::sync::phases::{Goal, Phase, Veto};
 use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
@@ -21,7 +21,7 @@ use lifeboat_protocol::units::BytesPerSec;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::disk_lab::Mounted;
+use crate::disk_lab::{Folders, Mounted};
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const LENGTH: u64 = 64 * MIB;
@@ -41,11 +41,20 @@ impl World {
         Self::on(None)
     }
 
+    /// With the image that `prepare` makes at the path that it is given.
+    pub(super) fn holding(prepare: impl FnOnce(&Path)) -> Self {
+        let folders = Folders::new();
+        let image = folders.images().join("a.raw");
+        prepare(&image);
+        let mirror = mirror_of(std::fs::metadata(&image).unwrap().len());
+        let hook = Arc::clone(&mirror) as Arc<dyn Hook>;
+        let server = Server::mount(&folders.images(), &folders.mount(), hook).unwrap();
+        Self::around(Mounted { server, folders }, mirror)
+    }
+
     /// With the image in a directory that another mount shows, or in one of its own.
     pub(super) fn on(below: Option<&Mounted>) -> Self {
-        let segment = SegmentSize::new(4 * MIB).unwrap();
-        let disks = [(OsStr::new("a.raw"), LENGTH)];
-        let mirror = Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE));
+        let mirror = mirror_of(LENGTH);
         let hook = Arc::clone(&mirror) as Arc<dyn Hook>;
         let mount = match below {
             Some(below) => Mounted::over(&below.folders.mount(), hook),
@@ -58,6 +67,10 @@ impl World {
             let content = if at % 4 == 0 { 0 } else { at as u8 };
             image.write_all_at(&[content; MIB as usize], at * MIB * 4 / 3).unwrap();
         }
+        Self::around(mount, mirror)
+    }
+
+    fn around(mount: Mounted, mirror: Arc<Mirror>) -> Self {
         let arrived = mount.folders.path("there").join("images/arrived");
         std::fs::create_dir_all(arrived.parent().unwrap()).unwrap();
         let received = Received::new(vec![arrived.clone()]);
@@ -115,6 +128,13 @@ impl World {
         let differs = here.iter().zip(&there).position(|(a, b)| a != b);
         assert_eq!(differs, None, "{:?}", self.progress.borrow());
     }
+}
+
+/// The hook of an image of `length` bytes.
+fn mirror_of(length: u64) -> Arc<Mirror> {
+    let segment = SegmentSize::new(4 * MIB).unwrap();
+    let disks = [(OsStr::new("a.raw"), length)];
+    Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE))
 }
 
 pub(super) struct Way {
