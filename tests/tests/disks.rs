@@ -15,6 +15,7 @@ use std::time::Duration;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
 use lifeboat_tests::rig::userfaultfd::Allowed;
+use lifeboat_tests::world::agent::FRESH_NVRAM;
 use lifeboat_tests::world::{Disk, Host, World, host_name, inside, relay};
 
 /// Long enough for a build beside us.
@@ -334,6 +335,32 @@ fn a_disk_goes_ahead_of_pages_that_follow_their_guest() {
         // The copy that stayed at the first host is kept under another name, and is not in the way.
         world.control.order(scatter).unwrap();
         assert_at(world, 0);
+        for host in [0, 1] {
+            await_no_mover(world, host);
+        }
+    });
+}
+
+#[test]
+fn what_firmware_keeps_goes_along_in_every_mode() {
+    let name = "what_firmware_keeps_goes_along_in_every_mode";
+    in_a_world(name, 12, Disk::Firmware, |world| {
+        let _allowed = Allowed::now().unwrap();
+        // It wrote while it booted, through no mount of ours.
+        let written = std::fs::read(world.agents[0].disk()).unwrap();
+        assert!(written != std::fs::read(FRESH_NVRAM).unwrap());
+        evacuate(world, 0, 1);
+        let tick = world.await_guest(0).unwrap();
+        world.await_guest(tick).unwrap();
+        assert_eq!(world.witness.look().running(), [1]);
+        assert!(std::fs::read(world.agents[1].disk()).unwrap() == written);
+        world.control.await_sight(1).unwrap();
+        world.control.order("migrate vm --to h1 --urgency 0 --mode post-copy --yes").unwrap();
+        let tick = world.witness.look().last_tick().unwrap();
+        world.await_guest(tick).unwrap();
+        assert_eq!(world.witness.look().running(), [0]);
+        assert!(std::fs::read(world.agents[0].disk()).unwrap() == written);
+        assert_eq!(world.witness.look().offences(), Vec::<String>::new());
         for host in [0, 1] {
             await_no_mover(world, host);
         }

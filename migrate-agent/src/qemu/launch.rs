@@ -77,6 +77,8 @@ pub struct DiskSpec {
     pub format: &'static str,
     /// The guest cannot write to it.
     pub read_only: bool,
+    /// It is the second flash of the machine, which its firmware writes to, and no disk.
+    pub nvram: bool,
     /// What it is an overlay of.
     pub backing: Option<Backing>,
 }
@@ -97,6 +99,8 @@ pub struct LaunchSpec {
     pub cpu_model: String,
     /// How instructions are run.
     pub accelerator: Accelerator,
+    /// What is in the machine's first flash; without one, QEMU's own BIOS.
+    pub firmware: Option<PathBuf>,
     /// Linux kernel to boot; without one, the first disk boots.
     pub kernel: Option<PathBuf>,
     /// Its initial RAM disk.
@@ -138,13 +142,14 @@ pub fn command_line(spec: &LaunchSpec, run_dir: &RunDir) -> Vec<OsString> {
     line.flag("-nodefaults").flag("-no-user-config").flag("-no-shutdown").flag("-S");
     line.options("-name", Options::new().set("guest", &spec.name));
     line.options("-sandbox", sandbox());
-    line.options("-machine", Options::first(&spec.machine));
+    line.options("-machine", machine(spec));
     line.options("-accel", Options::first(spec.accelerator.as_str()));
     // A model's features are options of their own: its commas are meant.
     line.pair("-cpu", &spec.cpu_model);
     line.options("-m", Options::new().set("size", format!("{}K", ram(spec).0 >> 10)));
     line.options("-smp", Options::new().set("cpus", spec.vcpus.to_string()));
     line.pair("-display", "none");
+    firmware(&mut line, spec);
     boot(&mut line, spec);
     for (index, disk) in spec.disks.iter().enumerate() {
         disk_arguments(&mut line, index, disk);
@@ -165,6 +170,35 @@ pub fn command_line(spec: &LaunchSpec, run_dir: &RunDir) -> Vec<OsString> {
 fn sandbox() -> Options {
     let denied = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
     denied.iter().fold(Options::first("on"), |options, what| options.set(what, "deny"))
+}
+
+/// The machine, and what is in its flash.
+fn machine(spec: &LaunchSpec) -> Options {
+    let machine = Options::first(&spec.machine);
+    let machine = match spec.firmware {
+        Some(_) => machine.set("pflash0", "firmware"),
+        None => machine,
+    };
+    match spec.disks.iter().position(|disk| disk.nvram) {
+        Some(index) => machine.set("pflash1", format!("disk{index}")),
+        None => machine,
+    }
+}
+
+fn firmware(line: &mut CommandLine, spec: &LaunchSpec) {
+    let Some(path) = &spec.firmware else { return };
+    let file = Options::new()
+        .set("driver", "file")
+        .set("node-name", "firmware-file")
+        .set_path("filename", path)
+        .set("read-only", "on");
+    line.options("-blockdev", file);
+    let raw = Options::new()
+        .set("driver", "raw")
+        .set("node-name", "firmware")
+        .set("file", "firmware-file")
+        .set("read-only", "on");
+    line.options("-blockdev", raw);
 }
 
 fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
@@ -199,6 +233,9 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         None => format,
     };
     line.options("-blockdev", format);
+    if disk.nvram {
+        return;
+    }
     // `werror=stop`: a guest that meets a broken disk waits for it rather than lose a write.
     let device = Options::first("virtio-blk-pci")
         .set("id", format!("vd{index}"))
@@ -340,6 +377,7 @@ mod tests {
             machine: "pc-i440fx-7.2".to_owned(),
             cpu_model: "qemu64,+ssse3".to_owned(),
             accelerator: Accelerator::Tcg,
+            firmware: None,
             kernel: Some("/images/vmlinuz".into()),
             initrd: Some("/images/initrd".into()),
             kernel_arguments: "console=ttyS0 a=b,c".to_owned(),
@@ -399,7 +437,13 @@ mod tests {
         evil.machine = "pc,dump-guest-core=on".to_owned();
         evil.nics[0].mac = "x,romfile=/etc/shadow".to_owned();
         let path = "/d/a,b=c".into();
-        evil.disks.push(DiskSpec { path, format: "raw", read_only: true, backing: None });
+        evil.disks.push(DiskSpec {
+            path,
+            format: "raw",
+            read_only: true,
+            nvram: false,
+            backing: None,
+        });
         let words = words(&evil);
         assert_eq!(after(&words, "-name"), ["guest=a,,debug-threads=on"]);
         assert_eq!(after(&words, "-machine"), ["pc,,dump-guest-core=on"]);
@@ -416,7 +460,13 @@ mod tests {
         let name = "base".to_owned();
         let backing = Some(Backing { name, path: "/d/base".into(), format: "raw".to_owned() });
         let path = "/d/over".into();
-        with_disk.disks.push(DiskSpec { path, format: "qcow2", read_only: false, backing });
+        with_disk.disks.push(DiskSpec {
+            path,
+            format: "qcow2",
+            read_only: false,
+            nvram: false,
+            backing,
+        });
         let words = words(&with_disk);
         let nodes = after(&words, "-blockdev");
         assert_eq!(
@@ -425,6 +475,27 @@ mod tests {
                 "driver=file,node-name=backing0-file,filename=/d/base,read-only=on",
                 "driver=raw,node-name=backing0,file=backing0-file,read-only=on",
                 "driver=qcow2,node-name=disk0,file=file0,read-only=off,backing=backing0"
+            ]
+        );
+    }
+
+    #[test]
+    fn firmware_and_what_it_writes_are_flash_and_no_disks() {
+        let mut with_flash = spec();
+        with_flash.firmware = Some("/images/OVMF_CODE.fd".into());
+        let (path, backing) = ("/d/vars".into(), None);
+        let nvram = DiskSpec { path, format: "raw", read_only: false, nvram: true, backing };
+        with_flash.disks.push(nvram);
+        let words = words(&with_flash);
+        assert_eq!(after(&words, "-machine"), ["pc-i440fx-7.2,pflash0=firmware,pflash1=disk0"]);
+        assert!(after(&words, "-device").iter().all(|device| !device.contains("virtio-blk")));
+        assert_eq!(
+            after(&words, "-blockdev"),
+            [
+                "driver=file,node-name=firmware-file,filename=/images/OVMF_CODE.fd,read-only=on",
+                "driver=raw,node-name=firmware,file=firmware-file,read-only=on",
+                "driver=file,node-name=file0,filename=/d/vars,read-only=off",
+                "driver=raw,node-name=disk0,file=file0,read-only=off"
             ]
         );
     }

@@ -36,6 +36,8 @@ pub struct Definition {
     pub machine: String,
     /// QEMU CPU model, perhaps with features.
     pub cpu_model: String,
+    /// The machine's firmware, such as OVMF's code; `None` is QEMU's own BIOS.
+    pub firmware: Option<Image>,
     /// Linux kernel; `None` boots from the first disk.
     pub kernel: Option<Image>,
     /// Initial RAM disk.
@@ -94,6 +96,8 @@ pub struct Disk {
     pub format: DiskFormat,
     /// The guest cannot write to it.
     pub read_only: bool,
+    /// It is no disk for the guest but the memory that the firmware keeps its variables in.
+    pub nvram: bool,
     /// The storage, declared by every host that reaches it; `None` is local.
     pub shared_storage: Option<String>,
 }
@@ -199,6 +203,9 @@ pub enum Problem {
         /// The value.
         given: String,
     },
+    /// A second NVRAM, or one that cannot be written.
+    #[error("a machine has one NVRAM, and writes to it")]
+    Nvram,
 }
 
 /// A definition as it was written or sent, not checked at all.
@@ -210,6 +217,7 @@ pub(super) struct Raw {
     pub(super) machine: String,
     pub(super) cpu_model: String,
     /// Name and digest in hex; an empty digest is none.
+    pub(super) firmware: Option<(String, String)>,
     pub(super) kernel: Option<(String, String)>,
     pub(super) initrd: Option<(String, String)>,
     pub(super) kernel_arguments: String,
@@ -237,6 +245,7 @@ pub(super) struct RawDisk {
     pub(super) path: String,
     pub(super) format: String,
     pub(super) read_only: bool,
+    pub(super) nvram: bool,
     pub(super) shared_storage: String,
 }
 
@@ -258,17 +267,22 @@ impl Raw {
             let key = if self.initrd.is_some() { "initrd" } else { "kernel_arguments" };
             return Err(at(key)(Problem::Needs { other: "kernel" }));
         }
+        let disks = disks(self.disks)?;
+        if let Some(at_index) = disks.iter().position(|disk| disk.nvram) {
+            nvram(&disks, at_index, self.firmware.is_some())?;
+        }
         Ok(Definition {
             name: VmId::new(self.name).map_err(|e| at("name")(e.into()))?,
             memory: memory(self.memory).map_err(at("memory"))?,
             vcpus: range(self.vcpus, 1..=VCPUS_MAX, "CPUs").map_err(at("vcpus"))?,
             machine: machine(self.machine).map_err(at("machine"))?,
             cpu_model: cpu_model(self.cpu_model).map_err(at("cpu_model"))?,
+            firmware: image(self.firmware).map_err(at("firmware"))?,
             kernel: image(self.kernel).map_err(at("kernel"))?,
             initrd: image(self.initrd).map_err(at("initrd"))?,
             kernel_arguments: arguments(self.kernel_arguments).map_err(at("kernel_arguments"))?,
             nics: nics(self.nics)?,
-            disks: disks(self.disks)?,
+            disks,
             profile: optional_name(self.profile).map_err(at("profile"))?,
             promised_network: BitsPerSec(self.promised_network),
             promised_disk: BytesPerSec(self.promised_disk),
@@ -440,9 +454,21 @@ fn disks(raw: Vec<RawDisk>) -> Result<Vec<Disk>, DefinitionError> {
         };
         let storage = optional_name(raw.shared_storage).map_err(key("shared_storage"))?;
         let path = disk_path(&raw.path, storage.is_none()).map_err(key("path"))?;
-        Ok(Disk { path, format, read_only: raw.read_only, shared_storage: storage })
+        let (read_only, nvram) = (raw.read_only, raw.nvram);
+        Ok(Disk { path, format, read_only, nvram, shared_storage: storage })
     };
     raw.into_iter().enumerate().map(check).collect()
+}
+
+/// Disk `index` is the first NVRAM of `disks`.
+fn nvram(disks: &[Disk], index: usize, has_firmware: bool) -> Result<(), DefinitionError> {
+    let key = at(format!("disk[{index}].nvram"));
+    let alone = disks.iter().filter(|disk| disk.nvram).count() == 1;
+    match has_firmware {
+        true if alone && !disks[index].read_only => Ok(()),
+        true => Err(key(Problem::Nvram)),
+        false => Err(key(Problem::Needs { other: "firmware" })),
+    }
 }
 
 fn disk_path(text: &str, may_be_a_name: bool) -> Result<PathBuf, Problem> {

@@ -27,6 +27,7 @@ fn disk(storage: &str, read_only: bool) -> RawDisk {
         path: "/srv/disks/a.raw".to_owned(),
         format: "raw".to_owned(),
         read_only,
+        nvram: false,
         shared_storage: storage.to_owned(),
     }
 }
@@ -65,6 +66,16 @@ fn what_does_not_pass_names_its_key() {
         ("initrd", |r| {
             r.kernel = None;
             r.initrd = Some(("initrd".to_owned(), String::new()));
+        }),
+        ("disk[0].nvram", |r| r.disks.push(RawDisk { nvram: true, ..disk("", false) })),
+        ("disk[0].nvram", |r| {
+            r.firmware = Some(("OVMF_CODE.fd".to_owned(), String::new()));
+            r.disks.push(RawDisk { nvram: true, ..disk("", true) });
+        }),
+        ("disk[1].nvram", |r| {
+            r.firmware = Some(("OVMF_CODE.fd".to_owned(), String::new()));
+            let nvram = || RawDisk { nvram: true, ..disk("", false) };
+            r.disks.extend([disk("", false), nvram(), nvram()]);
         }),
         ("kernel_arguments", |r| r.kernel = None),
         ("kernel_arguments", |r| r.kernel_arguments = "a\nb".to_owned()),

@@ -18,9 +18,11 @@
 //! vlan_tag = 10
 //! ```
 //!
-//! Further keys: `kernel_digest`, `initrd_digest`, `profile`, `promised_disk` (a size, per
+//! Further keys: `kernel_digest`, `initrd_digest`, `firmware` and `firmware_digest` (such as OVMF's
+//! code, in the images directory), `profile`, `promised_disk` (a size, per
 //! second), `forbid_post_copy`, `forbid_intermediaries`, `forbid_throttling`, `nic.mtu`, and
-//! `[[disk]]` with `path`, `format`, `read_only`, `shared_storage`.
+//! `[[disk]]` with `path`, `format`, `read_only`, `nvram` (what the firmware keeps its variables in),
+//! `shared_storage`.
 
 use std::path::Path;
 
@@ -50,6 +52,10 @@ struct VmFile {
     vcpus: u32,
     machine: String,
     cpu_model: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    firmware: Option<String>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    firmware_digest: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<String>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -98,6 +104,8 @@ struct DiskEntry {
     format: String,
     #[serde(default)]
     read_only: bool,
+    #[serde(default)]
+    nvram: bool,
     #[serde(default)]
     shared_storage: String,
 }
@@ -160,6 +168,7 @@ impl From<VmFile> for Raw {
             path: disk.path,
             format: disk.format,
             read_only: disk.read_only,
+            nvram: disk.nvram,
             shared_storage: disk.shared_storage,
         };
         Self {
@@ -168,6 +177,7 @@ impl From<VmFile> for Raw {
             vcpus: file.vcpus,
             machine: file.machine,
             cpu_model: file.cpu_model,
+            firmware: file.firmware.map(|name| (name, file.firmware_digest)),
             kernel: file.kernel.map(|name| (name, file.kernel_digest)),
             initrd: file.initrd.map(|name| (name, file.initrd_digest)),
             kernel_arguments: file.kernel_arguments,
@@ -200,6 +210,7 @@ impl From<&Definition> for VmFile {
             path: disk.path.to_string_lossy().into_owned(),
             format: disk.format.as_str().to_owned(),
             read_only: disk.read_only,
+            nvram: disk.nvram,
             shared_storage: disk.shared_storage.clone().unwrap_or_default(),
         });
         Self {
@@ -208,6 +219,8 @@ impl From<&Definition> for VmFile {
             vcpus: definition.vcpus,
             machine: definition.machine.clone(),
             cpu_model: definition.cpu_model.clone(),
+            firmware_digest: digest(&definition.firmware),
+            firmware: definition.firmware.as_ref().map(|image| image.name.clone()),
             kernel_digest: digest(&definition.kernel),
             kernel: definition.kernel.as_ref().map(|image| image.name.clone()),
             initrd_digest: digest(&definition.initrd),
@@ -235,6 +248,7 @@ memory = "256 MiB"
 vcpus = 1
 machine = "pc-i440fx-7.2"
 cpu_model = "qemu64"
+firmware = "OVMF_CODE.fd"
 kernel = "vmlinuz"
 initrd = "initrd"
 kernel_arguments = "console=ttyS0 \"quoted\""
@@ -249,6 +263,11 @@ vlan_tag = 10
 [[disk]]
 path = "/srv/a.raw"
 format = "raw"
+
+[[disk]]
+path = "vars.fd"
+format = "raw"
+nvram = true
 "#;
 
     fn error(text: &str) -> String {
@@ -269,7 +288,7 @@ format = "raw"
     fn errors_name_file_line_and_key() {
         let said = error(&SAMPLE.replace("vlan_tag = 10", "vlan_tag = 5000"));
         assert!(
-            said.starts_with("vms/web.toml:15: `nic[0].vlan_tag`: 5000 is out of range"),
+            said.starts_with("vms/web.toml:16: `nic[0].vlan_tag`: 5000 is out of range"),
             "{said}"
         );
         let said = error(&SAMPLE.replace("vcpus = 1", "vcpus = \"one\""));

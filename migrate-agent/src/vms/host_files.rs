@@ -233,6 +233,7 @@ mod tests {
             path: path.into(),
             format: DiskFormat::Raw,
             read_only: false,
+            nvram: false,
             shared_storage: storage.map(str::to_owned),
         };
         assert!(on_its_storage(&disk("/srv/nfs/a", Some("nfs")), &storages).is_ok());

@@ -144,7 +144,10 @@ impl Vms {
     /// With the digests of its images, so that wherever it goes it is the same kernel.
     fn with_digests(&self, mut definition: Definition) -> Result<Definition, VmError> {
         let directory = &self.settings.images_dir;
-        for image in [&mut definition.kernel, &mut definition.initrd].into_iter().flatten() {
+        for image in [&mut definition.firmware, &mut definition.kernel, &mut definition.initrd]
+            .into_iter()
+            .flatten()
+        {
             if image.digest.is_none() {
                 image.digest = Some(host_files::image_digest(directory, &image.name)?);
             }
@@ -182,6 +185,7 @@ impl Vms {
             Ok::<_, VmError>(DiskSpec {
                 format: disk.format.as_str(),
                 read_only: disk.read_only,
+                nvram: disk.nvram,
                 // The overlay of a VM that is to arrive is not here yet; asked again at its launch.
                 backing: match disk.format == DiskFormat::Qcow2 && path.exists() {
                     true => qcow2::backing_of(&path)?,
@@ -198,6 +202,7 @@ impl Vms {
             machine: definition.machine.clone(),
             cpu_model: definition.cpu_model.clone(),
             accelerator: settings.accelerator,
+            firmware: image(&definition.firmware)?,
             kernel: image(&definition.kernel)?,
             initrd: image(&definition.initrd)?,
             kernel_arguments: definition.kernel_arguments.clone(),

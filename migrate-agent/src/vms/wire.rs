@@ -19,6 +19,7 @@ impl TryFrom<agent::VmDefinition> for Definition {
             path: disk.path,
             format: disk.format,
             read_only: disk.read_only,
+            nvram: disk.nvram,
             shared_storage: disk.shared_storage,
         };
         let raw = Raw {
@@ -27,6 +28,7 @@ impl TryFrom<agent::VmDefinition> for Definition {
             vcpus: message.vcpus,
             machine: message.machine,
             cpu_model: message.cpu_model,
+            firmware: message.firmware.filter(|image| !image.name.is_empty()).map(image),
             kernel: message.kernel.filter(|image| !image.name.is_empty()).map(image),
             initrd: message.initrd.filter(|image| !image.name.is_empty()).map(image),
             kernel_arguments: message.kernel_arguments,
@@ -59,6 +61,7 @@ impl From<&Definition> for agent::VmDefinition {
         let disks = definition.disks.iter().map(|disk| agent::Disk {
             path: disk.path.to_string_lossy().into_owned(),
             read_only: disk.read_only,
+            nvram: disk.nvram,
             shared_storage: disk.shared_storage.clone().unwrap_or_default(),
             format: disk.format.as_str().to_owned(),
         });
@@ -68,6 +71,7 @@ impl From<&Definition> for agent::VmDefinition {
             vcpus: definition.vcpus,
             machine: definition.machine.clone(),
             cpu_model: definition.cpu_model.clone(),
+            firmware: definition.firmware.as_ref().map(image),
             kernel: definition.kernel.as_ref().map(image),
             initrd: definition.initrd.as_ref().map(image),
             kernel_arguments: definition.kernel_arguments.clone(),
@@ -95,6 +99,7 @@ mod tests {
             vcpus: 2,
             machine: "pc-q35-7.2".to_owned(),
             cpu_model: "qemu64,+ssse3".to_owned(),
+            firmware: Some(("OVMF_CODE.fd".to_owned(), String::new())),
             kernel: Some(("vmlinuz".to_owned(), "0123456789abcdef".to_owned())),
             initrd: Some(("initrd".to_owned(), String::new())),
             nics: vec![RawNic {
@@ -106,6 +111,7 @@ mod tests {
                 path: "/nfs/a".to_owned(),
                 format: "qcow2".to_owned(),
                 read_only: false,
+                nvram: true,
                 shared_storage: "nfs".to_owned(),
             }],
             profile: "fast".to_owned(),

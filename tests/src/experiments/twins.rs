@@ -45,6 +45,7 @@ impl Twins {
             machine: MACHINE.to_owned(),
             cpu_model: "max".to_owned(),
             accelerator: Accelerator::Tcg,
+            firmware: None,
             kernel: Some(images.join("vmlinuz")),
             initrd: Some(images.join("initrd")),
             kernel_arguments: format!("{} lb.name=direct", self.kernel_arguments),

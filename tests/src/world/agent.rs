@@ -31,6 +31,8 @@ const PROFILE: &str = "watched";
 /// What every host calls its storage.
 const STORAGE: &str = "san";
 const DISK_BYTES: u64 = 64 << 20;
+/// OVMF's variables as they are before the first boot.
+pub const FRESH_NVRAM: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// What the guest writes of a local disk, again and again.
 const WRITTEN_BYTES: u64 = 16 << 20;
 
@@ -152,6 +154,7 @@ impl Agent {
             Disk::None => return Ok(String::new()),
             Disk::Raw | Disk::Busy(_) => (self.disk(), "disk".to_owned(), "raw", String::new()),
             Disk::Overlay => (self.disk(), "disk".to_owned(), "qcow2", String::new()),
+            Disk::Firmware => (self.disk(), "disk".to_owned(), "raw", "nvram = true\n".to_owned()),
             Disk::Shared => {
                 let file = self.shared().join("disk.raw");
                 let key = format!("shared_storage = \"{STORAGE}\"\n");
@@ -161,6 +164,7 @@ impl Agent {
         match disk {
             Disk::Overlay => self.make_overlay(&file)?,
             Disk::Busy(busy) => File::create(&file)?.set_len(busy.image)?,
+            Disk::Firmware => drop(fs::copy(FRESH_NVRAM, &file)?),
             _ => File::create(&file)?.set_len(DISK_BYTES)?,
         }
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
@@ -216,15 +220,20 @@ impl Agent {
                 busy.rate / busy.block,
                 busy.check_percent
             ),
-            Disk::None | Disk::Shared => String::new(),
+            Disk::None | Disk::Shared | Disk::Firmware => String::new(),
+        };
+        // With less OVMF runs into a page fault of its own.
+        let (memory, firmware) = match disk {
+            Disk::Firmware => (256, "firmware = \"OVMF_CODE_4M.fd\"\n"),
+            _ => (128, ""),
         };
         let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;
         let definition = format!(
-            "name = \"{VM}\"\nmemory = \"128 MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
+            "name = \"{VM}\"\nmemory = \"{memory} MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
              cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
              kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable \
              mitigations=off lb.name={VM} lb.role=idle lb.region={} lb.dirty=100 lb.check=500{writes}\"\n\
-             profile = \"{PROFILE}\"\nautostart = true\n{disk}",
+             profile = \"{PROFILE}\"\nautostart = true\n{firmware}{disk}",
             24 << 20
         );
         fs::write(self.folder.join(format!("vms/{VM}.toml")), definition)

@@ -73,6 +73,8 @@ pub enum Disk {
     Overlay,
     /// A file on a storage that the first two hosts reach; the third one says that it does, too.
     Shared,
+    /// No disk, but firmware (OVMF) and the NVRAM that it writes its variables to.
+    Firmware,
     /// An image of its host's, all of it written again and again, as fast as that says.
     Busy(Busy),
 }
