@@ -43,8 +43,7 @@ const PAGE_BUDGET: Duration = Duration::from_millis(4);
 const PIECE: u64 = 16 << 10;
 /// How many of them are timed at the start.
 const PIECES_TIMED: u64 = 32;
-/// Computing takes at most so much of a beat, and what could not be done is made up for within this.
-const COMPUTE_BUDGET: Duration = Duration::from_millis(20);
+/// What could not be computed in its beat is made up for within this.
 const COMPUTE_CATCH_UP: Duration = Duration::from_secs(2);
 const BURST: Duration = Duration::from_millis(100);
 
@@ -212,7 +211,7 @@ impl Guest {
     fn compute(&mut self, now: Duration) {
         let due = self.computing.due(now) / PIECE;
         let (start, mut done) = (self.clock.now(), 0);
-        while done < due && self.clock.now().saturating_sub(start) < COMPUTE_BUDGET {
+        while done < due && self.clock.now().saturating_sub(start) < BEAT {
             self.compute_piece();
             done += 1;
         }

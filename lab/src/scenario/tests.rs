@@ -52,6 +52,15 @@ fn the_guests_are_told_where_the_client_is_in_their_own_network() {
 }
 
 #[test]
+fn guests_are_told_their_packets_only_where_these_are_not_ethernet_s() {
+    assert!(!default().vms[0].arguments.contains("lb.mtu"));
+    let large = DEFAULT.replacen("load = 0.25", "load = 0.25\nmtu = 9000", 1);
+    let scenario = parse("x.toml", &large).unwrap();
+    assert!(scenario.vms.iter().all(|vm| vm.arguments.ends_with(" lb.mtu=9000")));
+    assert_eq!((scenario.guest_mtu, scenario.queue_ms), (9000, 25));
+}
+
+#[test]
 fn the_json_has_rates_and_sizes_as_plain_numbers() {
     let json = serde_json::to_value(default()).unwrap();
     assert_eq!(json["hosts"][0]["plug"]["capacity"], 200_000_000);
@@ -96,6 +105,9 @@ fn every_other_rule_speaks_up() {
         ("uplink = \"s0\"\n", "", "must form one tree"),
         ("host = \"200 Mbit/s\"", "host = \"200\"", "is not a rate"),
         ("host = \"200 Mbit/s\"", "host = \"0 Mbit/s\"", "between 1 Mbit/s and 10 Gbit/s"),
+        ("mtu = 9000", "mtu = 9001", "not within 1500 to 9000"),
+        ("load = 0.25", "load = 0.25\nmtu = 9001", "not within 1500 to 9000"),
+        ("mtu = 9000", "queue_ms = 4", "not within 5 to 500"),
         ("load = 0.25", "load = -1.0", "between 0 and 10"),
         ("load = 0.25", "load = nan", "between 0 and 10"),
         ("memory = \"1280 MiB\"", "memory = \"512 MiB\"", "VMs on h1 take 640 MiB"),

@@ -186,19 +186,26 @@ fn machine(spec: &LaunchSpec) -> Options {
 }
 
 fn firmware(line: &mut CommandLine, spec: &LaunchSpec) {
-    let Some(path) = &spec.firmware else { return };
-    let file = Options::new()
+    if let Some(path) = &spec.firmware {
+        read_only_node(line, "firmware", "raw", path);
+    }
+}
+
+/// An image of the format `driver` that nobody writes to, as the node `name`.
+fn read_only_node(line: &mut CommandLine, name: &str, driver: &str, path: &Path) {
+    let file = format!("{name}-file");
+    let options = Options::new()
         .set("driver", "file")
-        .set("node-name", "firmware-file")
+        .set("node-name", &file)
         .set_path("filename", path)
         .set("read-only", "on");
-    line.options("-blockdev", file);
-    let raw = Options::new()
-        .set("driver", "raw")
-        .set("node-name", "firmware")
-        .set("file", "firmware-file")
+    line.options("-blockdev", options);
+    let options = Options::new()
+        .set("driver", driver)
+        .set("node-name", name)
+        .set("file", file)
         .set("read-only", "on");
-    line.options("-blockdev", raw);
+    line.options("-blockdev", options);
 }
 
 fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
@@ -227,8 +234,11 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         .set("read-only", on_off(disk.read_only));
     let format = match &disk.backing {
         Some(backing) => {
-            backing_arguments(line, index, backing);
-            format.set("backing", backing_node(index))
+            // A node with a name: a swap of the overlay has to name it. What is beneath it in turn,
+            // QEMU opens by itself.
+            let node = backing_node(index);
+            read_only_node(line, &node, &backing.format, &backing.path);
+            format.set("backing", node)
         }
         None => format,
     };
@@ -244,24 +254,6 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         .set("werror", "stop")
         .set("rerror", "stop");
     line.options("-device", device);
-}
-
-/// A node with a name: a swap of the overlay has to name it. What is beneath it in turn, QEMU opens
-/// by itself.
-fn backing_arguments(line: &mut CommandLine, index: usize, backing: &Backing) {
-    let file = format!("{}-file", backing_node(index));
-    let options = Options::new()
-        .set("driver", "file")
-        .set("node-name", &file)
-        .set_path("filename", &backing.path)
-        .set("read-only", "on");
-    line.options("-blockdev", options);
-    let options = Options::new()
-        .set("driver", &backing.format)
-        .set("node-name", backing_node(index))
-        .set("file", file)
-        .set("read-only", "on");
-    line.options("-blockdev", options);
 }
 
 /// Offloads are off, for the tap was opened without their header: with them a guest leaves its
