@@ -4,6 +4,7 @@
 mod ahead;
 #[path = "../disk_lab/mod.rs"]
 mod disk_lab;
+mod hostile;
 mod model;
 mod promised;
 mod world;

@@ -79,7 +79,7 @@ where
     let (signals, heard) = mpsc::unbounded_channel();
     let (to_control, frames) = mpsc::unbounded_channel();
     let pace = Arc::new(Pace::new(rate));
-    let _writer = Ending(write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace)));
+    let writer = Ending(write_control(FrameWriter::new(control.1), frames, Arc::clone(&pace)));
     let last_heard = Arc::new(Mutex::new(clock::now()));
     let _readers = [control.0, bulk.0].map(|reader| {
         let (mirror, to) = (Arc::clone(&own.mirror), signals.clone());
@@ -102,6 +102,10 @@ where
         Connection { own, work, signals, heard, task, tasks: 0, sealing, last_heard };
     match connection.serve(commands, progress).await {
         Err(lost) if lost.may_retry() => Err(connection.last_word(lost).await),
+        Ok(()) => {
+            connection.hang_up(writer).await;
+            Ok(())
+        }
         outcome => outcome,
     }
 }
@@ -168,6 +172,24 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         };
         // A timeout: it said nothing.
         tokio::time::timeout(LAST_WORD, word).await.ok().flatten().unwrap_or(lost)
+    }
+
+    /// Ends both streams in order. What the destination says until it has seen that is read: a
+    /// connection that is closed with something unread is reset, which looks like a failure there.
+    async fn hang_up(self, mut writer: Ending) {
+        let Self { work, signals, mut heard, .. } = self;
+        // The readers have the last ones, and end with their streams.
+        drop(signals);
+        let in_order = async {
+            // An error: it has hung up before.
+            let _ = work.bulk.lock().await.shutdown().await;
+            // The last one that may send on the other: a sealed mirror sends nothing.
+            drop(work);
+            let _ = (&mut writer.0).await;
+            while heard.recv().await.is_some() {}
+        };
+        // All is there already: a destination that does not hang up holds nobody up.
+        let _ = tokio::time::timeout(SIGN_OF_LIFE, in_order).await;
     }
 
     fn progress(&self) -> Progress {
@@ -456,5 +478,6 @@ fn write_control<W: AsyncWrite + Unpin + Send + 'static>(
                 return;
             }
         }
+        let _ = writer.shutdown().await;
     })
 }

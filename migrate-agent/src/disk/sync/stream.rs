@@ -78,4 +78,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.stream.flush().await?;
         Ok(())
     }
+
+    /// Ends the stream in this direction.
+    ///
+    /// # Errors
+    /// When it is broken.
+    pub async fn shutdown(&mut self) -> Result<(), StreamError> {
+        Ok(self.stream.shutdown().await?)
+    }
 }
