@@ -145,24 +145,32 @@ impl DestinationTask {
         }
     }
 
-    /// The source's connections that came meanwhile.
-    pub(super) async fn take_lanes(&mut self) {
-        while let Ok(input) = self.inputs.try_recv() {
-            match input {
-                Input::Lane(purpose, reader, writer) => {
-                    self.take_lane(purpose, reader, writer).await;
-                }
-                Input::Limit(limit) => self.limit_gathering(limit).await,
-                // From END on only the source decides.
-                Input::Cancel { answer, .. } | Input::Claim(answer) => {
-                    let _ = answer.send(false);
-                }
-                Input::Commit(_, answer) => {
-                    let refused = Frame::Refused("not everything is loaded yet".into());
-                    let _ = answer.send(refused);
-                }
-                Input::Link(..) => {}
+    /// Waits for QEMU while it loads, and takes the source's connections meanwhile: QEMU answers nothing
+    /// while a device that it loads waits for a page, which comes on one of them.
+    pub(super) async fn while_loading<T>(&mut self, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                // Without anybody who could come, QEMU is waited for all the same.
+                Some(input) = self.inputs.recv() => self.take_input_loading(input).await,
             }
+        }
+    }
+
+    async fn take_input_loading(&mut self, input: Input) {
+        match input {
+            Input::Lane(purpose, reader, writer) => self.take_lane(purpose, reader, writer).await,
+            Input::Limit(limit) => self.limit_gathering(limit).await,
+            // From END on only the source decides.
+            Input::Cancel { answer, .. } | Input::Claim(answer) => {
+                let _ = answer.send(false);
+            }
+            Input::Commit(_, answer) => {
+                let refused = Frame::Refused("not everything is loaded yet".into());
+                let _ = answer.send(refused);
+            }
+            Input::Link(..) => {}
         }
     }
 

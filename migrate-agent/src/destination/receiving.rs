@@ -271,13 +271,12 @@ impl DestinationTask {
         let mut poll = tokio::time::interval(Duration::from_millis(2));
         let mut since_word = 0;
         loop {
-            poll.tick().await;
+            self.while_loading(poll.tick()).await;
             // Memory and disks: whoever says LOADED may be told to run with both.
             let sealed = self.disks.as_ref().is_none_or(ArrivingDisks::are_sealed);
             if sealed && self.is_loaded(&qmp).await? {
                 return Ok(());
             }
-            self.take_lanes().await;
             since_word += 1;
             if since_word >= 100 {
                 since_word = 0;
@@ -306,15 +305,18 @@ impl DestinationTask {
         Ok(())
     }
 
-    async fn is_loaded(&self, qmp: &Qmp) -> Result<bool, Failure> {
+    async fn is_loaded(&mut self, qmp: &Qmp) -> Result<bool, Failure> {
         if qmp.is_closed() {
             return Err(Failure::GuestGone);
         }
-        let state = qmp.query_status().await?.status;
+        let asked = qmp.clone();
+        let status = self.while_loading(async move { asked.query_status().await }).await;
+        let state = status?.status;
         if self.mode == Mode::Cold {
             return Ok(state == RunState::Prelaunch);
         }
-        let info = qmp.query_migrate().await?;
+        let asked = qmp.clone();
+        let info = self.while_loading(async move { asked.query_migrate().await }).await?;
         match info.status {
             MigrationStatus::PostcopyActive if self.gathers() => {
                 Ok(state == RunState::Paused && self.has_loaded()?)

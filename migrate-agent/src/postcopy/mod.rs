@@ -67,7 +67,7 @@ pub enum Event {
     Gone(PageAt),
     /// A page of the background's batch has come.
     BatchCame(PageAt),
-    /// The background's batch has ended, whether all of it came or not.
+    /// The background's batch that was asked for first has ended, whether all of it came or not.
     BatchEnded,
     /// The pace allows another batch.
     Turn,

@@ -2,18 +2,23 @@
 //! used by [`super::Gather`].
 //!
 //! A demand is fetched by itself, at once, whatever is under way; of the background there is never
-//! more than one batch under way, so that a demand waits behind at most one. The background goes
-//! where the guest was last seen: the rest of the pack that the last demand came from is likely to be
-//! wanted soon. Pages of zeroes need no fetching: on demand they are placed on the spot, in the
-//! background last.
+//! more than one pack under way, so that a demand waits behind at most one. Of the source's batches
+//! there are two: while one is on its way the next one is asked for, or the link would stand idle
+//! for a round trip after each. The background goes where the guest was last seen: the rest of the
+//! pack that the last demand came from is likely to be wanted soon. Pages of zeroes need no
+//! fetching: on demand they are placed on the spot, in the background last.
 //!
 //! The bytes are the driver's: it fetches, says what came, and writes what [`Action`] tells it to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use lifeboat_scatter_gather::ledger::{Ledger, LedgerError, Placing, Where};
 use lifeboat_scatter_gather::page::{PackId, PageAt};
 
+/// So many batches of the source's are under way at once.
+pub const SOURCE_AHEAD: usize = 2;
+/// Before every other page.
+const FIRST: PageAt = PageAt { block: 0, page: 0 };
 /// Pages of zeroes that are placed in one turn: 36 KB of stream.
 const ZEROES_MOST: usize = 4096;
 
@@ -24,6 +29,16 @@ pub enum Batch {
     Pack(PackId),
     /// These pages, from the source's agent.
     Source(Vec<PageAt>),
+}
+
+impl Batch {
+    /// Those that are asked for one by one.
+    fn pages(&self) -> &[PageAt] {
+        match self {
+            Self::Source(pages) => pages,
+            Self::Pack(_) => &[],
+        }
+    }
 }
 
 /// What the driver is to do.
@@ -60,7 +75,8 @@ pub struct Service {
     wanted: BTreeMap<PageAt, Where>,
     /// Pages to which there is no way now.
     gone: BTreeSet<PageAt>,
-    under_way: Option<Batch>,
+    /// In the order in which they end: one pack, or batches of the source's.
+    under_way: VecDeque<Batch>,
     batch: usize,
     /// The pack that the last demand came from.
     near: Option<PackId>,
@@ -79,12 +95,12 @@ impl Service {
             ledger,
             wanted: BTreeMap::new(),
             gone: BTreeSet::new(),
-            under_way: None,
+            under_way: VecDeque::new(),
             batch: batch.max(1),
             near: None,
             next_pack: PackId(0),
-            next_page: PageAt { block: 0, page: 0 },
-            next_zero: PageAt { block: 0, page: 0 },
+            next_page: FIRST,
+            next_zero: FIRST,
         }
     }
 
@@ -187,19 +203,22 @@ impl Service {
         Ok(())
     }
 
-    /// The background's batch is over.
+    /// The background's batch that was asked for first is over.
     pub fn batch_ended(&mut self) {
-        self.under_way = None;
+        self.under_way.pop_front();
     }
 
-    /// The background may go on: one batch, unless one is under way.
+    /// The background may go on: one batch, unless enough is under way.
     pub fn turn(&mut self, actions: &mut Vec<Action>) {
-        if self.under_way.is_some() {
-            return;
-        }
-        if let Some(batch) = self.next_batch() {
-            self.under_way = Some(batch.clone());
+        let batch = match self.under_way.back() {
+            None => self.next_batch(),
+            Some(_) => self.batch_ahead(),
+        };
+        if let Some(batch) = batch {
+            self.under_way.push_back(batch.clone());
             actions.push(Action::FetchBatch(batch));
+        }
+        if !self.under_way.is_empty() {
             return;
         }
         let zeroes = self.zeroes();
@@ -245,28 +264,48 @@ impl Service {
         found
     }
 
+    /// Another batch of the source's, behind one that is on its way. Packs wait for their turn.
+    fn batch_ahead(&mut self) -> Option<Batch> {
+        let is_source = |batch: &Batch| matches!(batch, Batch::Source(_));
+        let free = self.under_way.len() < SOURCE_AHEAD && self.under_way.iter().all(is_source);
+        if !free || self.ledger.next_pack(PackId(0)).is_some() {
+            return None;
+        }
+        let pages = self.at_source();
+        (!pages.is_empty()).then_some(Batch::Source(pages))
+    }
+
     fn at_source(&mut self) -> Vec<PageAt> {
         if self.ledger.counts().at_source == 0 {
             return Vec::new();
         }
-        let (ledger, start) = (&self.ledger, self.next_page);
-        let mut pages = Vec::new();
-        let mut from = Some(start);
-        while let Some(at) = from.and_then(|from| ledger.next_page(from, |p| p == Where::AtSource))
+        let mut pages = self.at_source_from(self.next_page);
+        if pages.is_empty() {
+            pages = self.at_source_from(FIRST);
+        }
+        // The next batch goes on behind this one; at the end it begins again.
+        let last = pages.last().filter(|_| pages.len() == self.batch);
+        self.next_page = last.and_then(|last| after(*last)).unwrap_or(FIRST);
+        pages
+    }
+
+    /// What is at the source and not on its way already, from a page on.
+    fn at_source_from(&self, start: PageAt) -> Vec<PageAt> {
+        let asked: BTreeSet<PageAt> =
+            self.under_way.iter().flat_map(Batch::pages).copied().collect();
+        let (mut pages, mut from) = (Vec::new(), Some(start));
+        while let Some(at) =
+            from.and_then(|from| self.ledger.next_page(from, |p| p == Where::AtSource))
         {
-            pages.push(at);
-            from = after(at);
+            if !asked.contains(&at) {
+                pages.push(at);
+            }
             if pages.len() == self.batch {
                 break;
             }
+            from = after(at);
         }
-        // The next batch goes on behind this one; at the end it begins again.
-        let ended = pages.len() < self.batch;
-        self.next_page = match from.filter(|_| !ended) {
-            Some(next) => next,
-            None => PageAt { block: 0, page: 0 },
-        };
-        if pages.is_empty() { self.at_source() } else { pages }
+        pages
     }
 
     fn zeroes(&mut self) -> Vec<PageAt> {

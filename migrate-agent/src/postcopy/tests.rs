@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use lifeboat_scatter_gather::page::PackId;
 use proptest::prelude::*;
 
-use super::service::Batch;
+use super::service::{Batch, SOURCE_AHEAD};
 use super::*;
 
 const PAGES: u32 = 40;
@@ -63,7 +63,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 struct Watch {
     placed: BTreeSet<PageAt>,
     wanted: BTreeSet<(PageAt, String)>,
-    batch: bool,
+    /// Under way, in the order in which they end.
+    batches: Vec<Batch>,
     resumed: u32,
     closed: u32,
 }
@@ -71,7 +72,7 @@ struct Watch {
 impl Watch {
     fn event(&mut self, event: Event) {
         match event {
-            Event::BatchEnded => self.batch = false,
+            Event::BatchEnded if !self.batches.is_empty() => drop(self.batches.remove(0)),
             Event::Came(at) | Event::Failed(at) | Event::Gone(at) | Event::BatchCame(at) => {
                 self.wanted.retain(|(wanted, _)| *wanted != at);
             }
@@ -90,9 +91,15 @@ impl Watch {
                 let new = self.wanted.insert((*at, format!("{place:?}")));
                 assert!(new, "{at} is fetched twice from one place");
             }
-            Action::FetchBatch(_) => {
-                assert!(!self.batch, "two batches are under way");
-                self.batch = true;
+            Action::FetchBatch(batch) => {
+                self.batches.push(batch.clone());
+                let asked: Vec<PageAt> = self.batches.iter().flat_map(pages_of).collect();
+                let different: BTreeSet<PageAt> = asked.iter().copied().collect();
+                assert_eq!(asked.len(), different.len(), "a page is under way twice");
+                match batch {
+                    Batch::Pack(_) => assert_eq!(self.batches.len(), 1, "a pack is not alone"),
+                    Batch::Source(_) => assert!(self.batches.len() <= SOURCE_AHEAD),
+                }
             }
             Action::Resume => self.resumed += 1,
             Action::Close => {
@@ -203,6 +210,29 @@ fn a_demand_goes_ahead_of_the_background_and_draws_it_near() {
     assert_eq!(does(&mut gather, Event::Turn), [], "one batch at a time");
     does(&mut gather, Event::BatchEnded);
     assert_eq!(does(&mut gather, Event::Turn), [Action::FetchBatch(Batch::Pack(PackId(4)))]);
+}
+
+#[test]
+fn the_source_is_asked_for_the_next_batch_while_one_is_on_its_way() {
+    let mut gather = gather(true);
+    let stored = (0..PAGES).filter(|n| matches!(home(*n), Where::InPack { .. }));
+    for number in stored {
+        does(&mut gather, Event::BatchCame(page(number)));
+    }
+    let batch = |numbers: &[u32]| {
+        [Action::FetchBatch(Batch::Source(numbers.iter().map(|n| page(*n)).collect()))]
+    };
+    assert_eq!(does(&mut gather, Event::Turn), batch(&[1, 6, 11]));
+    assert_eq!(does(&mut gather, Event::Turn), batch(&[16, 21, 26]));
+    assert_eq!(does(&mut gather, Event::Turn), [], "two are enough");
+    // It did not come.
+    does(&mut gather, Event::BatchEnded);
+    assert_eq!(does(&mut gather, Event::Turn), batch(&[31, 36]));
+    does(&mut gather, Event::BatchCame(page(16)));
+    does(&mut gather, Event::BatchEnded);
+    assert_eq!(does(&mut gather, Event::Turn), batch(&[1, 6, 11]), "what did not come, again");
+    does(&mut gather, Event::BatchEnded);
+    assert_eq!(does(&mut gather, Event::Turn), batch(&[21, 26, 31]));
 }
 
 #[test]

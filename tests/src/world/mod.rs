@@ -230,10 +230,17 @@ impl World {
 
     /// Cuts or heals what is between two hosts, both ways.
     pub fn link(&self, one: Host, other: Host, state: relay::State) {
-        let between = |ends: (Host, Host)| ends == (one, other) || ends == (other, one);
-        for relay in self.relays.iter().filter(|relay| between(relay.ends())) {
-            relay.set(state);
-        }
+        self.between(one, other).for_each(|relay| relay.set(state));
+    }
+
+    /// From now on a connection between two hosts is made only after so long, both ways.
+    pub fn connect_after(&self, one: Host, other: Host, late: Duration) {
+        self.between(one, other).for_each(|relay| relay.connect_after(late));
+    }
+
+    fn between(&self, one: Host, other: Host) -> impl Iterator<Item = &Relay> {
+        let is_it = move |ends: (Host, Host)| ends == (one, other) || ends == (other, one);
+        self.relays.iter().filter(move |relay| is_it(relay.ends()))
     }
 }
 

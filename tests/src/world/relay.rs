@@ -6,7 +6,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -64,6 +64,8 @@ impl State {
 pub struct Relay {
     ends: (Host, Host),
     state: Arc<AtomicU8>,
+    /// What a new connection waits before it is made, milliseconds.
+    late_ms: Arc<AtomicU64>,
 }
 
 impl Relay {
@@ -96,12 +98,17 @@ impl Relay {
         let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, here);
         let listener = near.within(move || TcpListener::bind(address))?;
         let listener = listener.map_err(RigError::io("cannot listen for a relay"))?;
-        let relay = Self { ends, state: Arc::new(AtomicU8::new(State::Whole as u8)) };
-        let state = Arc::clone(&relay.state);
+        let state = Arc::new(AtomicU8::new(State::Whole as u8));
+        let relay = Self { ends, state, late_ms: Arc::default() };
+        let (state, late_ms) = (Arc::clone(&relay.state), Arc::clone(&relay.late_ms));
         // New connections are made in the other namespace, so that is where this thread lives.
         far.spawn(move || {
             for socket in listener.incoming().flatten() {
-                take(socket, there, &state);
+                let (late, state) = (late_ms.load(Ordering::SeqCst), Arc::clone(&state));
+                thread::spawn(move || {
+                    clock::rest(Duration::from_millis(late));
+                    take(socket, there, &state);
+                });
             }
         })?;
         Ok(relay)
@@ -111,6 +118,12 @@ impl Relay {
     #[must_use]
     pub fn ends(&self) -> (Host, Host) {
         self.ends
+    }
+
+    /// Whoever connects from now on is kept waiting for so long first.
+    pub fn connect_after(&self, late: Duration) {
+        let late = u64::try_from(late.as_millis()).unwrap_or(u64::MAX);
+        self.late_ms.store(late, Ordering::SeqCst);
     }
 
     /// Cuts or heals it.

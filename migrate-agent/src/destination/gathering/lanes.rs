@@ -52,7 +52,11 @@ impl Driver {
     ) {
         *self.lane(purpose) = Some(Lane { reader, writer, heard_at: clock::now() });
         match purpose {
-            Purpose::ServeBackground => self.ask_batch().await,
+            Purpose::ServeBackground => {
+                for batch in self.batches.clone() {
+                    self.ask_batch(&batch).await;
+                }
+            }
             _ => {
                 let wanted: Vec<PageAt> = self.asked.iter().copied().collect();
                 self.ask(&wanted).await;
@@ -68,9 +72,9 @@ impl Driver {
         }
     }
 
-    /// Asks for the background's batch, if it is one of the source's.
-    pub(super) async fn ask_batch(&mut self) {
-        if let Some(Batch::Source(pages)) = &self.batch {
+    /// Asks for a batch of the background's, if it is one of the source's.
+    pub(super) async fn ask_batch(&mut self, batch: &Batch) {
+        if let Batch::Source(pages) = batch {
             let fetch = Frame::Fetch(runs(pages));
             send(&mut self.background, &fetch).await;
         }

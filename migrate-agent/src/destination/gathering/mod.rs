@@ -15,16 +15,16 @@
 
 pub(crate) mod journal;
 mod lanes;
+mod pace;
 pub(super) mod recover;
 mod stores;
 mod waits;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use lifeboat_policy::pace::Pacer;
-use lifeboat_protocol::units::{self, BytesPerSec};
+use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::ledger::Where;
 use lifeboat_scatter_gather::link::{Frame, Purpose};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PageAt};
@@ -38,7 +38,7 @@ use super::arriving::Arrived;
 use crate::clock;
 use crate::link::{FrameReader, FrameWriter};
 use crate::postcopy::phase::Phase;
-use crate::postcopy::service::{Action, Batch};
+use crate::postcopy::service::{Action, Batch, SOURCE_AHEAD};
 use crate::postcopy::{Event, Gather, GatherError};
 use crate::qemu::stream::return_path::{Message, ReturnReader};
 use crate::qemu::stream::{
@@ -47,6 +47,7 @@ use crate::qemu::stream::{
 use crate::source::Failure;
 use journal::Journal;
 use lanes::Lane;
+use pace::Pace;
 pub(super) use stores::Reachable;
 use stores::{Fetched, Stores};
 pub(super) use waits::Waited;
@@ -54,8 +55,6 @@ use waits::Waits;
 
 /// Pages that are asked of the source at once in the background.
 pub(super) const BATCH_PAGES: usize = 128;
-/// Between two attempts in the background of which the first failed.
-const REST: Duration = Duration::from_millis(100);
 /// Bytes read at once from QEMU, which says little.
 const READ_BYTES: usize = 64 << 10;
 
@@ -182,8 +181,11 @@ struct Driver {
     background: Option<Lane>,
     /// What was asked of the source and has not come.
     asked: BTreeSet<PageAt>,
-    batch: Option<Batch>,
+    /// The background's, in the order in which they come.
+    batches: VecDeque<Batch>,
     pace: Pace,
+    /// What `pace` counts from.
+    began: Instant,
     /// Of scatter-gather.
     stores: Option<Stores>,
     /// Pages in stores of which none that answers has them.
@@ -191,47 +193,6 @@ struct Driver {
     /// There was nothing to do in the background when it was last asked.
     idle: bool,
     waits: Waits,
-}
-
-/// The background's own pace.
-struct Pace {
-    limit: Option<BytesPerSec>,
-    pacer: Pacer,
-    began: Instant,
-    next: Duration,
-}
-
-impl Pace {
-    fn new(limit: Option<BytesPerSec>) -> Self {
-        let pacer = Pacer::new(limit.unwrap_or(BytesPerSec::ZERO));
-        Self { limit, pacer, began: clock::now(), next: Duration::ZERO }
-    }
-
-    fn set(&mut self, limit: Option<BytesPerSec>) {
-        let now = self.began.elapsed();
-        self.limit = limit;
-        self.pacer.set_rate(now, limit.unwrap_or(BytesPerSec::ZERO));
-        self.next = now;
-    }
-
-    /// A batch of so many bytes has come: the next one waits for as long as that should have taken.
-    fn took(&mut self, bytes: u64) {
-        let now = self.began.elapsed();
-        if self.limit.is_some() {
-            // Booked behind what it took, so that the moment found is the end of this batch.
-            let _ = self.pacer.ready_at(now, units::Bytes(bytes));
-            self.next = self.pacer.ready_at(now, units::Bytes(0)).unwrap_or(now);
-        }
-    }
-
-    /// What was tried did not work: not again at once.
-    fn rest(&mut self) {
-        self.next = self.began.elapsed() + REST;
-    }
-
-    fn next(&self) -> Instant {
-        self.began + self.next
-    }
 }
 
 impl Driver {
@@ -265,8 +226,9 @@ impl Driver {
             demands: None,
             background: None,
             asked: BTreeSet::new(),
-            batch: None,
+            batches: VecDeque::new(),
             pace: Pace::new(limit),
+            began: clock::now(),
             stores: None,
             gone: BTreeSet::new(),
             idle: false,
@@ -300,7 +262,7 @@ impl Driver {
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         while self.gather.phase() != Phase::Done {
             buffer.reserve(READ_BYTES);
-            let (may_turn, turn) = (self.may_turn(), self.pace.next());
+            let (may_turn, turn) = (self.may_turn(), self.began + self.pace.next());
             tokio::select! {
                 biased;
                 read = from_qemu.read_buf(&mut buffer) => match read.map_err(Failure::Socket)? {
@@ -399,7 +361,7 @@ impl Driver {
                 if committed { self.perform(actions).await } else { Ok(()) }
             }
             Order::Limit(limit) => {
-                self.pace.set(limit);
+                self.pace.set(self.began.elapsed(), limit);
                 Ok(())
             }
         }
@@ -411,7 +373,11 @@ impl Driver {
         // be empty first.
         let scatters = self.stores.as_ref().is_some_and(|stores| !stores.given_up);
         let something = counts.in_pack > 0 || counts.at_source == 0 || !scatters;
-        let free = self.batch.is_none() && !self.idle;
+        let free = match self.batches.back() {
+            None => true,
+            Some(Batch::Source(_)) => self.batches.len() < SOURCE_AHEAD,
+            Some(Batch::Pack(_)) => false,
+        } && !self.idle;
         self.gather.phase() == Phase::Running && free && something
     }
 
@@ -491,9 +457,10 @@ impl Driver {
         if let (Batch::Pack(pack), Some(stores)) = (&batch, &self.stores) {
             stores.fetch_pack(*pack);
         }
-        self.batch = Some(batch);
+        self.pace.asks(self.began.elapsed(), &batch);
         self.waits.batch_begins();
-        self.ask_batch().await;
+        self.ask_batch(&batch).await;
+        self.batches.push_back(batch);
     }
 
     /// Pages have come that the guest waits for.
@@ -515,10 +482,18 @@ impl Driver {
             self.came.insert(at, data);
             self.arrive(at, Event::BatchCame(at)).await?;
         }
-        self.batch = None;
-        self.waits.batch_ends();
-        self.pace.took(bytes);
+        if let Some(Batch::Pack(_)) = self.end_batch() {
+            self.pace.took(self.began.elapsed(), bytes);
+        }
         self.apply(Event::BatchEnded).await
+    }
+
+    /// The batch that was asked for first is over.
+    fn end_batch(&mut self) -> Option<Batch> {
+        self.waits.batch_ends();
+        // What it leaves may be asked for again.
+        self.idle = false;
+        self.batches.pop_front()
     }
 
     /// A page has come: it is written, unless it was here already.

@@ -397,11 +397,10 @@ impl Driver {
             Fetched::Pack(Ok(pages)) => self.take_batch(pages).await,
             Fetched::Pack(Err(trouble)) => {
                 let no_way = self.note_trouble(&trouble);
-                if let (Some(Batch::Pack(pack)), true) = (self.batch.take(), no_way) {
+                if let (Some(Batch::Pack(pack)), true) = (self.end_batch(), no_way) {
                     self.ask_source_for(pack).await;
                 }
-                self.pace.rest();
-                self.waits.batch_ends();
+                self.pace.rest(self.began.elapsed());
                 self.apply(Event::BatchEnded).await
             }
             Fetched::Back(store, reached) => self.take_back(store, reached).await,

@@ -68,7 +68,7 @@ impl Waits {
         self.begun += 1;
     }
 
-    /// It has ended, whether it came or not: there is one at a time.
+    /// The one that began first has ended, whether it came or not.
     pub(super) fn batch_ends(&mut self) {
         self.ended += 1;
     }
