@@ -110,8 +110,8 @@ struct Times {
 pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let times = Times {
         runs: setting.runs.unwrap_or(if setting.quick { 3 } else { 7 }),
-        settle: Duration::from_millis(2000),
-        window: Duration::from_secs(if setting.quick { 3 } else { 5 }),
+        settle: Duration::from_millis(if setting.quick { 1200 } else { 2000 }),
+        window: Duration::from_millis(if setting.quick { 2500 } else { 5000 }),
     };
     let rated = Rated { link: setting.link_mbit.unwrap_or(LINK_MBIT) * 1_000_000 };
     let mut record = blank(&setting, &times, rated);

@@ -171,7 +171,9 @@ impl Cloud {
     /// When it cannot be started.
     pub fn keep_on(&self, node: &str, line: &str) -> Result<Kept, RigError> {
         let mut command = Command::new(self.lab.join("exec"));
-        command.arg(node).args(line.split_whitespace());
+        // In the cloud it is the child of the process that we can end.
+        command.arg(node).args(["setpriv", "--pdeathsig", "KILL", "--"]);
+        command.args(line.split_whitespace());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let cannot = |source| RigError::Start { program: line.to_owned(), source };
         Ok(Kept(command.spawn().map_err(cannot)?))
@@ -224,6 +226,13 @@ impl Cloud {
 /// A program on a node; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Kept(Child);
+
+impl Kept {
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> bool {
+        matches!(self.0.try_wait(), Ok(None))
+    }
+}
 
 impl Drop for Kept {
     fn drop(&mut self) {

@@ -34,7 +34,7 @@ const DISK_BYTES: u64 = 64 << 20;
 /// OVMF's variables as they are before the first boot.
 pub const FRESH_NVRAM: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// What the guest writes of a local disk, again and again.
-const WRITTEN_BYTES: u64 = 16 << 20;
+const WRITTEN_BYTES: u64 = 8 << 20;
 
 /// A host with its agent, which may be dead.
 pub struct Agent {

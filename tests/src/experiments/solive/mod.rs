@@ -182,9 +182,13 @@ fn application(cloud: &Cloud, host: &str) -> Result<[Kept; 2], RigError> {
     let address = client.networks.first().map_or("", |network| network.address.as_str());
     let address = address.split('/').next().unwrap_or_default();
     let line = format!("iperf3 -u -c {address} -b {APPLICATION} -l 8000 -t {APPLICATION_SECONDS}");
-    let source = cloud.keep_on(host, &line)?;
+    let mut source = cloud.keep_on(host, &line)?;
     clock::rest(REST);
-    Ok([source, sink])
+    // It ends at once where its other end is busy with another one.
+    match source.runs() {
+        true => Ok([source, sink]),
+        false => Err(RigError::refused("an application")(format!("`{line}` has ended"))),
+    }
 }
 
 /// Who was left behind follows at urgency 95: the next run begins with an empty host.
