@@ -31,7 +31,6 @@ fn status(error: CommandError) -> Status {
         CommandError::NoHost
         | CommandError::Name(_)
         | CommandError::Word(_)
-        | CommandError::OnDemand { .. }
         | CommandError::Urgency(_) => Status::invalid_argument(text),
         CommandError::AlreadyThere { .. }
         | CommandError::NoOtherHost { .. }

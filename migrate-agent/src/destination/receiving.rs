@@ -61,8 +61,7 @@ impl DestinationTask {
         let received = self.receive_on(&mut reader, &mut writer).await;
         self.reader = Some(reader);
         self.writer = Some(writer);
-        received?;
-        self.remember_rest().await
+        received
     }
 
     async fn receive_on(

@@ -32,7 +32,6 @@ const SILENT_AGAIN: Duration = Duration::from_secs(1);
 impl DestinationTask {
     /// Goes on with a guest that runs here and whose pages were still on their way.
     pub async fn take_up_running(mut self) -> MigrationProgress {
-        self.follow_again();
         self.reach_qemu().await;
         if let Err(failure) = self.gather_again().await {
             let reason = failure.line();
@@ -40,7 +39,6 @@ impl DestinationTask {
             self.progress.update(|progress| progress.reason = reason);
         }
         let outcome = self.gather_on(Outcome::Running).await;
-        let outcome = self.rest_on(outcome).await;
         self.report(outcome);
         self.progress.now()
     }

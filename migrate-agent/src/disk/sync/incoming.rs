@@ -179,12 +179,6 @@ impl Incoming {
         self.asked.clear();
     }
 
-    /// Whether `block` is missing.
-    #[must_use]
-    pub fn lacks(&self, block: u64) -> bool {
-        self.missing.contains(block)
-    }
-
     /// How many blocks are missing.
     #[must_use]
     pub fn missing(&self) -> u64 {
