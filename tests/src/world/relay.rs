@@ -1,4 +1,5 @@
-//! What is between two hosts, one way: a TCP relay that can be cut, in two manners, and healed.
+//! What is between two hosts, one way: a TCP relay that can be cut, in two manners, and healed, and that
+//! can be slow to connect.
 //!
 //! It listens in one host's namespace and connects in another's, so that a host reaches its peers
 //! only through these. Used by [`super::World`]. Not here: rates; the agents have theirs.

@@ -38,7 +38,7 @@ use super::arriving::Arrived;
 use crate::clock;
 use crate::link::{FrameReader, FrameWriter};
 use crate::postcopy::phase::Phase;
-use crate::postcopy::service::{Action, Batch, SOURCE_AHEAD};
+use crate::postcopy::service::{Action, Batch};
 use crate::postcopy::{Event, Gather, GatherError};
 use crate::qemu::stream::return_path::{Message, ReturnReader};
 use crate::qemu::stream::{
@@ -190,7 +190,7 @@ struct Driver {
     stores: Option<Stores>,
     /// Pages in stores of which none that answers has them.
     gone: BTreeSet<PageAt>,
-    /// There was nothing to do in the background when it was last asked.
+    /// There was nothing to do in the background when it was last asked, or enough was under way.
     idle: bool,
     waits: Waits,
 }
@@ -373,12 +373,7 @@ impl Driver {
         // be empty first.
         let scatters = self.stores.as_ref().is_some_and(|stores| !stores.given_up);
         let something = counts.in_pack > 0 || counts.at_source == 0 || !scatters;
-        let free = match self.batches.back() {
-            None => true,
-            Some(Batch::Source(_)) => self.batches.len() < SOURCE_AHEAD,
-            Some(Batch::Pack(_)) => false,
-        } && !self.idle;
-        self.gather.phase() == Phase::Running && free && something
+        self.gather.phase() == Phase::Running && !self.idle && something
     }
 
     async fn turn(&mut self) -> Result<(), Failure> {
