@@ -6,9 +6,7 @@
 
 use bytes::BytesMut;
 use lifeboat_protocol::ids::MigrationId;
-use lifeboat_scatter_gather::pack::{
-    Batch, Coder, Pack, PackBuilder, Reading, slot_bytes, slot_offset,
-};
+use lifeboat_scatter_gather::pack::{Batch, Coder, Pack, PackBuilder, Reading, Width};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt, Version};
 use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64, xxh3_64_with_seed};
@@ -29,10 +27,10 @@ pub fn holds(data: &[u8]) {
         return made_up(data);
     }
     let Some((how, rest)) = data.split_first() else { return };
-    let sealed = how & 1 != 0;
-    let pages = usize::from(how >> 1);
+    let (sealed, compress) = (how & 1 != 0, how & 2 != 0);
+    let pages = usize::from(how >> 2);
     let (pages, change) = rest.split_at(rest.len().min(pages * 4));
-    let (kept, pack) = packed(pages, sealed);
+    let (kept, pack) = packed(pages, sealed, compress);
     let Some(pack) = pack else { return };
     let reading = reading(sealed);
     let contents = reading.pack(pack.id, BytesMut::from(&pack.bytes[..])).expect("it was packed");
@@ -44,12 +42,13 @@ pub fn holds(data: &[u8]) {
 /// Each page with what it is filled with.
 type Kept = Vec<(PageAt, u8)>;
 
-fn packed(pages: &[u8], sealed: bool) -> (Kept, Option<Pack>) {
+fn packed(pages: &[u8], sealed: bool, compress: bool) -> (Kept, Option<Pack>) {
     let coder = match sealed {
         true => Coder::Sealed(MigrationKey::new([7; KEY_BYTES]).into_sealers(tag(), 1).remove(0)),
         false => Coder::Plain(Version(0)),
     };
     let mut builder = PackBuilder::new(tag(), Batch::default(), coder, PackId(5));
+    builder.compress(compress);
     let mut kept = Vec::new();
     for page in pages.chunks_exact(4) {
         let at = PageAt {
@@ -76,17 +75,18 @@ fn changed(reading: &Reading, pack: &Pack, change: &[u8], sealed: bool) {
     let mut bytes = BytesMut::from(&pack.bytes[..]);
     let at = u32::from_be_bytes([0, high, middle, low]) as usize % bytes.len();
     bytes[at] ^= with;
-    let slot = at.checked_sub(HEADER_BYTES).map(|at| at / slot_bytes(sealed));
+    let width = pack.width;
+    let slot = at.checked_sub(HEADER_BYTES).map(|at| at / width.slot_bytes(sealed));
     let alone = slot.filter(|slot| *slot < usize::from(pack.slots)).map(|slot| {
-        let (slot, from) = (slot as u16, slot_offset(slot as u16, sealed));
-        (slot, BytesMut::from(&bytes[from..from + slot_bytes(sealed)]))
+        let (slot, from) = (slot as u16, width.slot_offset(slot as u16, sealed));
+        (slot, BytesMut::from(&bytes[from..from + width.slot_bytes(sealed)]))
     });
     assert_eq!(reading.pack(pack.id, bytes).is_ok(), with == 0, "a byte was changed at {at}");
     if let Some((slot, bytes)) = alone {
         // Which page it should be is the first thing that its reader knows.
         let whole = reading.pack(pack.id, BytesMut::from(&pack.bytes[..])).expect("it was packed");
         let wanted = whole.pages[usize::from(slot)].at;
-        assert_eq!(reading.slot(0, slot, wanted, bytes).is_ok(), with == 0);
+        assert_eq!(reading.slot(0, (slot, width), wanted, bytes).is_ok(), with == 0);
     }
 }
 
@@ -97,11 +97,15 @@ fn made_up(data: &[u8]) {
     let (plain, sealed) = (reading(false), reading(true));
     for reading in [&plain, &sealed] {
         if let Ok(contents) = reading.pack(PackId(5), bytes.clone()) {
-            assert!(contents.pages.len() * PAGE_BYTES <= bytes.len());
+            assert!(contents.pages.len() * Width::LEAST.body_bytes() <= bytes.len());
+            assert!(contents.pages.iter().all(|page| page.data.len() == PAGE_BYTES));
         }
     }
     let wanted = PageAt { block: 0, page: 1 };
-    drop((plain.slot(0, 0, wanted, bytes.clone()), sealed.slot(0, 0, wanted, bytes)));
+    for width in Width::all() {
+        let of = |reading: &Reading| reading.slot(0, (0, width), wanted, bytes.clone()).is_ok();
+        let _ = (of(&plain), of(&sealed));
+    }
 }
 
 /// Makes the checks of a plain pack fit, as whoever has made it up would.
@@ -110,12 +114,13 @@ fn fit(bytes: &mut BytesMut) {
         return;
     }
     // Of the migration that it is read for: what one of our own says.
-    if let (_, Some(own)) = packed(&[0, 0, 1, 1], false) {
+    if let (_, Some(own)) = packed(&[0, 0, 1, 1], false, false) {
         bytes[24..CHECKED_BYTES].copy_from_slice(&own.bytes[24..CHECKED_BYTES]);
     }
     let slots = usize::from(u16::from_be_bytes([bytes[6], bytes[7]]));
-    let runs = (HEADER_BYTES + slots * slot_bytes(false)).min(bytes.len());
-    for slot in bytes[HEADER_BYTES..runs].chunks_exact_mut(slot_bytes(false)) {
+    let width = Width::eighths(bytes[11]).unwrap_or_default();
+    let runs = (HEADER_BYTES + slots * width.slot_bytes(false)).min(bytes.len());
+    for slot in bytes[HEADER_BYTES..runs].chunks_exact_mut(width.slot_bytes(false)) {
         let seed = xxh3_64(&slot[..SLOT_CHECKED_BYTES]);
         let check = xxh3_64_with_seed(&slot[SLOT_HEAD_BYTES..], seed);
         slot[SLOT_CHECKED_BYTES..SLOT_HEAD_BYTES].copy_from_slice(&check.to_be_bytes());

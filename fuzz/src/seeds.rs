@@ -18,8 +18,8 @@ use lifeboat_agent::qemu::stream::{
 use lifeboat_ovs::lldp;
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
 use lifeboat_scatter_gather::link::frame::{self as page, Ended, Frame, Hello, Purpose, Standing};
-use lifeboat_scatter_gather::link::pages::{Note, PackNote, PageKey, PageRun};
-use lifeboat_scatter_gather::pack::{Batch, Coder, PackBuilder};
+use lifeboat_scatter_gather::link::pages::{Note, PackNote, PageKey, PageRun, compressed};
+use lifeboat_scatter_gather::pack::{Batch, Coder, PackBuilder, Width};
 use lifeboat_scatter_gather::page::{PackId, PageAt, Version};
 use lifeboat_scatter_gather::redundancy::StoreId;
 use lifeboat_scatter_gather::redundancy::directory::Protection;
@@ -153,6 +153,7 @@ fn shortened(bytes: Bytes) -> Bytes {
 fn packed(name: &str, stream: &Bytes) -> Seed {
     let coder = Coder::Plain(Version(0));
     let mut builder = PackBuilder::new(super::pack::tag(), Batch::default(), coder, PackId(5));
+    builder.compress(name.len().is_multiple_of(2));
     let mut reader = StreamReader::new();
     reader.feed(stream.clone());
     while let Ok(Some(record)) = reader.read() {
@@ -174,7 +175,7 @@ fn packed(name: &str, stream: &Bytes) -> Seed {
         None => {
             let pages = [[0, 0, 1, 9], [1, 0, 2, 0], [0, 0, 3, 5]];
             let change = [0, 0, 60, 1];
-            let how = [3 << 1 | u8::from(name.len().is_multiple_of(2))];
+            let how = [3 << 2 | name.len() as u8 & 3];
             let bytes = [&how[..], pages.as_flattened(), &change].concat();
             Seed { target: "pack", name: format!("seed-{name}"), bytes }
         }
@@ -210,6 +211,7 @@ fn page_frames() -> BytesMut {
     };
     let pack = PackNote {
         pack: PackId(4),
+        width: Width::LEAST,
         store: StoreId(1),
         protection: Protection::None,
         pages: vec![at(1), at(2)],
@@ -227,6 +229,7 @@ fn page_frames() -> BytesMut {
         Frame::Running(generation),
         Frame::Fetch(vec![run]),
         Frame::Pages(vec![(at(7), Bytes::from(vec![3; 4096]))]),
+        Frame::Compressed(compressed(&[(at(8), Bytes::from(vec![4; 4096]))]).expect("one byte")),
         Frame::Pack(pack),
         Frame::Parity { stripe: 3, store: StoreId(2) },
         Frame::Scattered,

@@ -15,9 +15,7 @@ use lifeboat_agent::qemu::stream::PageAt;
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_protocol::units;
 use lifeboat_scatter_gather::ledger::Where;
-use lifeboat_scatter_gather::pack::{
-    Batch, Coder, PackBuilder, Reading, pack_bytes_most, slot_bytes, slot_offset,
-};
+use lifeboat_scatter_gather::pack::{Batch, Coder, PackBuilder, Reading, Width, pack_bytes_most};
 use lifeboat_scatter_gather::page::PackId;
 use lifeboat_scatter_gather::redundancy::directory::{Directory, Way};
 use lifeboat_scatter_gather::redundancy::parity::{Parity, body_offset, restore};
@@ -195,7 +193,7 @@ impl Pages for Scattered {
 
     fn fetch(&mut self, at: PageAt, place: Where) -> Bytes {
         let Where::InPack { pack, slot } = place else { panic!("{at} is in no pack") };
-        let (start, length) = (slot_offset(slot, true), slot_bytes(true));
+        let (start, length) = (Width::WHOLE.slot_offset(slot, true), Width::WHOLE.slot_bytes(true));
         let keys = KeySpace::new(&migration());
         let bytes = match self.directory.way(pack, self.lost).unwrap() {
             Way::From(store) => self.get_part(store, &keys.pack(pack), start, length),
@@ -210,7 +208,7 @@ impl Pages for Scattered {
             }
             Way::Lost => panic!("{pack} is lost"),
         };
-        self.reading.slot(0, slot, at, bytes).unwrap().data
+        self.reading.slot(0, (slot, Width::WHOLE), at, bytes).unwrap().data
     }
 
     fn fetch_batch(&mut self, batch: Wanted) -> Vec<(PageAt, Bytes)> {

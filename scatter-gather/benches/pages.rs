@@ -18,15 +18,15 @@ use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 /// Pages of one run: 16 MiB, more than the processor's caches keep.
 const PAGES: u32 = 4096;
 
-fn memory() -> Vec<u8> {
-    // Not compressible and not zero; what the bytes are makes no difference to any stage.
+/// Not zero; with `shift` 0 not compressible, with 40 to about a half.
+fn memory(shift: u32) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut memory = Vec::with_capacity(PAGES as usize * PAGE_BYTES);
     while memory.len() < PAGES as usize * PAGE_BYTES {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        memory.extend_from_slice(&state.to_le_bytes());
+        memory.extend_from_slice(&(state >> shift).to_le_bytes());
     }
     memory
 }
@@ -65,9 +65,10 @@ fn pack_all(memory: &[u8], batch: u16, sealed: bool) -> Vec<Pack> {
 }
 
 /// Packs all of it and lets each pack go once eight more are there, as acknowledgements do.
-fn pack_and_send(memory: &[u8], batch: u16, sealed: bool) {
+fn pack_and_send(memory: &[u8], batch: u16, sealed: bool, compress: bool) {
     let batch = Batch::new(batch).expect("a batch");
     let mut builder = PackBuilder::new(tag(), batch, coder(sealed), PackId(0));
+    builder.compress(compress);
     let mut under_way = VecDeque::new();
     for (page, data) in (0..).zip(memory.chunks_exact(PAGE_BYTES)) {
         builder.page(PageAt { block: 0, page }, data).expect("a page");
@@ -78,26 +79,37 @@ fn pack_and_send(memory: &[u8], batch: u16, sealed: bool) {
             }
         }
     }
-    black_box(builder.finish());
+    black_box(std::iter::from_fn(|| builder.finish()).count());
 }
 
 fn packing(c: &mut Criterion) {
-    let memory = memory();
+    let memory = memory(0);
     let mut group = c.benchmark_group("pack");
     group.throughput(Throughput::Bytes(memory.len() as u64)).sample_size(10);
     for sealed in [false, true] {
         for batch in [1, 4, 16, 63, 256] {
             let name = if sealed { "sealed" } else { "plain" };
             group.bench_with_input(BenchmarkId::new(name, batch), &batch, |b, batch| {
-                b.iter(|| pack_and_send(&memory, *batch, sealed));
+                b.iter(|| pack_and_send(&memory, *batch, sealed, false));
             });
         }
     }
     group.finish();
 }
 
+/// What a core compresses, of pages that gain by it and of pages that do not.
+fn compressing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("compress");
+    for (name, shift) in [("to a half", 40), ("in vain", 0)] {
+        let memory = memory(shift);
+        group.throughput(Throughput::Bytes(memory.len() as u64)).sample_size(10);
+        group.bench_function(name, |b| b.iter(|| pack_and_send(&memory, 63, true, true)));
+    }
+    group.finish();
+}
+
 fn opening(c: &mut Criterion) {
-    let memory = memory();
+    let memory = memory(0);
     let mut group = c.benchmark_group("open");
     group.throughput(Throughput::Bytes(memory.len() as u64)).sample_size(10);
     for sealed in [false, true] {
@@ -118,7 +130,7 @@ fn opening(c: &mut Criterion) {
 }
 
 fn parity(c: &mut Criterion) {
-    let memory = memory();
+    let memory = memory(0);
     let packs = pack_all(&memory, 63, false);
     let mut group = c.benchmark_group("parity");
     group.throughput(Throughput::Bytes(memory.len() as u64)).sample_size(10);
@@ -156,5 +168,5 @@ fn ledger(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, packing, opening, parity, ledger);
+criterion_group!(benches, packing, compressing, opening, parity, ledger);
 criterion_main!(benches);

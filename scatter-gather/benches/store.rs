@@ -14,9 +14,7 @@ use std::time::{Duration, Instant};
 
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_protocol::units::Bytes;
-use lifeboat_scatter_gather::pack::{
-    Batch, Coder, PackBuilder, pack_bytes_most, slot_bytes, slot_offset,
-};
+use lifeboat_scatter_gather::pack::{Batch, Coder, PackBuilder, Width, pack_bytes_most};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
 use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{
@@ -122,7 +120,9 @@ async fn demands(store: &RedisStore) -> Vec<Duration> {
     for number in 0..DEMANDS {
         let key = store.keys().pack(PackId(number * 7919 % PACKS));
         let start = now();
-        let part = store.get_part(&key, slot_offset(20, true), slot_bytes(true)).await;
+        let part = store
+            .get_part(&key, Width::WHOLE.slot_offset(20, true), Width::WHOLE.slot_bytes(true))
+            .await;
         part.expect("it was put");
         waits.push(start.elapsed());
     }

@@ -10,9 +10,7 @@ use bytes::{Bytes as Slice, BytesMut};
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_protocol::units::{Bytes, BytesPerSec};
 use lifeboat_scatter_gather::ledger::{Ledger, Placing, Where};
-use lifeboat_scatter_gather::pack::{
-    Batch, Coder, Pack, PackBuilder, Reading, slot_bytes, slot_offset,
-};
+use lifeboat_scatter_gather::pack::{Batch, Coder, Pack, PackBuilder, Reading, Width};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
 use lifeboat_scatter_gather::redundancy::directory::{Directory, Protection, Way};
 use lifeboat_scatter_gather::redundancy::parity::{Parity, Stripe, body_offset, restore};
@@ -327,7 +325,7 @@ impl Scattered {
 
     /// One page, as a demand would have it: the same bytes of everything, and no whole pack.
     async fn demand(&self, at: PageAt, pack: PackId, slot: u16, lost: StoreSet) -> Slice {
-        let (start, length) = (slot_offset(slot, true), slot_bytes(true));
+        let (start, length) = (Width::WHOLE.slot_offset(slot, true), Width::WHOLE.slot_bytes(true));
         let keys = self.stores[0].keys();
         let bytes = match self.directory.way(pack, lost).unwrap() {
             Way::From(store) => {
@@ -347,7 +345,7 @@ impl Scattered {
             }
             Way::Lost => panic!("{pack} is lost"),
         };
-        self.reading.slot(0, slot, at, bytes).unwrap().data
+        self.reading.slot(0, (slot, Width::WHOLE), at, bytes).unwrap().data
     }
 
     /// Gathers everything, some pages on demand, and gives the guest's memory.

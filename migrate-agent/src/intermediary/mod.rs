@@ -28,7 +28,9 @@ use std::time::Duration;
 use lifeboat_protocol::agent::{PageStore, PrepareStoreRequest, StoreStatus};
 use lifeboat_protocol::ids::{HostId, MigrationId, NameError, VmId};
 use lifeboat_protocol::units::Bytes;
-use lifeboat_scatter_gather::store::{RedisStore, ServerError, StoreError, StoreServer};
+use lifeboat_scatter_gather::store::{
+    RedisStore, ServerError, Settings as StoreSettings, StoreError, StoreServer,
+};
 
 use crate::clock;
 use crate::qemu::process::User;
@@ -320,7 +322,8 @@ impl Intermediary {
             return (self.inner.settings.memory, String::new());
         }
         let spare = available().map_or(Bytes(u64::MAX), |available| available - LEFT_FREE);
-        (self.unpromised().min(self.inner.vms.memory_free()).min(spare), String::new())
+        let memory = self.unpromised().min(self.inner.vms.memory_free()).min(spare);
+        (StoreSettings::room_within(memory), String::new())
     }
 
     /// Looks after the stores, for as long as the agent lives.

@@ -74,6 +74,7 @@ pub const fn frame_name(frame: &Frame) -> &'static str {
         Frame::Notes(_) => "NOTES",
         Frame::Fetch(_) => "FETCH",
         Frame::Pages(_) => "PAGES",
+        Frame::Compressed(_) => "COMPRESSED",
         Frame::Key(_) => "KEY",
         Frame::Pack(_) => "PACK",
         Frame::Parity { .. } => "PARITY",

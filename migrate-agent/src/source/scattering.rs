@@ -10,6 +10,9 @@
 //! of the destination's agent. Where stores fail so that redundancy cannot help, the destination is told
 //! to fetch the rest from here.
 //!
+//! While the stores or the pace are slower than this task, pages are compressed where that makes them fit
+//! a narrower slot; a task that is itself what holds things up has no time for it.
+//!
 //! Used by `source.rs`; what goes where is decided by `lifeboat_scatter_gather::scatter`.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -21,7 +24,7 @@ use lifeboat_protocol::units::{Bytes, BytesPerSec};
 use lifeboat_scatter_gather::link::Frame;
 use lifeboat_scatter_gather::link::pages::{PackNote, PageKey, runs};
 use lifeboat_scatter_gather::pack::{
-    Batch, Coder, PackBuilder, PackError, RUNS_MOST, pack_bytes_most,
+    Batch, Coder, PackBuilder, PackError, RUNS_MOST, Width, pack_bytes_most,
 };
 use lifeboat_scatter_gather::page::{PackId, PageAt};
 use lifeboat_scatter_gather::redundancy::placement::{PlacementError, Placer};
@@ -108,7 +111,10 @@ impl Stores {
 
     /// Whether the guest fits.
     pub(super) fn must_fit(&self, absorbed: &Absorbed) -> Result<(), ScatteringError> {
-        let packs = packs_of(absorbed.all(), self.plan.batch).saturating_mul(self.pack_bytes());
+        // Where pages are compressed, packs of all widths are open at the end.
+        let open = Width::NUMBER as u64 - 1;
+        let packs = packs_of(absorbed.all(), self.plan.batch).saturating_add(open);
+        let packs = packs.saturating_mul(self.pack_bytes());
         let stores = self.plan.stores.len() as u64;
         let needed = match self.plan.redundancy {
             Redundancy::None => packs,
@@ -188,6 +194,7 @@ impl Scattering {
             show,
             contents: BTreeMap::new(),
             resending: Vec::new(),
+            compress: true,
             under_way: JoinSet::new(),
             ended: false,
         };
@@ -208,10 +215,12 @@ struct Driver {
     pace: Arc<Pace>,
     teller: Teller,
     show: watch::Sender<u64>,
-    /// The pages of each pack, by slot.
-    contents: BTreeMap<PackId, Vec<PageAt>>,
+    /// How wide each pack's slots are, and its pages, by slot.
+    contents: BTreeMap<PackId, (Width, Vec<PageAt>)>,
     /// Packs that no store has any more and whose pages are on their way again.
     resending: Vec<PackId>,
+    /// Stores or pace are slower than this task.
+    compress: bool,
     under_way: JoinSet<Put>,
     ended: bool,
 }
@@ -230,10 +239,17 @@ impl Driver {
 
     async fn scatter_all(&mut self) -> Result<(), Failure> {
         while !self.scatter.is_evicted() {
+            while let Some(Ok(put)) = self.under_way.try_join_next() {
+                self.take_answer(put).await?;
+            }
             if self.scatter.kept() < WINDOW_BYTES && !self.ended {
+                // All that was put has been acknowledged while this task was busy.
+                self.compress &= !self.under_way.is_empty() || self.contents.is_empty();
                 self.next_pack().await?;
                 continue;
             }
+            // From here on it waits.
+            self.compress = true;
             match self.under_way.join_next().await {
                 Some(Ok(put)) => self.take_answer(put).await?,
                 // Nothing is under way and something is missing: the end is said once more.
@@ -259,7 +275,7 @@ impl Driver {
         }
         if chosen.is_empty() {
             let mut actions = Vec::new();
-            self.end_pack(&mut actions)?;
+            while self.end_pack(&mut actions)? {}
             for pack in std::mem::take(&mut self.resending) {
                 self.apply(Event::Resent(pack), &mut actions)?;
             }
@@ -267,27 +283,30 @@ impl Driver {
             self.ended = true;
             return self.perform(actions).await;
         }
+        self.builder.compress(self.compress);
         let mut read = serving::read(&self.memory, &runs(&data))?.into_iter();
         let mut actions = Vec::new();
         for (at, zero) in chosen {
-            if self.builder.is_full() {
+            while self.builder.is_full() {
                 self.end_pack(&mut actions)?;
             }
             if zero {
                 self.builder.zero(at).map_err(ScatteringError::from)?;
             } else if let Some((_, bytes)) = read.next() {
                 let slot = self.builder.page(at, &bytes).map_err(ScatteringError::from)?;
-                self.contents.entry(slot.pack).or_default().push(at);
+                let (width, pages) = self.contents.entry(slot.pack).or_default();
+                *width = slot.width;
+                pages.push(at);
             }
         }
         self.perform(actions).await
     }
 
-    fn end_pack(&mut self, actions: &mut Vec<Action>) -> Result<(), Failure> {
-        match self.builder.finish() {
-            Some(pack) => self.apply(Event::Pack(pack), actions),
-            None => Ok(()),
-        }
+    /// Ends a pack, if one is open.
+    fn end_pack(&mut self, actions: &mut Vec<Action>) -> Result<bool, Failure> {
+        let Some(pack) = self.builder.finish() else { return Ok(false) };
+        self.apply(Event::Pack(pack), actions)?;
+        Ok(true)
     }
 
     fn apply(&mut self, event: Event, actions: &mut Vec<Action>) -> Result<(), Failure> {
@@ -314,20 +333,22 @@ impl Driver {
                 Action::Put { store, object, bytes } => {
                     let wait = self.pace.book(bytes.len());
                     if !wait.is_zero() {
+                        self.compress = true;
                         tokio::time::sleep(wait).await;
                     }
                     self.put(store, object, bytes);
                 }
                 Action::AnnouncePack { pack, store, protection } => {
-                    let pages = self.contents.get(&pack).cloned().unwrap_or_default();
+                    let (width, pages) = self.contents.get(&pack).cloned().unwrap_or_default();
                     self.show.send_modify(|stored| *stored += pages.len() as u64);
-                    self.teller.tell(Frame::Pack(PackNote { pack, store, protection, pages }));
+                    let note = PackNote { pack, width, store, protection, pages };
+                    self.teller.tell(Frame::Pack(note));
                 }
                 Action::AnnounceParity { stripe, store } => {
                     self.teller.tell(Frame::Parity { stripe, store });
                 }
                 Action::Resend(pack) => {
-                    let pages = self.contents.get(&pack).into_iter().flatten();
+                    let pages = self.contents.get(&pack).into_iter().flat_map(|(_, pages)| pages);
                     self.pages.extend(pages.map(|at| (*at, false)));
                     self.resending.push(pack);
                     self.ended = false;

@@ -19,7 +19,7 @@ use bytes::{Bytes, BytesMut};
 use lifeboat_policy::pace::Pacer;
 use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::units::{self, BytesPerSec};
-use lifeboat_scatter_gather::link::pages::PageRun;
+use lifeboat_scatter_gather::link::pages::{PageRun, compressed};
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PageAt};
 use tokio::sync::watch;
@@ -40,6 +40,9 @@ const WELCOME_LIMIT: Duration = Duration::from_secs(10);
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// The other side answers within this time, or the connection is opened anew.
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+/// Below this rate compressing the background's pages costs less time than it saves: one core
+/// compresses about twice as fast.
+const COMPRESS_BELOW: BytesPerSec = BytesPerSec(300_000_000);
 
 /// Everything that the source sends of one migration, at one pace.
 #[derive(Debug)]
@@ -193,7 +196,7 @@ impl Lane {
             Frame::Refused(reason) => return Err(Failure::Refused(reason)),
             other => return Err(unexpected(&other, "WELCOME")),
         }
-        let mut talk = Talk { heard_at: clock::now(), told: 0, reader, writer };
+        let mut talk = Talk { heard_at: clock::now(), told: 0, compress: false, reader, writer };
         loop {
             let ping = tokio::time::sleep(PING_EVERY);
             tokio::select! {
@@ -249,11 +252,31 @@ impl Lane {
         };
         let memory = memory.ok_or(Failure::GuestGone)?;
         let pages = read(&memory, runs)?;
-        let wait = self.pace.book(pages.len() * PAGE_BYTES);
-        if self.calling.hello.purpose == Purpose::ServeBackground && !wait.is_zero() {
+        if self.calling.hello.purpose == Purpose::ServeBackground {
+            return self.answer_in_time(talk, pages).await;
+        }
+        self.pace.book(pages.len() * PAGE_BYTES);
+        Ok(talk.writer.send(&Frame::Pages(pages)).await?)
+    }
+
+    /// Sends the background's pages when their time has come, compressed where sending is slow.
+    async fn answer_in_time(
+        &self,
+        talk: &mut Talk,
+        pages: Vec<(PageAt, Bytes)>,
+    ) -> Result<(), Failure> {
+        let began = clock::now();
+        let shorter = talk.compress.then(|| compressed(&pages)).flatten();
+        let plain = pages.len() * PAGE_BYTES;
+        let length = shorter.as_ref().map_or(plain, Bytes::len);
+        let frame = shorter.map_or_else(|| Frame::Pages(pages), Frame::Compressed);
+        let wait = self.pace.book(length);
+        if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
-        Ok(talk.writer.send(&Frame::Pages(pages)).await?)
+        talk.writer.send(&frame).await?;
+        talk.compress = COMPRESS_BELOW.over(began.elapsed()).0 > plain as u64;
+        Ok(())
     }
 }
 
@@ -264,6 +287,8 @@ struct Talk {
     heard_at: Instant,
     /// How many of the things to tell were told on this connection.
     told: usize,
+    /// The last answer was slow to go.
+    compress: bool,
 }
 
 fn unexpected(frame: &Frame, wanted: &'static str) -> Failure {

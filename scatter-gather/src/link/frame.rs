@@ -26,7 +26,7 @@ pub const HEADER_BYTES: usize = 8;
 /// overtake between two frames.
 pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// The link's version; a peer of another one is refused at HELLO.
-pub const LINK_VERSION: u16 = 1;
+pub const LINK_VERSION: u16 = 2;
 /// Bytes of the token that the destination gives to the controller and the source shows.
 pub const TOKEN_BYTES: usize = 32;
 /// Longest reason, in bytes; a longer one is cut at a character.
@@ -144,6 +144,8 @@ pub enum Frame {
     Fetch(Vec<PageRun>),
     /// Pages with their bytes.
     Pages(Vec<(PageAt, Bytes)>),
+    /// The same, compressed: [`pages::compressed`] makes it, [`pages::decompressed`] reads it.
+    Compressed(Bytes),
     /// What opens the pages in stores; before END.
     Key(PageKey),
     /// A pack that stores have acknowledged.
@@ -210,6 +212,7 @@ const PACK: u8 = 18;
 const PARITY: u8 = 19;
 const SCATTERED: u8 = 20;
 const RELEASED: u8 = 21;
+const COMPRESSED: u8 = 22;
 
 /// The header of a STREAM frame of `payload` bytes, for writers that send the payload itself
 /// from where it lies. `payload` must not exceed [`PAYLOAD_BYTES_MAX`].
@@ -262,6 +265,7 @@ pub fn encode(frame: &Frame, to: &mut BytesMut) {
         Frame::Notes(notes) => whole(NOTES, &pages::encode_notes(notes), to),
         Frame::Fetch(runs) => whole(FETCH, &pages::encode_fetch(runs), to),
         Frame::Pages(all) => whole(PAGES, &pages::encode_pages(all), to),
+        Frame::Compressed(bytes) => whole(COMPRESSED, bytes, to),
         Frame::Key(key) => whole(KEY, &key.0, to),
         Frame::Pack(note) => whole(PACK, &pages::encode_pack(note), to),
         Frame::Parity { stripe, store } => {
@@ -341,7 +345,7 @@ fn payload_max(kind: u8) -> Result<usize, FrameError> {
         STANDING => 1,
         NOTES => pages::notes_bytes_most(),
         FETCH => pages::fetch_bytes_most(),
-        PAGES => pages::pages_bytes_most(),
+        PAGES | COMPRESSED => pages::pages_bytes_most(),
         KEY => KEY_BYTES,
         PACK => pages::pack_bytes_most(),
         PARITY => 9,
@@ -387,6 +391,7 @@ fn decode_pages(kind: u8, mut payload: Bytes) -> Result<Frame, FrameError> {
         NOTES => Frame::Notes(pages::decode_notes(payload).ok_or(malformed("NOTES"))?),
         FETCH => Frame::Fetch(pages::decode_fetch(payload).ok_or(malformed("FETCH"))?),
         PAGES => Frame::Pages(pages::decode_pages(payload).ok_or(malformed("PAGES"))?),
+        COMPRESSED => Frame::Compressed(payload),
         KEY => match <[u8; KEY_BYTES]>::try_from(&payload[..]) {
             Ok(key) => Frame::Key(PageKey(key)),
             Err(_) => return Err(malformed("KEY")),

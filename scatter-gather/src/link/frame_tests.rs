@@ -1,6 +1,7 @@
 //! Frames as byte literals, and against whatever a peer may send.
 
 use super::*;
+use crate::pack::Width;
 use crate::page::{PAGE_BYTES, PackId};
 use crate::redundancy::directory::Protection;
 use proptest::prelude::*;
@@ -97,9 +98,11 @@ fn any_word() -> impl Strategy<Value = Frame> {
         any::<u8>().prop_map(|store| Protection::Mirror(StoreId(store))),
         any::<u64>().prop_map(Protection::Stripe),
     ];
-    let pack = (any::<(u64, u8)>(), protection, vec(any_at(), 0..70)).prop_map(
-        |((pack, store), protection, pages)| PackNote {
+    let width = proptest::sample::select(Width::all().collect::<Vec<_>>());
+    let pack = (any::<(u64, u8)>(), width, protection, vec(any_at(), 0..70)).prop_map(
+        |((pack, store), width, protection, pages)| PackNote {
             pack: PackId(pack),
+            width,
             store: StoreId(store),
             protection,
             pages,
@@ -109,6 +112,7 @@ fn any_word() -> impl Strategy<Value = Frame> {
         vec(note, 0..20).prop_map(Frame::Notes),
         vec(any_run(), 0..5).prop_map(Frame::Fetch),
         vec(page, 0..4).prop_map(Frame::Pages),
+        vec(any::<u8>(), 0..500).prop_map(|bytes| Frame::Compressed(bytes.into())),
         any::<[u8; KEY_BYTES]>().prop_map(|key| Frame::Key(PageKey(key))),
         pack.prop_map(Frame::Pack),
         any::<(u64, u8)>()

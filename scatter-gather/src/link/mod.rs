@@ -33,7 +33,7 @@
 //!  HELLO {purpose: serve ..}             ------->
 //!                                        <-------   WELCOME
 //!                                        <-------   FETCH {runs}
-//!  PAGES {..}                            ------->
+//!  PAGES {..} or COMPRESSED {..}         ------->
 //!  PACK {..} PARITY {..} .. SCATTERED    ------->   (scatter-gather, on the background's)
 //!  on the first link, after RUNNING:     <-------   RELEASED {generation}
 //! ```

@@ -5,7 +5,8 @@
 //!  NOTES   n x (kind u8 | block be16 | first be32 | count be32)        kind: 0 zero, 1 at the source
 //!  FETCH   n x (block be16 | first be32 | count be32)
 //!  PAGES   count be16 | n x (block be16 | page be32) | n x 4096 bytes
-//!  PACK    pack be64 | store u8 | kind u8 | value be64 | n x (block be16 | page be32)
+//!  COMPRESSED  length be32 | LZ4 block of a PAGES payload of that length
+//!  PACK    pack be64 | width u8 | store u8 | kind u8 | value be64 | n x (block be16 | page be32)
 //!          kind: 0 no protection, 1 mirrored in store `value`, 2 in stripe `value`
 //! ```
 //!
@@ -16,6 +17,7 @@ use std::fmt;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::frame::PAYLOAD_BYTES_MAX;
+use crate::pack::Width;
 use crate::page::{PAGE_BYTES, PackId, PageAt};
 use crate::redundancy::StoreId;
 use crate::redundancy::directory::Protection;
@@ -33,7 +35,8 @@ pub const SLOTS_MOST: usize = crate::pack::Batch::MOST as usize;
 const NOTE_BYTES: usize = 11;
 const RUN_BYTES: usize = 10;
 const AT_BYTES: usize = 6;
-const PACK_HEAD_BYTES: usize = 8 + 1 + 1 + 8;
+const PACK_HEAD_BYTES: usize = 8 + 1 + 1 + 1 + 8;
+const LENGTH_BYTES: usize = 4;
 
 /// Some pages in a row of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +88,8 @@ pub struct Note {
 pub struct PackNote {
     /// Its number.
     pub pack: PackId,
+    /// How wide its slots are.
+    pub width: Width,
     /// Where it is.
     pub store: StoreId,
     /// What protects it.
@@ -213,10 +218,42 @@ pub(super) fn decode_pages(mut from: Bytes) -> Option<Vec<(PageAt, Bytes)>> {
     Some((0..count).map(page).collect())
 }
 
+/// The payload of a COMPRESSED frame with these pages; `None` where that would hardly be shorter.
+///
+/// # Panics
+/// For more than [`PAGES_MOST`] pages, or what is no page.
+#[must_use]
+pub fn compressed(pages: &[(PageAt, Bytes)]) -> Option<Bytes> {
+    let plain = encode_pages(pages);
+    let most = LENGTH_BYTES + lz4_flex::block::get_maximum_output_size(plain.len());
+    let mut to = BytesMut::zeroed(most);
+    (&mut to[..LENGTH_BYTES]).put_u32(plain.len() as u32);
+    let length = lz4_flex::block::compress_into(&plain, &mut to[LENGTH_BYTES..]).ok()?;
+    to.truncate(LENGTH_BYTES + length);
+    (to.len() <= plain.len() / 16 * 15).then(|| to.freeze())
+}
+
+/// The pages of a COMPRESSED frame's payload; `None` where it holds none.
+#[must_use]
+pub fn decompressed(mut payload: Bytes) -> Option<Vec<(PageAt, Bytes)>> {
+    if payload.remaining() < LENGTH_BYTES {
+        return None;
+    }
+    let length = payload.get_u32() as usize;
+    // Stated by the peer: no more memory is taken than a PAGES frame may have.
+    if length > pages_bytes_most() {
+        return None;
+    }
+    let mut plain = BytesMut::zeroed(length);
+    let found = lz4_flex::block::decompress_into(&payload, &mut plain).ok()?;
+    (found == length).then(|| decode_pages(plain.freeze())).flatten()
+}
+
 pub(super) fn encode_pack(note: &PackNote) -> BytesMut {
     assert!(note.pages.len() <= SLOTS_MOST, "a pack has at most {SLOTS_MOST} slots");
     let mut to = BytesMut::with_capacity(PACK_HEAD_BYTES + note.pages.len() * AT_BYTES);
     to.put_u64(note.pack.0);
+    to.put_u8(note.width.number());
     to.put_u8(note.store.0);
     let (kind, value) = match note.protection {
         Protection::None => (0, 0),
@@ -234,7 +271,8 @@ pub(super) fn decode_pack(mut from: Bytes) -> Option<PackNote> {
     if !slots.is_multiple_of(AT_BYTES) {
         return None;
     }
-    let (pack, store) = (PackId(from.get_u64()), StoreId(from.get_u8()));
+    let (pack, width) = (PackId(from.get_u64()), Width::eighths(from.get_u8())?);
+    let store = StoreId(from.get_u8());
     let (kind, value) = (from.get_u8(), from.get_u64());
     let protection = match kind {
         0 if value == 0 => Protection::None,
@@ -243,7 +281,7 @@ pub(super) fn decode_pack(mut from: Bytes) -> Option<PackNote> {
         _ => return None,
     };
     let pages = (0..slots / AT_BYTES).map(|_| get_at(&mut from)).collect();
-    Some(PackNote { pack, store, protection, pages })
+    Some(PackNote { pack, width, store, protection, pages })
 }
 
 #[cfg(test)]
@@ -272,6 +310,40 @@ mod tests {
     fn a_run_beyond_the_last_page_has_an_end() {
         let run = PageRun { block: 0, first: u32::MAX - 1, count: 9 };
         assert_eq!(run.pages().count(), 1);
+    }
+
+    #[test]
+    fn pages_come_out_of_their_compression_as_they_went_in() {
+        let page =
+            |page, fill: u8| (PageAt { block: 1, page }, Bytes::from(vec![fill; PAGE_BYTES]));
+        let pages: Vec<_> = (0..PAGES_MOST as u32).map(|n| page(n, n as u8)).collect();
+        let bytes = compressed(&pages).expect("pages of one byte each");
+        assert!(bytes.len() < PAGES_MOST * PAGE_BYTES / 50, "{}", bytes.len());
+        assert_eq!(decompressed(bytes), Some(pages));
+        let mut state = 1_u32;
+        let noise = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        });
+        let noise: Bytes = noise.take(PAGE_BYTES).collect();
+        assert_eq!(compressed(&[(PageAt { block: 1, page: 1 }, noise)]), None);
+    }
+
+    #[test]
+    fn no_more_is_decompressed_than_one_answer_holds() {
+        let stated = |length: u32, plain: &[u8]| {
+            let mut payload = BytesMut::new();
+            payload.put_u32(length);
+            payload.put_slice(&lz4_flex::block::compress(plain));
+            decompressed(payload.freeze())
+        };
+        let one = encode_pages(&[(PageAt { block: 0, page: 1 }, Bytes::from(vec![1; PAGE_BYTES]))]);
+        assert!(stated(one.len() as u32, &one).is_some());
+        assert_eq!(stated(one.len() as u32 - 1, &one), None, "more than was stated");
+        assert_eq!(stated(one.len() as u32 + 1, &one), None, "less than was stated");
+        assert_eq!(stated(u32::MAX, &one), None);
+        assert_eq!(stated(pages_bytes_most() as u32 + 1, &vec![0; pages_bytes_most() + 1]), None);
+        assert_eq!(decompressed(Bytes::from_static(&[0, 0])), None);
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! Fills packs: pages in, bytes for a store out. Used by the source.
 //!
-//! A page is copied once, to its place in the pack, and is encrypted and checked there.
+//! A page is copied or compressed once, to its place in the pack, and is encrypted and checked there.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
+use super::width::Squeezer;
 use super::{
     Batch, CHECKED_BYTES, FORMAT, HEADER_BYTES, MAGIC, PackError, RUN_BYTES, RUNS_MOST,
-    SLOT_CHECKED_BYTES, SLOT_HEAD_BYTES, ZeroRun, pack_bytes_most, slot_bytes,
+    SLOT_CHECKED_BYTES, SLOT_HEAD_BYTES, Width, ZeroRun, pack_bytes_most,
 };
 use crate::page::{PAGE_BYTES, PackId, PageAt, Version};
-use crate::seal::{MigrationTag, SealError, Sealer, TAG_BYTES};
+use crate::seal::{MigrationTag, SealError, Sealer};
 
 /// How pages are written into a pack.
 #[derive(Debug)]
@@ -50,6 +51,8 @@ impl Coder {
 pub struct Slot {
     /// The pack.
     pub pack: PackId,
+    /// How wide the pack's slots are.
+    pub width: Width,
     /// Its place in the pack.
     pub slot: u16,
     /// Its version.
@@ -63,28 +66,45 @@ pub struct Pack {
     pub id: PackId,
     /// How many slots it has.
     pub slots: u16,
+    /// How wide they are.
+    pub width: Width,
     /// What is to be stored.
     pub bytes: Bytes,
 }
 
-/// Collects pages until a pack is full.
-#[derive(Debug)]
+/// A pack that is being filled.
+struct Open {
+    id: PackId,
+    slots: u16,
+    bytes: BytesMut,
+}
+
+/// Collects pages until a pack is full. While pages are compressed, one pack of each width is open.
 pub struct PackBuilder {
     migration: MigrationTag,
     batch: Batch,
     coder: Coder,
-    id: PackId,
-    slots: u16,
-    open: BytesMut,
+    next: PackId,
+    open: [Option<Open>; Width::NUMBER],
     runs: Vec<ZeroRun>,
+    squeezer: Option<Squeezer>,
 }
 
 impl PackBuilder {
-    /// A builder whose first pack has the number `first`.
+    /// A builder whose first pack has the number `first`. It compresses nothing.
     #[must_use]
     pub fn new(migration: MigrationTag, batch: Batch, coder: Coder, first: PackId) -> Self {
-        let open = BytesMut::new();
-        Self { migration, batch, coder, id: first, slots: 0, open, runs: Vec::new() }
+        let (open, runs, squeezer) = (Default::default(), Vec::new(), None);
+        Self { migration, batch, coder, next: first, open, runs, squeezer }
+    }
+
+    /// Whether the pages to come are compressed where that makes them fit a narrower slot. It takes about
+    /// as long as a page needs at 5 Gbit/s.
+    pub fn compress(&mut self, compress: bool) {
+        match compress {
+            true => drop(self.squeezer.get_or_insert_with(Squeezer::new)),
+            false => self.squeezer = None,
+        }
     }
 
     /// Adds a page. Ask [`Self::is_full`] before.
@@ -93,30 +113,37 @@ impl PackBuilder {
     /// [`PackError::Length`] for what is not a page, [`PackError::Seal`] when versions ran out.
     ///
     /// # Panics
-    /// If the pack is full.
+    /// If a pack is full.
     pub fn page(&mut self, at: PageAt, page: &[u8]) -> Result<Slot, PackError> {
         assert!(!self.is_full(), "a full pack is finished before more is added");
         if page.len() != PAGE_BYTES {
             return Err(PackError::Length { found: page.len(), wanted: PAGE_BYTES });
         }
-        self.begin();
-        let start = self.open.len();
-        self.open.put_u16(at.block);
-        self.open.put_u16(0);
-        self.open.put_u32(at.page);
-        self.open.put_bytes(0, SLOT_HEAD_BYTES - 8);
-        self.open.put_slice(page);
+        let (width, body) = match &mut self.squeezer {
+            Some(squeezer) => squeezer.squeeze(page),
+            None => (Width::WHOLE, page),
+        };
+        let open = self.open[place(width)].get_or_insert_with(|| {
+            begun(&mut self.next, pack_bytes_most(self.batch, self.coder.is_sealed()))
+        });
+        let start = open.bytes.len();
+        open.bytes.put_u16(at.block);
+        open.bytes.put_u16(0);
+        open.bytes.put_u32(at.page);
+        open.bytes.put_bytes(0, SLOT_HEAD_BYTES - 8);
+        open.bytes.put_slice(body);
+        open.bytes.put_bytes(0, width.body_bytes() - body.len());
         let version = match &mut self.coder {
             Coder::Plain(_) => self.coder.version()?,
             Coder::Sealed(sealer) => {
-                let (version, tag) = sealer.seal(at, &mut self.open[start + SLOT_HEAD_BYTES..])?;
-                self.open.put_slice(&tag);
+                let (version, tag) = sealer.seal(at, &mut open.bytes[start + SLOT_HEAD_BYTES..])?;
+                open.bytes.put_slice(&tag);
                 version
             }
         };
-        write_check(&mut self.open[start..], version);
-        let slot = Slot { pack: self.id, slot: self.slots, version };
-        self.slots += 1;
+        write_check(&mut open.bytes[start..], version);
+        let slot = Slot { pack: open.id, width, slot: open.slots, version };
+        open.slots += 1;
         Ok(slot)
     }
 
@@ -126,7 +153,7 @@ impl PackBuilder {
     /// [`PackError::Seal`] when versions ran out.
     ///
     /// # Panics
-    /// If the pack is full.
+    /// If a pack is full.
     pub fn zero(&mut self, at: PageAt) -> Result<Version, PackError> {
         assert!(!self.is_full(), "a full pack is finished before more is added");
         let version = self.coder.version()?;
@@ -149,55 +176,76 @@ impl PackBuilder {
         self.batch
     }
 
-    /// Whether the pack has to be finished before anything is added.
+    /// Whether a pack has to be finished before anything is added.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.slots == self.batch.pages() || self.runs.len() == RUNS_MOST
+        self.runs.len() == RUNS_MOST || self.full().is_some()
     }
 
-    /// Ends the pack and begins the next; `None` when nothing was added.
+    /// The width whose pack is full.
+    fn full(&self) -> Option<Width> {
+        let sealed = self.coder.is_sealed();
+        Width::all().find(|width| {
+            let open = self.open[place(*width)].as_ref();
+            open.is_some_and(|open| open.slots == width.slots_most(self.batch, sealed))
+        })
+    }
+
+    /// Ends a pack, the full one if there is one; `None` when nothing is left. Zero runs go with
+    /// whichever pack ends.
     pub fn finish(&mut self) -> Option<Pack> {
-        if self.slots == 0 && self.runs.is_empty() {
+        let is_open = |width: &Width| self.open[place(*width)].is_some();
+        let width = self.full().or_else(|| Width::all().find(is_open));
+        if width.is_none() && self.runs.is_empty() {
             return None;
         }
-        self.begin();
-        let body = self.open.len();
+        let width = width.unwrap_or_default();
+        let open = self.open[place(width)].take();
+        let Open { id, slots, mut bytes } = open
+            .unwrap_or_else(|| begun(&mut self.next, HEADER_BYTES + self.runs.len() * RUN_BYTES));
+        let body = bytes.len();
         for run in self.runs.drain(..) {
-            run.encode(&mut self.open);
+            run.encode(&mut bytes);
         }
-        self.write_header(body);
-        let (id, slots) = (self.id, self.slots);
-        (self.id, self.slots) = (PackId(id.0 + 1), 0);
-        Some(Pack { id, slots, bytes: self.open.split().freeze() })
+        self.write_header((id, slots, width), &mut bytes, body);
+        Some(Pack { id, slots, width, bytes: bytes.freeze() })
     }
 
-    /// Leaves room for the header; memory for a whole pack is taken at once.
-    fn begin(&mut self) {
-        if self.open.is_empty() {
-            self.open.reserve(pack_bytes_most(self.batch, self.coder.is_sealed()));
-            self.open.put_bytes(0, HEADER_BYTES);
-        }
-    }
-
-    fn write_header(&mut self, body: usize) {
-        let runs = (self.open.len() - body) / RUN_BYTES;
-        debug_assert_eq!(
-            body,
-            HEADER_BYTES + usize::from(self.slots) * slot_bytes(self.coder.is_sealed())
-        );
-        let mut header = &mut self.open[..CHECKED_BYTES];
+    fn write_header(
+        &self,
+        (id, slots, width): (PackId, u16, Width),
+        bytes: &mut BytesMut,
+        body: usize,
+    ) {
+        let runs = (bytes.len() - body) / RUN_BYTES;
+        debug_assert_eq!(body, width.slot_offset(slots, self.coder.is_sealed()));
+        let mut header = &mut bytes[..CHECKED_BYTES];
         header.put_slice(&MAGIC);
         header.put_u8(FORMAT);
         header.put_u8(self.coder.is_sealed().into());
-        header.put_u16(self.slots);
+        header.put_u16(slots);
         header.put_u16(runs as u16);
-        header.put_u16(0);
+        header.put_u16(width.number().into());
         header.put_u32(self.coder.lane());
-        header.put_u64(self.id.0);
+        header.put_u64(id.0);
         header.put_slice(&self.migration.0);
-        let check = header_check(&self.open[..CHECKED_BYTES], &self.open[body..]);
-        self.open[CHECKED_BYTES..HEADER_BYTES].copy_from_slice(&check.to_be_bytes());
+        let check = header_check(&bytes[..CHECKED_BYTES], &bytes[body..]);
+        bytes[CHECKED_BYTES..HEADER_BYTES].copy_from_slice(&check.to_be_bytes());
     }
+}
+
+/// Which open pack has slots of this width.
+fn place(width: Width) -> usize {
+    usize::from(width.number()) - 1
+}
+
+/// The next pack, with memory for so many bytes and room for its header.
+fn begun(next: &mut PackId, most: usize) -> Open {
+    let mut bytes = BytesMut::with_capacity(most);
+    bytes.put_bytes(0, HEADER_BYTES);
+    let id = *next;
+    next.0 += 1;
+    Open { id, slots: 0, bytes }
 }
 
 /// Writes a slot's version and check; its page, and its tag if it has one, are there already.
@@ -219,9 +267,4 @@ pub(super) fn header_check(header: &[u8], runs: &[u8]) -> u64 {
     hash.update(header);
     hash.update(runs);
     hash.digest()
-}
-
-/// Bytes that a slot has behind its head.
-pub(super) fn payload_bytes(sealed: bool) -> usize {
-    PAGE_BYTES + if sealed { TAG_BYTES } else { 0 }
 }

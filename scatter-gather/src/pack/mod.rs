@@ -4,12 +4,13 @@
 //! ```text
 //!  pack:   header 48 | slot x slots | zero run x runs
 //!
-//!  header: "LBPK" | format 1 | sealed u8 | slots be16 | runs be16 | 0 be16 | lane be32 | pack be64
+//!  header: "LBPK" | format 2 | sealed u8 | slots be16 | runs be16 | width be16 | lane be32 | pack be64
 //!          migration 16 | check be64 over the header before it and all zero runs
-//!  slot:   block be16 | 0 be16 | page be32 | version be64 | check be64 | page 4096 | [tag 16]
+//!  slot:   block be16 | 0 be16 | page be32 | version be64 | check be64 | body | [tag 16]
 //!  run:    block be16 | 0 be16 | first be32 | count be32 | 0 be32 | version be64
 //! ```
 //!
+//! The body is the page, or the page compressed; the width is in eighths of a page ([`Width`]).
 //! All slots of a pack are equally long: one page is fetched by its slot's place alone, without its
 //! pack, and says itself what it is and whether it is whole (xxh3; sealed pages have a tag, too). A
 //! pack says everything that an index needs, so that a lost index is rebuilt from the packs alone:
@@ -21,6 +22,7 @@
 
 mod builder;
 mod reader;
+mod width;
 
 #[cfg(test)]
 mod tests;
@@ -29,14 +31,15 @@ use std::num::NonZeroU16;
 
 use thiserror::Error;
 
-use crate::page::{PAGE_BYTES, PackId, PageAt};
-use crate::seal::{SealError, TAG_BYTES};
+use crate::page::{PackId, PageAt};
+use crate::seal::SealError;
 
 pub use builder::{Coder, Pack, PackBuilder, Slot};
 pub use reader::{Contents, OpenPage, Reading, ZeroRun};
+pub use width::Width;
 
 const MAGIC: [u8; 4] = *b"LBPK";
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 const HEADER_BYTES: usize = 48;
 /// The header's bytes that its check covers.
 const CHECKED_BYTES: usize = HEADER_BYTES - 8;
@@ -47,7 +50,7 @@ const RUN_BYTES: usize = 24;
 /// The most zero runs of one pack: they fit behind the slots of a pack of the default size.
 pub const RUNS_MOST: usize = 48;
 
-/// How many pages a pack holds at most.
+/// How many whole pages a pack holds at most; of compressed ones as many as are no longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Batch(NonZeroU16);
 
@@ -75,22 +78,10 @@ impl Default for Batch {
     }
 }
 
-/// Bytes of one slot.
-#[must_use]
-pub fn slot_bytes(sealed: bool) -> usize {
-    SLOT_HEAD_BYTES + PAGE_BYTES + if sealed { TAG_BYTES } else { 0 }
-}
-
-/// Where slot `slot` begins in its pack, in bytes.
-#[must_use]
-pub fn slot_offset(slot: u16, sealed: bool) -> usize {
-    HEADER_BYTES + usize::from(slot) * slot_bytes(sealed)
-}
-
 /// The most bytes that a pack of this batch has.
 #[must_use]
 pub fn pack_bytes_most(batch: Batch, sealed: bool) -> usize {
-    slot_offset(batch.pages(), sealed) + RUNS_MOST * RUN_BYTES
+    Width::WHOLE.slot_offset(batch.pages(), sealed) + RUNS_MOST * RUN_BYTES
 }
 
 /// Why bytes from a store are not what was put there. All of it means: read another copy.
@@ -116,6 +107,9 @@ pub enum PackError {
     /// The check of a page is wrong.
     #[error("{0} was changed where it waited")]
     Page(PageAt),
+    /// What is in a slot is not a compressed page.
+    #[error("{0} is compressed in a way that gives no page")]
+    Compressed(PageAt),
     /// A slot that holds another page than the index says.
     #[error("{found} where {wanted} belongs")]
     OtherPage {

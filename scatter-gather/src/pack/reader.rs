@@ -1,13 +1,14 @@
 //! Opens packs and single slots. Used by the destination, and by whoever rebuilds an index.
 //!
 //! What a store gives back is hostile until its lengths and checks are right. Pages are decrypted
-//! where they lie and handed out as slices: nothing is copied.
+//! where they lie and handed out as slices: nothing is copied but what was compressed.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::builder::{header_check, payload_bytes, slot_check};
+use super::builder::{header_check, slot_check};
+use super::width::unsqueezed;
 use super::{
-    CHECKED_BYTES, FORMAT, HEADER_BYTES, MAGIC, PackError, RUN_BYTES, SLOT_HEAD_BYTES, slot_bytes,
+    CHECKED_BYTES, FORMAT, HEADER_BYTES, MAGIC, PackError, RUN_BYTES, SLOT_HEAD_BYTES, Width,
 };
 use crate::page::{PAGE_BYTES, PackId, PageAt, Version};
 use crate::seal::{MigrationTag, Opener};
@@ -77,6 +78,7 @@ pub struct Reading {
 
 struct Header {
     slots: u16,
+    width: Width,
     lane: u32,
 }
 
@@ -90,29 +92,30 @@ impl Reading {
         let mut rest = bytes.split_off(HEADER_BYTES);
         let mut pages = Vec::with_capacity(header.slots.into());
         for slot in 0..header.slots {
-            let bytes = rest.split_to(slot_bytes(self.opener.is_some()));
-            pages.push(self.open(header.lane, slot, bytes)?);
+            let bytes = rest.split_to(header.width.slot_bytes(self.opener.is_some()));
+            pages.push(self.open(header.lane, (slot, header.width), bytes)?);
         }
         let zeroes = rest.chunks_exact(RUN_BYTES).map(ZeroRun::decode).collect();
         Ok(Contents { pages, zeroes })
     }
 
-    /// Opens one slot that was fetched without its pack, and expects this page in it.
+    /// Opens one slot that was fetched without its pack, which has slots of this width, and expects
+    /// this page in it.
     ///
     /// # Errors
     /// As for [`Self::pack`]; [`PackError::OtherPage`] where the slot holds another page.
     pub fn slot(
         &self,
         lane: u32,
-        slot: u16,
+        (slot, width): (u16, Width),
         wanted: PageAt,
         bytes: BytesMut,
     ) -> Result<OpenPage, PackError> {
-        let expected = slot_bytes(self.opener.is_some());
+        let expected = width.slot_bytes(self.opener.is_some());
         if bytes.len() != expected {
             return Err(PackError::Length { found: bytes.len(), wanted: expected });
         }
-        let page = self.open(lane, slot, bytes)?;
+        let page = self.open(lane, (slot, width), bytes)?;
         match page.at == wanted {
             true => Ok(page),
             false => Err(PackError::OtherPage { found: page.at, wanted }),
@@ -130,9 +133,12 @@ impl Reading {
         head.advance(5);
         let sealed = head.get_u8();
         let (slots, runs) = (head.get_u16(), head.get_u16());
-        head.advance(2);
+        let width = head.get_u16();
         let (lane, number) = (head.get_u32(), head.get_u64());
-        let wanted = usize::from(slots) * slot_bytes(sealed != 0) + usize::from(runs) * RUN_BYTES;
+        let width = u8::try_from(width).ok().and_then(Width::eighths);
+        let width = width.ok_or(PackError::NotAPack)?;
+        let slot_bytes = width.slot_bytes(sealed != 0);
+        let wanted = usize::from(slots) * slot_bytes + usize::from(runs) * RUN_BYTES;
         if rest.len() != wanted {
             let (found, wanted) = (bytes.len(), HEADER_BYTES + wanted);
             return Err(PackError::Length { found, wanted });
@@ -145,11 +151,16 @@ impl Reading {
         if number != id.0 || !mine {
             return Err(PackError::Other(id));
         }
-        Ok(Header { slots, lane })
+        Ok(Header { slots, width, lane })
     }
 
     /// Opens a slot of the right length.
-    fn open(&self, lane: u32, slot: u16, mut bytes: BytesMut) -> Result<OpenPage, PackError> {
+    fn open(
+        &self,
+        lane: u32,
+        (slot, width): (u16, Width),
+        mut bytes: BytesMut,
+    ) -> Result<OpenPage, PackError> {
         let check = slot_check(&bytes);
         let mut head = &bytes[..SLOT_HEAD_BYTES];
         let block = head.get_u16();
@@ -160,11 +171,15 @@ impl Reading {
             return Err(PackError::Page(at));
         }
         let mut payload = bytes.split_off(SLOT_HEAD_BYTES);
-        debug_assert_eq!(payload.len(), payload_bytes(self.opener.is_some()));
         if let Some(opener) = &self.opener {
             opener.open(lane, at, version, &mut payload)?;
-            payload.truncate(PAGE_BYTES);
+            payload.truncate(width.body_bytes());
         }
-        Ok(OpenPage { at, slot, version, data: payload.freeze() })
+        let data = match width {
+            Width::WHOLE => payload.freeze(),
+            _ => unsqueezed(&payload).ok_or(PackError::Compressed(at))?.into(),
+        };
+        debug_assert_eq!(data.len(), PAGE_BYTES);
+        Ok(OpenPage { at, slot, version, data })
     }
 }

@@ -6,7 +6,7 @@ use lifeboat_protocol::ids::MigrationId;
 use proptest::prelude::*;
 
 use super::*;
-use crate::page::Version;
+use crate::page::{PAGE_BYTES, Version};
 use crate::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 
 fn tag() -> MigrationTag {
@@ -30,8 +30,12 @@ fn inputs() -> impl Strategy<Value = Vec<(PageAt, Option<u8>)>> {
 
 fn packed(builder: &mut PackBuilder, inputs: &[(PageAt, Option<u8>)]) -> Vec<Pack> {
     let mut packs = Vec::new();
-    for (at, fill) in inputs {
-        if builder.is_full() {
+    for (index, (at, fill)) in inputs.iter().enumerate() {
+        // Now and then pages are compressed, as with a source that has time for it in between.
+        if index % 7 == 3 {
+            builder.compress(index % 2 == 1);
+        }
+        while builder.is_full() {
             packs.extend(builder.finish());
         }
         match fill {
@@ -39,7 +43,7 @@ fn packed(builder: &mut PackBuilder, inputs: &[(PageAt, Option<u8>)]) -> Vec<Pac
             None => drop(builder.zero(*at).unwrap()),
         }
     }
-    packs.extend(builder.finish());
+    packs.extend(std::iter::from_fn(|| builder.finish()));
     packs
 }
 
@@ -55,6 +59,7 @@ fn rebuilt(reading: &Reading, packs: &[Pack]) -> std::collections::BTreeMap<Page
     for pack in packs.iter().rev() {
         let contents = reading.pack(pack.id, BytesMut::from(&pack.bytes[..])).unwrap();
         for page in contents.pages {
+            assert_eq!(page.data.len(), PAGE_BYTES);
             assert!(page.data.iter().all(|byte| *byte == page.data[0]));
             note(page.at, page.version, Some(page.data[0]));
         }
@@ -78,7 +83,9 @@ proptest! {
         let (coder, reading) = both(sealed);
         let mut builder = PackBuilder::new(tag(), Batch::new(batch).unwrap(), coder, PackId(5));
         let packs = packed(&mut builder, &inputs);
-        prop_assert!(packs.iter().map(|pack| pack.id.0).eq(5..5 + packs.len() as u64));
+        let mut numbers: Vec<u64> = packs.iter().map(|pack| pack.id.0).collect();
+        numbers.sort_unstable();
+        prop_assert!(numbers.into_iter().eq(5..5 + packs.len() as u64));
         let most = pack_bytes_most(Batch::new(batch).unwrap(), sealed);
         prop_assert!(packs.iter().all(|pack| pack.bytes.len() <= most));
         let expected = inputs.iter().copied().collect();
@@ -116,9 +123,9 @@ proptest! {
         whole.extend_from_slice(&bytes);
         prop_assert!(reading.pack(PackId(0), whole.clone()).is_err());
         let at = PageAt { block: 0, page: 0 };
-        prop_assert!(reading.slot(0, 0, at, whole).is_err());
+        prop_assert!(reading.slot(0, (0, Width::WHOLE), at, whole).is_err());
         let long = BytesMut::from(&[bytes.first().copied().unwrap_or(1); 4136][..]);
-        let _ = reading.slot(0, 0, at, long);
+        let _ = reading.slot(0, (0, Width::WHOLE), at, long);
     }
 }
 
@@ -133,14 +140,39 @@ fn one_page_is_read_without_its_pack() {
             assert_eq!((slot.pack, slot.slot), (PackId(0), page as u16));
         }
         let pack = builder.finish().unwrap();
-        let start = slot_offset(3, sealed);
-        let bytes = &pack.bytes[start..start + slot_bytes(sealed)];
+        let start = Width::WHOLE.slot_offset(3, sealed);
+        let bytes = &pack.bytes[start..start + Width::WHOLE.slot_bytes(sealed)];
         let at = PageAt { block: 2, page: 3 };
-        let page = reading.slot(0, 3, at, BytesMut::from(bytes)).unwrap();
+        let page = reading.slot(0, (3, Width::WHOLE), at, BytesMut::from(bytes)).unwrap();
         assert_eq!(page.data[..], [3; PAGE_BYTES]);
         let other = PageAt { block: 2, page: 4 };
-        let wrong = reading.slot(0, 3, other, BytesMut::from(bytes));
+        let wrong = reading.slot(0, (3, Width::WHOLE), other, BytesMut::from(bytes));
         assert_eq!(wrong, Err(PackError::OtherPage { found: at, wanted: other }));
+    }
+}
+
+#[test]
+fn a_compressed_page_is_read_without_its_pack() {
+    for sealed in [false, true] {
+        let (coder, reading) = both(sealed);
+        let mut builder = PackBuilder::new(tag(), Batch::default(), coder, PackId(0));
+        builder.compress(true);
+        let page = |number: u32| [number as u8; PAGE_BYTES];
+        let slots: Vec<Slot> = (0..Width::LEAST.slots_most(Batch::default(), sealed).into())
+            .map(|number| builder.page(PageAt { block: 2, page: number }, &page(number)).unwrap())
+            .collect();
+        assert!(builder.is_full());
+        let pack = builder.finish().unwrap();
+        assert_eq!((pack.width, usize::from(pack.slots)), (Width::LEAST, slots.len()));
+        assert!(pack.bytes.len() <= pack_bytes_most(Batch::default(), sealed));
+        let Slot { slot, width, .. } = slots[70];
+        let start = width.slot_offset(slot, sealed);
+        let bytes = BytesMut::from(&pack.bytes[start..start + width.slot_bytes(sealed)]);
+        let at = PageAt { block: 2, page: 70 };
+        let read = reading.slot(0, (slot, width), at, bytes.clone()).unwrap();
+        assert_eq!(read.data[..], page(70));
+        let wrong = reading.slot(0, (slot, Width::WHOLE), at, bytes);
+        assert!(matches!(wrong, Err(PackError::Length { .. })));
     }
 }
 

@@ -7,6 +7,7 @@ use lifeboat_protocol::units;
 use proptest::prelude::*;
 
 use super::*;
+use crate::pack::Width;
 use crate::redundancy::directory::Way;
 use crate::redundancy::parity::Parity;
 use crate::redundancy::placement::Offer;
@@ -91,7 +92,12 @@ impl World {
         } else if let Some(page) = self.todo.pop() {
             let id = PackId(self.packs.len() as u64);
             self.packs.insert(id, page);
-            self.apply(Event::Pack(Pack { id, slots: 1, bytes: content(page) }));
+            self.apply(Event::Pack(Pack {
+                id,
+                slots: 1,
+                width: Width::WHOLE,
+                bytes: content(page),
+            }));
         } else {
             self.apply(Event::Ended);
         }
@@ -264,7 +270,7 @@ fn a_guest_without_pages_leaves_at_once() {
     let mut world = World::new(3, Redundancy::Parity, vec![9; 3], 0);
     world.send();
     assert!(world.evicted);
-    let pack = Pack { id: PackId(0), slots: 1, bytes: content(0) };
+    let pack = Pack { id: PackId(0), slots: 1, width: Width::WHOLE, bytes: content(0) };
     let late = world.scatter.apply(Event::Pack(pack), &mut Vec::new());
     assert_eq!(late, Err(ScatterError::AfterEnd(PackId(0))));
 }

@@ -111,6 +111,13 @@ impl Settings {
         self.room + Bytes(self.room.0 / 1024 * BESIDE_IN_1024) + BESIDE
     }
 
+    /// The room for pages of a server that may use so much in all: what [`Self::memory`] is then no more
+    /// than.
+    #[must_use]
+    pub fn room_within(memory: Bytes) -> Bytes {
+        Bytes(memory.0.saturating_sub(BESIDE.0) / (1024 + BESIDE_IN_1024) * 1024)
+    }
+
     /// The configuration; `plain` is an address without TLS.
     pub(super) fn text(&self, plain: Option<SocketAddr>) -> String {
         let mut text = String::from(FIXED);

@@ -51,7 +51,7 @@ const PORTS: [&str; 3] = ["to-h1", "to-h2", "to-i1"];
 const MEMORY: Bytes = Bytes::from_mib(192);
 const ROOM: Bytes = Bytes::from_mib(320);
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
-                                lb.role=M lb.region=120MiB lb.dirty=500 lb.check=1000";
+                                lb.role=M lb.region=96MiB lb.dirty=500 lb.check=1000";
 const LINK: u64 = 200_000_000;
 const TWINS: Twins = Twins { memory: MEMORY, kernel_arguments: KERNEL_ARGUMENTS };
 /// So often a guest says that it lives before that is believed.

@@ -27,7 +27,7 @@ use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use lifeboat_protocol::agent::{Mode, PageStore, Phase, ScatterPlan};
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
-use lifeboat_scatter_gather::pack::slot_bytes;
+use lifeboat_scatter_gather::pack::Width;
 use lifeboat_scatter_gather::page::PackId;
 use lifeboat_scatter_gather::store::{Key, KeySpace, Login, RedisStore, Secret, User};
 use serde_json::json;
@@ -55,7 +55,7 @@ const MEMORY: Bytes = Bytes::from_mib(192);
 const ROOM: Bytes = Bytes::from_mib(320);
 /// It looks at all of its memory again and again, page by page.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
-                                lb.name=guest lb.role=M lb.region=120MiB lb.dirty=200 lb.check=3000";
+                                lb.name=guest lb.role=M lb.region=96MiB lb.dirty=200 lb.check=3000";
 /// The background's pace: much less than what the guest asks for.
 const GATHER: BitsPerSec = BitsPerSec(40_000_000);
 const DOWNTIME: Duration = Duration::from_millis(300);
@@ -107,7 +107,7 @@ fn blank(setting: &Setting<'_>, runs: usize) -> Record {
             "guest_memory_bytes": MEMORY.0,
             "kernel_arguments": KERNEL_ARGUMENTS,
             "background_bits_per_sec": GATHER.0,
-            "value_bytes": slot_bytes(true),
+            "value_bytes": Width::WHOLE.slot_bytes(true),
             "microseconds_between_bare_gets": PAUSE.as_micros() as u64,
             "store_link": "TLS 1.3 over one userspace Open vSwitch bridge, unshaped",
         }),
@@ -254,7 +254,7 @@ impl Bare {
         let login = Login { user, keys, patience: PATIENCE, expected: None };
         let store = stores::connect(from, address, &login, identity).await?;
         let key = store.keys().pack(BARE);
-        let value = vec![7; slot_bytes(true)];
+        let value = vec![7; Width::WHOLE.slot_bytes(true)];
         store.put(&key, &value).await.map_err(RigError::refused("a value"))?;
         Ok(Self { store, key })
     }

@@ -26,7 +26,8 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::ledger::Where;
-use lifeboat_scatter_gather::link::{Frame, Purpose};
+use lifeboat_scatter_gather::link::pages::decompressed;
+use lifeboat_scatter_gather::link::{Frame, FrameError, Purpose};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PageAt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -36,7 +37,7 @@ use tokio::task::JoinHandle;
 
 use super::arriving::Arrived;
 use crate::clock;
-use crate::link::{FrameReader, FrameWriter};
+use crate::link::{FrameReader, FrameWriter, LinkError};
 use crate::postcopy::phase::Phase;
 use crate::postcopy::service::{Action, Batch};
 use crate::postcopy::{Event, Gather, GatherError};
@@ -49,7 +50,7 @@ use journal::Journal;
 use lanes::Lane;
 use pace::Pace;
 pub(super) use stores::Reachable;
-use stores::{Fetched, Stores};
+use stores::{Came, Fetched, Stores};
 pub(super) use waits::Waited;
 use waits::Waits;
 
@@ -470,15 +471,16 @@ impl Driver {
     }
 
     /// The background's batch has come.
-    async fn take_batch(&mut self, pages: Vec<(PageAt, Bytes)>) -> Result<(), Failure> {
+    async fn take_batch(&mut self, Came { pages, wire }: Came) -> Result<(), Failure> {
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.show.send_modify(|seen| seen.bytes += bytes);
         for (at, data) in pages {
             self.came.insert(at, data);
             self.arrive(at, Event::BatchCame(at)).await?;
         }
-        if let Some(Batch::Pack(_)) = self.end_batch() {
-            self.pace.took(self.began.elapsed(), bytes);
+        match self.end_batch() {
+            Some(Batch::Pack(_)) => self.pace.took(self.began.elapsed(), wire),
+            _ => self.pace.came(bytes, wire),
         }
         self.apply(Event::BatchEnded).await
     }
@@ -539,13 +541,26 @@ impl Driver {
     async fn take_word(
         &mut self,
         from: Purpose,
-        word: Result<Frame, crate::link::LinkError>,
+        word: Result<Frame, LinkError>,
     ) -> Result<(), Failure> {
         match word {
             Ok(Frame::Pages(pages)) => match from {
-                Purpose::ServeBackground => self.take_batch(pages).await,
+                Purpose::ServeBackground => {
+                    let wire = (pages.len() * PAGE_BYTES) as u64;
+                    self.take_batch(Came { pages, wire }).await
+                }
                 _ => self.take_demanded(pages).await,
             },
+            Ok(Frame::Compressed(payload)) if from == Purpose::ServeBackground => {
+                let wire = payload.len() as u64;
+                match decompressed(payload) {
+                    Some(pages) => self.take_batch(Came { pages, wire }).await,
+                    None => {
+                        let error = LinkError::from(FrameError::Malformed("COMPRESSED"));
+                        self.lose_lane(from, &error).await
+                    }
+                }
+            }
             Ok(told @ (Frame::Pack(_) | Frame::Parity { .. } | Frame::Scattered)) => {
                 // Without it an agent that takes over asks the source again, if that is still there.
                 if let Err(error) = self.known.journal.add(&told) {
@@ -569,11 +584,13 @@ impl Driver {
                 tracing::warn!(frame = crate::link::io::frame_name(&other), "has no place here");
                 Ok(())
             }
-            Err(error) => {
-                tracing::warn!(%error, "a connection for pages broke; the source opens another");
-                *self.lane(from) = None;
-                self.ask_stores().await
-            }
+            Err(error) => self.lose_lane(from, &error).await,
         }
+    }
+
+    async fn lose_lane(&mut self, from: Purpose, error: &LinkError) -> Result<(), Failure> {
+        tracing::warn!(%error, "a connection for pages broke; the source opens another");
+        *self.lane(from) = None;
+        self.ask_stores().await
     }
 }

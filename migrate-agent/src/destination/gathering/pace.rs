@@ -17,6 +17,8 @@ const REST: Duration = Duration::from_millis(100);
 pub(super) struct Pace {
     limit: Option<BytesPerSec>,
     pacer: Pacer,
+    /// What a batch of the source took on its way, of what its pages have: they may come compressed.
+    share: f64,
     /// When the last batch was asked for.
     asked: Duration,
     next: Duration,
@@ -26,7 +28,7 @@ impl Pace {
     /// `None`: as fast as it goes.
     pub(super) fn new(limit: Option<BytesPerSec>) -> Self {
         let pacer = Pacer::new(limit.unwrap_or(BytesPerSec::ZERO));
-        Self { limit, pacer, asked: Duration::ZERO, next: Duration::ZERO }
+        Self { limit, pacer, share: 1.0, asked: Duration::ZERO, next: Duration::ZERO }
     }
 
     pub(super) fn set(&mut self, now: Duration, limit: Option<BytesPerSec>) {
@@ -40,8 +42,16 @@ impl Pace {
     pub(super) fn asks(&mut self, now: Duration, batch: &Batch) {
         self.asked = now;
         if let (Batch::Source(pages), Some(_)) = (batch, self.limit) {
-            let bytes = Bytes((pages.len() * PAGE_BYTES) as u64);
+            let bytes = Bytes((pages.len() * PAGE_BYTES) as u64).scale(self.share);
             self.next = self.pacer.ready_at(now, bytes).unwrap_or(now);
+        }
+    }
+
+    /// A batch of the source has come: `pages` bytes of pages, by `wire` bytes of the link. The next one
+    /// will take about as many.
+    pub(super) fn came(&mut self, pages: u64, wire: u64) {
+        if pages > 0 {
+            self.share = (wire as f64 / pages as f64).min(1.0);
         }
     }
 

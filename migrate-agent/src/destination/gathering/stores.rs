@@ -6,6 +6,7 @@
 //! background: its run tells whether it still holds what was put there. One that gave back something
 //! else than was put there is not asked again.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use bytes::{Bytes, BytesMut};
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_scatter_gather::ledger::Where;
 use lifeboat_scatter_gather::link::pages::{PackNote, PageKey};
-use lifeboat_scatter_gather::pack::{PackError, Reading, slot_bytes, slot_offset};
+use lifeboat_scatter_gather::pack::{PackError, Reading, Width};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
 use lifeboat_scatter_gather::redundancy::directory::{Directory, Way};
 use lifeboat_scatter_gather::redundancy::parity::{Parity, ParityError, body_offset, restore};
@@ -108,9 +109,16 @@ pub(super) enum Fetched {
     /// To a demand.
     Page(PageAt, Result<Bytes, Trouble>),
     /// To the background's batch.
-    Pack(Result<Vec<(PageAt, Bytes)>, Trouble>),
+    Pack(Result<Came, Trouble>),
     /// A store answers again.
     Back(StoreId, Reached),
+}
+
+/// A batch of the background.
+pub(super) struct Came {
+    pub(super) pages: Vec<(PageAt, Bytes)>,
+    /// What it took on its way, bytes.
+    pub(super) wire: u64,
 }
 
 /// Why a page did not come, and whose fault that was.
@@ -136,6 +144,8 @@ enum TroubleError {
 pub(super) struct Stores {
     reachable: Reachable,
     directory: Directory,
+    /// Of packs whose slots are not [`Width::WHOLE`].
+    narrow: HashMap<PackId, Width>,
     reading: Arc<Reading>,
     /// Do not answer, or lie.
     lost: Vec<bool>,
@@ -155,6 +165,7 @@ impl Stores {
         let stores = Self {
             reachable,
             directory: Directory::new(),
+            narrow: HashMap::new(),
             reading: Arc::new(Reading { migration: tag, opener }),
             lost,
             complete: false,
@@ -194,10 +205,11 @@ impl Stores {
     /// Fetches one page, which waits in this slot.
     pub(super) fn fetch(&self, at: PageAt, pack: PackId, slot: u16) {
         let (way, reading) = (self.way(pack, false), Arc::clone(&self.reading));
+        let width = self.narrow.get(&pack).copied().unwrap_or_default();
         let results = self.results.clone();
         crate::tasks::spawn("page from a store", async move {
             let page = match way {
-                Ok(way) => page(way, pack, slot, at, &reading).await,
+                Ok(way) => page(way, pack, (slot, width), at, &reading).await,
                 Err(error) => Err(Trouble { store: None, error }),
             };
             // A gather that has ended needs no page.
@@ -290,11 +302,11 @@ async fn part(
 async fn page(
     way: OpenWay,
     pack: PackId,
-    slot: u16,
+    (slot, width): (u16, Width),
     at: PageAt,
     reading: &Reading,
 ) -> Result<Bytes, Trouble> {
-    let (start, length) = (slot_offset(slot, true), slot_bytes(true));
+    let (start, length) = (width.slot_offset(slot, true), width.slot_bytes(true));
     let (from, bytes) = match way {
         OpenWay::From(open) => {
             let key = open.1.keys().pack(pack);
@@ -313,15 +325,11 @@ async fn page(
             (None, restore(&parity, &others))
         }
     };
-    let opened = reading.slot(0, slot, at, bytes);
+    let opened = reading.slot(0, (slot, width), at, bytes);
     opened.map(|page| page.data).map_err(|error| Trouble { store: from, error: error.into() })
 }
 
-async fn whole(
-    way: OpenWay,
-    pack: PackId,
-    reading: &Reading,
-) -> Result<Vec<(PageAt, Bytes)>, Trouble> {
+async fn whole(way: OpenWay, pack: PackId, reading: &Reading) -> Result<Came, Trouble> {
     let get = async |open: &Open, key: Key| -> Result<BytesMut, Trouble> {
         open.1.get(&key).await.map_err(trouble(open.0))
     };
@@ -339,9 +347,11 @@ async fn whole(
             (None, made.map_err(|error| Trouble { store: None, error: error.into() })?)
         }
     };
+    let wire = bytes.len() as u64;
     let contents = reading.pack(pack, bytes);
     let contents = contents.map_err(|error| Trouble { store: from, error: error.into() })?;
-    Ok(contents.pages.into_iter().map(|page| (page.at, page.data)).collect())
+    let pages = contents.pages.into_iter().map(|page| (page.at, page.data)).collect();
+    Ok(Came { pages, wire })
 }
 
 impl Driver {
@@ -351,6 +361,9 @@ impl Driver {
         // On a new connection everything is told again.
         if stores.directory.pack(note.pack, note.store, note.protection).is_err() {
             return Ok(());
+        }
+        if note.width != Width::WHOLE {
+            stores.narrow.insert(note.pack, note.width);
         }
         self.idle = false;
         for (slot, at) in (0_u16..).zip(note.pages) {
@@ -394,7 +407,7 @@ impl Driver {
                 let no_way = self.note_trouble(&trouble);
                 self.find_again(at, no_way).await
             }
-            Fetched::Pack(Ok(pages)) => self.take_batch(pages).await,
+            Fetched::Pack(Ok(came)) => self.take_batch(came).await,
             Fetched::Pack(Err(trouble)) => {
                 let no_way = self.note_trouble(&trouble);
                 if let (Some(Batch::Pack(pack)), true) = (self.end_batch(), no_way) {

@@ -12,9 +12,7 @@ use std::time::Duration;
 use lifeboat_agent::tls::TlsIdentity;
 use lifeboat_protocol::ids::MigrationId;
 use lifeboat_protocol::units::Bytes;
-use lifeboat_scatter_gather::pack::{
-    Batch, Coder, Pack, PackBuilder, Reading, slot_bytes, slot_offset,
-};
+use lifeboat_scatter_gather::pack::{Batch, Coder, Pack, PackBuilder, Reading, Width};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
 use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{
@@ -222,9 +220,12 @@ impl Rig {
         let (pack, slot, at) = pages.place(page);
         let begin = clock::now();
         let key = self.singles.keys().pack(pack);
-        let part = self.singles.get_part(&key, slot_offset(slot, true), slot_bytes(true)).await;
+        let part = self
+            .singles
+            .get_part(&key, Width::WHOLE.slot_offset(slot, true), Width::WHOLE.slot_bytes(true))
+            .await;
         let part = part.map_err(RigError::refused("a page"))?;
-        let opened = self.reading.slot(0, slot, at, part);
+        let opened = self.reading.slot(0, (slot, Width::WHOLE), at, part);
         opened.map_err(RigError::refused("a page's bytes"))?;
         Ok(begin.elapsed())
     }
