@@ -25,7 +25,7 @@ use lifeboat_tests::world::World;
 use lifeboat_tests::world::inside;
 
 /// So many are played where nobody says otherwise.
-const DEFAULT: usize = 30;
+const DEFAULT: usize = 20;
 /// The seed of `tests/run`.
 const SEED: u64 = 1_795_227_153_278;
 /// So many worlds are there at once.
