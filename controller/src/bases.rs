@@ -1,11 +1,13 @@
-//! Whether another host has what a VM's overlays lie on: asked of both agents, and compared by hash.
+//! Whether another host has what a VM's overlays lie on, and its images that nobody writes to: asked of
+//! both agents, and compared by hash.
 //!
-//! Used by the planner, which lets no overlay go to another base, and by `lifeboat verify`. An overlay
-//! is nothing without its base: on other content the guest would read blocks of two disks, without an
-//! error. So what is not proven is refused. Deliberately not here: the hashing, which is the agents'.
+//! Used by the planner, which lets no overlay go to another base, by `lifeboat verify`, and before a
+//! migration, which sends no image that is there. An overlay is nothing without its base: on other
+//! content the guest would read blocks of two disks, without an error. So what is not proven is
+//! refused. Deliberately not here: the hashing, which is the agents'.
 
 use futures_util::future::join_all;
-use lifeboat_protocol::agent::{BaseChain, BaseFile, VmDefinition};
+use lifeboat_protocol::agent::{BaseChain, BaseFile, Disk, VmDefinition};
 use lifeboat_protocol::controller::VerifiedFile;
 use lifeboat_protocol::ids::{HostId, VmId};
 
@@ -13,15 +15,49 @@ use crate::agents::{AgentError, Agents};
 
 /// The word for a file that is the same.
 pub const SAME: &str = "same";
+/// The word for an image that is not there and is sent.
+pub const ABSENT: &str = "absent";
 
-/// Whether any disk that goes along may be an overlay: then its agent is asked.
+/// Whether a file in this state keeps the VM from that host.
 #[must_use]
-pub fn may_lie_on_others(definition: &VmDefinition) -> bool {
-    let mut local = definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
-    local.any(|disk| disk.format == "qcow2")
+pub fn is_in_the_way(file: &VerifiedFile) -> bool {
+    file.state != SAME && file.state != ABSENT
 }
 
-/// Every file beneath a VM's overlays, compared at each of these hosts.
+/// Whether any disk that goes along may be an overlay, or is one that nobody writes to: then its agent
+/// is asked.
+#[must_use]
+pub fn may_be_compared(definition: &VmDefinition) -> bool {
+    let mut local = definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
+    local.any(|disk| disk.format == "qcow2" || disk.read_only)
+}
+
+/// Which disks of the VM nobody writes to and `host` has: their places in its `definition`.
+///
+/// # Errors
+/// As [`compare`].
+pub async fn there_already(
+    agents: &Agents,
+    at: &HostId,
+    vm: &VmId,
+    host: &HostId,
+    definition: &VmDefinition,
+) -> Result<Vec<u32>, AgentError> {
+    let is_kept = |disk: &Disk| disk.read_only && disk.shared_storage.is_empty();
+    if !definition.disks.iter().any(is_kept) {
+        return Ok(vec![]);
+    }
+    let files = compare(agents, at, vm, std::slice::from_ref(host)).await?;
+    let is_there = |disk: &Disk| {
+        let is_it = |file: &&VerifiedFile| file.image && file.disk == disk.path;
+        is_kept(disk) && files.iter().find(is_it).is_some_and(|file| file.state == SAME)
+    };
+    let there = definition.disks.iter().zip(0..).filter(|(disk, _)| is_there(disk));
+    Ok(there.map(|(_, number)| number).collect())
+}
+
+/// Every file beneath a VM's overlays and every image of it that nobody writes to, compared at each of
+/// these hosts.
 ///
 /// # Errors
 /// When the VM's own agent does not say which files these are. One of the others that does not answer
@@ -68,6 +104,7 @@ fn verdicts(
                 detail,
                 bytes: file.bytes,
                 hash: file.hash.clone(),
+                image: chain.image,
             });
         }
     }
@@ -79,6 +116,7 @@ fn verdict(here: &BaseFile, there: &BaseFile) -> (&'static str, String) {
         () if !here.detail.is_empty() => {
             ("unreadable", format!("at the VM's host {}", here.detail))
         }
+        () if there.absent => (ABSENT, "it is sent along".to_owned()),
         () if !there.detail.is_empty() => ("unreadable", there.detail.clone()),
         () if here.bytes != there.bytes => {
             let detail = format!("it has {} bytes, at the VM's host {}", there.bytes, here.bytes);
@@ -95,11 +133,11 @@ fn verdict(here: &BaseFile, there: &BaseFile) -> (&'static str, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lifeboat_protocol::agent::Disk;
 
     fn file(bytes: u64, hash: &str, detail: &str) -> BaseFile {
         let (hash, detail) = (hash.to_owned(), detail.to_owned());
-        BaseFile { name: "b".to_owned(), path: "/d/b".to_owned(), bytes, hash, detail }
+        let (name, path, absent) = ("b".to_owned(), "/d/b".to_owned(), false);
+        BaseFile { name, path, bytes, hash, detail, absent }
     }
 
     #[test]
@@ -113,11 +151,16 @@ mod tests {
         assert_eq!(state(&file(0, "", "it cannot be read")), "unreadable");
         // Two hosts that both cannot say have not agreed.
         assert_eq!(verdict(&file(5, "", ""), &file(5, "", "")).0, "unreadable");
+        // Nothing but an image is sent, and only one that can be read where it is.
+        let absent = BaseFile { absent: true, ..file(0, "", "No such file") };
+        assert_eq!(state(&absent), ABSENT);
+        assert_eq!(verdict(&file(5, "", "it cannot be read"), &absent).0, "unreadable");
     }
 
     #[test]
     fn an_agent_that_answers_for_fewer_files_proves_nothing() {
-        let chain = BaseChain { disk: "disk".to_owned(), files: vec![file(5, "aa", "")] };
+        let (disk, files) = ("disk".to_owned(), vec![file(5, "aa", "")]);
+        let chain = BaseChain { disk, files, image: false };
         let host = HostId::new("h2").unwrap();
         let wanted = [chain.clone()];
         let states = |found| {
@@ -132,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn only_local_qcow2_disks_may_be_overlays() {
+    fn only_local_qcow2_disks_may_be_overlays_and_only_what_nobody_writes_to_may_stay() {
         let with = |format: &str, storage: &str| VmDefinition {
             disks: vec![Disk {
                 format: format.to_owned(),
@@ -141,7 +184,10 @@ mod tests {
             }],
             ..VmDefinition::default()
         };
-        assert!(may_lie_on_others(&with("qcow2", "")));
-        assert!(!may_lie_on_others(&with("raw", "")) && !may_lie_on_others(&with("qcow2", "san")));
+        assert!(may_be_compared(&with("qcow2", "")));
+        assert!(!may_be_compared(&with("raw", "")) && !may_be_compared(&with("qcow2", "san")));
+        let mut cd = with("raw", "");
+        cd.disks[0].read_only = true;
+        assert!(may_be_compared(&cd));
     }
 }

@@ -115,8 +115,8 @@ mod tests {
         let record = VmRecord::waiting(VmId::new("a").unwrap(), source.clone(), prediction);
         let stays = VmRecord::left_behind(VmId::new("b").unwrap(), source, "no room".to_owned());
         let migration = MigrationId::new("e1-m1").unwrap();
-        let ticket =
-            PageTicket { address: String::new(), token: Vec::new(), seeded: false, scatter: None };
+        let (address, token, disks_there) = Default::default();
+        let ticket = PageTicket { address, token, seeded: false, disks_there, scatter: None };
         let progress = MigrationProgress {
             migration: "e1-m1".to_owned(),
             phase: Phase::Completed.into(),

@@ -293,7 +293,7 @@ impl Service {
             return Err(CommandError::NoOtherHost { vm, host: at });
         }
         let files = bases::compare(&self.agents, &at, &vm, &others).await?;
-        let same = files.iter().all(|file| file.state == bases::SAME);
+        let same = !files.iter().any(bases::is_in_the_way);
         Ok(wire::VerifyReply { vm: vm.to_string(), host: at.to_string(), files, same })
     }
 

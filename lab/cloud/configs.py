@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from .model import Host, Link, Plug, Vm
 from .network import BRIDGE, CONTROLLER_IP, HOST_PORT, Cloud
@@ -35,7 +35,7 @@ def write_all(cloud: Cloud) -> None:
     _write(RUN / FABRIC / "agent.toml", fabric_agent())
     for vm in cloud.scenario.vms:
         if vm.disk:
-            make_disk(vm)
+            make_disk(vm, cloud.scenario.hosts)
         _write(RUN / vm.host / "vms" / f"{vm.name}.toml", definition(vm, cloud.scenario.guest_mtu))
     _write(RUN / "lab.toml", controller(cloud))
 
@@ -167,11 +167,14 @@ def disk_name(vm: Vm) -> str:
     return f"{vm.name}.qcow2"
 
 
-def make_disk(vm: Vm) -> None:
-    """A local disk: an overlay of a base that all hosts have, as they have the kernel."""
-    base, overlay = RUN / f"{vm.name}-base.raw", RUN / vm.host / "disks" / disk_name(vm)
-    base.write_bytes(os.urandom(vm.disk))
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), str(overlay))
+def make_disk(vm: Vm, hosts: Sequence[Host]) -> None:
+    """A local disk: an overlay of a base of which every host has a copy, at the same place beside its
+    disks. Of its two halves the guest writes the first one."""
+    base, overlay = f"{vm.name}-base.raw", RUN / vm.host / "disks" / disk_name(vm)
+    content = os.urandom(2 * vm.disk)
+    for host in hosts:
+        (RUN / host.name / base).write_bytes(content)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"../{base}", str(overlay))
     # QEMU runs as an unprivileged user.
     overlay.chmod(0o666)
 

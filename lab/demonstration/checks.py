@@ -117,6 +117,27 @@ def disks_read_again(evidence: Evidence) -> list[str]:
     return faults
 
 
+def bases_stayed(evidence: Evidence) -> list[str]:
+    """Only what was written above a base was sent, because every host has the base."""
+    faults = []
+    for guest in (guest for guest in evidence.guests if guest.disk):
+        overlay = evidence.overlay(guest.name)
+        if overlay is None:
+            faults.append(f"{guest.name}: nobody compared what its disk lies on")
+            continue
+        faults += [f"{guest.name}: at {file['host']} {file['path']} {file['state']}"
+                   for file in evidence.verified[guest.name] if file["state"] != "same"]
+        destination = evidence.destination(guest.name)
+        if overlay.moved is None:
+            faults.append(f"{guest.name}: {overlay.image} is not at `{destination}`")
+        elif overlay.moved >= overlay.base_bytes:
+            faults.append(f"{guest.name}: {overlay.image} takes {overlay.moved} bytes at "
+                          f"{destination}, as if it held its base's {overlay.base_bytes}")
+        if overlay.image in evidence.disks.get(evidence.host, {}):
+            faults.append(f"{guest.name}: {overlay.image} is still in use at {evidence.host}")
+    return faults
+
+
 def same_life(evidence: Evidence) -> list[str]:
     """Booted once, never set back, never two of it."""
     faults = []
@@ -252,6 +273,7 @@ QUESTIONS: tuple[tuple[str, Callable[[Evidence], list[str]]], ...] = (
     ("no guest ever reported a wrong byte", no_wrong_byte),
     ("every page was read and compared again since it arrived", read_again),
     ("every block of a local disk was read and compared again, too", disks_read_again),
+    ("a disk went along without its base, which every host has", bases_stayed),
     ("every guest is in its first life, and was never set back", same_life),
     ("every heartbeat gap is accounted for", gaps_accounted_for),
     ("every checked TCP connection survived", connections_survived),

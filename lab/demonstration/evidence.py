@@ -30,6 +30,18 @@ class Guest:
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """A local disk that went along, and what it lies on."""
+
+    image: str
+    # What its file takes at the destination, bytes; None where it is not there.
+    moved: Optional[int]
+    base: str
+    # What every host has of it already, bytes.
+    base_bytes: int
+
+
+@dataclass(frozen=True)
 class Held:
     """What was reserved on a port at one moment; bit/s."""
 
@@ -50,10 +62,14 @@ class Evidence:
     plan: Json = field(default_factory=dict)
     report: Json = field(default_factory=dict)
     vms: Sequence[Json] = ()
+    # By guest: the files beneath its disk, compared at every host (`lifeboat verify`).
+    verified: dict[str, Sequence[Json]] = field(default_factory=dict)
     client: Json = field(default_factory=dict)
     accounts: Mapping[str, Account] = field(default_factory=dict)
     before: Look = field(default_factory=dict)
     after: Look = field(default_factory=dict)
+    # After it, by host: the images in its directory for disks, and what their files take, bytes.
+    disks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     held: Sequence[Held] = ()
     waits: Sequence[Wait] = ()
     # When the host's uplink dropped packets that had no reserved queue (uplink.py).
@@ -88,6 +104,15 @@ class Evidence:
     def seen_by_client(self, name: str) -> Optional[Json]:
         """The client's row of a guest."""
         return next((row for row in self.client.get("guests", []) if row["name"] == name), None)
+
+    def overlay(self, name: str) -> Optional[Overlay]:
+        """A guest's disk after the evacuation; None where nothing was compared of it."""
+        files = self.verified.get(name)
+        if not files:
+            return None
+        image, base = files[0]["disk"], files[0]["path"].rsplit("/", 1)[-1]
+        moved = self.disks.get(self.destination(name), {}).get(image)
+        return Overlay(image, moved, base, files[0]["bytes"])
 
     def processes(self, node: str) -> Sequence[Json]:
         """The QEMUs on a node, asked the kernel."""

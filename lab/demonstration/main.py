@@ -145,12 +145,14 @@ class Demo:
         until("the client", BOOT_SECONDS, client.not_heard)
         evidence.before = self.standing.look()
         self.show_cloud()
+        self.show_bases(evidence)
         evidence.plan = self.show_plan()
         evidence.held, evidence.report = self.run_evacuation()
         self.after_it(evidence, listeners)
         evidence.client = client.finish()
         evidence.waits, evidence.full = waiting.finish(), uplink.finish()
         evidence.after = self.standing.look()
+        evidence.disks = {host.name: _images(host.name) for host in scenario.hosts}
         evidence.vms = self.standing.ask("vms")["vms"]
         evidence.accounts = accounts(listeners, evidence)
         return evidence
@@ -167,6 +169,13 @@ class Demo:
         for words in (("hosts",), ("vms",)):
             self.say(f"lifeboat {' '.join(words)}")
             self.standing.show(*words)
+
+    def show_bases(self, evidence: Evidence) -> None:
+        """What the guests' disks lie on, and which hosts have it: that is not sent."""
+        for guest in (guest for guest in evidence.guests if guest.disk):
+            self.say(f"lifeboat verify {guest.name}")
+            evidence.verified[guest.name] = self.standing.ask("verify", guest.name)["files"]
+            self.standing.show("verify", guest.name)
 
     def order(self, verb: str) -> list[str]:
         """`plan h1 ...` or `evacuate h1 ...`."""
@@ -212,6 +221,8 @@ class Demo:
         """Tables, check list, record."""
         self.say("what it came to")
         print(f"\n{telling.moves(evidence)}\n{telling.silences(evidence)}")
+        if disks := telling.overlays(evidence):
+            print(disks)
         if evidence.held:
             print(telling.reservations(evidence.held))
         print(telling.check_list(checks, sys.stdout.isatty()))
@@ -227,6 +238,11 @@ def accounts(listeners: dict[str, Listener], evidence: Evidence) -> dict[str, An
     """What every guest has said so far, wherever it is."""
     return {name: listener.account(evidence.destination(name))
             for name, listener in listeners.items()}
+
+
+def _images(host: str) -> dict[str, int]:
+    images = sorted((RUN / host / "disks").iterdir())
+    return {image.name: image.stat().st_blocks * 512 for image in images}
 
 
 def _do(*words: str) -> None:

@@ -53,8 +53,24 @@ def moves(evidence: Evidence) -> str:
         silence = "?" if seen is None else f"{seen / 1000:.0f} ms" if seen else f"< {threshold} ms"
         rows.append([guest.name, guest.role, row["source"], row["destination"] or "-",
                      f"{row['total_ms'] / 1000:.1f} s", f"{row['downtime_us'] / 1000:.1f} ms",
-                     silence, f"{row['bytes_sent'] / 1e6:.0f} MB"])
+                     silence, _megabytes(row["bytes_sent"])])
     return table(("VM", "ROLE", "FROM", "TO", "TOTAL", "DOWNTIME", "NETWORK DOWNTIME", "SENT"), rows)
+
+
+def overlays(evidence: Evidence) -> str:
+    """The disks that went along, and what they lie on; empty where there is none."""
+    rows = []
+    for guest in evidence.guests:
+        overlay = evidence.overlay(guest.name)
+        if overlay is not None:
+            moved = "?" if overlay.moved is None else _megabytes(overlay.moved)
+            rows.append([guest.name, overlay.image, moved, overlay.base,
+                         _megabytes(overlay.base_bytes)])
+    return table(("VM", "DISK", "MOVED", "LIES ON", "NOT SENT"), rows) if rows else ""
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def silences(evidence: Evidence) -> str:
@@ -113,6 +129,8 @@ def record(evidence: Evidence, checks: Sequence[Check], seconds: float) -> dict[
         "plan": evidence.plan,
         "report": with_network_downtime(evidence),
         "vms": evidence.vms,
+        "verified": evidence.verified,
+        "disks": evidence.disks,
         "client": evidence.client,
         "reserved": [asdict(one) for one in evidence.held],
         "uplink_full": [asdict(one) for one in evidence.full],

@@ -345,6 +345,7 @@ impl Registry {
             disk_limit: (request.disk_limit_bytes_per_sec > 0)
                 .then_some(BytesPerSec(request.disk_limit_bytes_per_sec)),
             compare_disks: request.compare_disks,
+            disks_there: request.disks_there.clone(),
             disk_window: (request.disk_window_ms > 0)
                 .then(|| Duration::from_millis(request.disk_window_ms)),
             downtime_limit: match request.downtime_limit_ms {

@@ -80,6 +80,8 @@ pub struct Order {
     pub disk_limit: Option<BytesPerSec>,
     /// The destination has a copy of its disks: only what differs is sent.
     pub compare_disks: bool,
+    /// Of its disks that nobody writes to those that the destination has: they are not sent.
+    pub disks_there: Vec<u32>,
     /// Its disks have to be in step within this time: it is held back as far as that takes.
     pub disk_window: Option<Duration>,
     /// What the pause should not exceed.

@@ -28,7 +28,7 @@ from demonstration.uplink import dropped, drops  # noqa: E402
 from demonstration.waiting import Wait, owner_of, waited  # noqa: E402
 
 SAMPLE = json.loads((Path(__file__).parent / "testdata/evacuation.json").read_text())
-(RUNS, EMPTY, BYTES, READ, DISK, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (
+(RUNS, EMPTY, BYTES, READ, DISK, BASE, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (
     name for name, _ in QUESTIONS)
 
 
@@ -44,6 +44,8 @@ def evidence(record: Any) -> Evidence:
         plan=record["plan"],
         report=record["report"],
         vms=record["vms"],
+        verified=record.get("verified", {}),
+        disks=record.get("disks", {}),
         client=record["client"],
         accounts=accounts,
         before=record["looks"]["before"],
@@ -75,6 +77,20 @@ class Spoilt(unittest.TestCase):
         broken = self.broken()
         self.assertEqual(sorted(broken), sorted(names))
         return "\n".join(fault for faults in broken.values() for fault in faults)
+
+    def add_disk(self) -> None:
+        """The guest has an overlay of two blocks, which went with it and which it reads."""
+        self.record["guests"][0]["disk"] = 8192
+        base = {"disk": "solo.qcow2", "path": "/d/base.raw", "bytes": 16384, "state": "same"}
+        self.record["verified"] = {
+            self.name: [{**base, "host": host} for host in ("h2", "h3")],
+        }
+        self.record["disks"] = {
+            self.row["destination"]: {"solo.qcow2": 12288},
+            self.record["host"]: {"solo.qcow2.left-e1-m1": 12288},
+        }
+        for second, tick in enumerate(self.said["ticks"][self.said["before"]:]):
+            tick["disk"] = [second, 2 * second]
 
     def add_gap(self, start_ms: float, length_ms: float) -> None:
         """The guest does not answer for a while."""
@@ -143,15 +159,44 @@ class WhatTheGuestSaid(Spoilt):
         self.assertIn("was read and compared", self.breaks(READ))
 
     def test_a_disk_that_was_not_read_again_breaks_it(self) -> None:
-        self.record["guests"][0]["disk"] = 8192
-        self.assertIn("0 of 2 blocks", self.breaks(DISK))
-        first = self.said["before"]
-        for second, tick in enumerate(self.said["ticks"][first:]):
-            tick["disk"] = [second, 2 * second]
+        self.add_disk()
         self.assertEqual(self.broken(), {})
-        for tick in self.said["ticks"][first:]:
+        for tick in self.said["ticks"][self.said["before"]:]:
             tick["disk"] = [7, 70]
+        self.assertIn("0 of 2 blocks", self.breaks(DISK))
+        for tick in self.said["ticks"]:
+            tick["disk"] = None
         self.breaks(DISK)
+
+    def test_a_disk_shows_what_it_left_where_it_was(self) -> None:
+        self.assertEqual(telling.overlays(evidence(self.record)), "")
+        self.add_disk()
+        self.record["verified"][self.name][0]["bytes"] = 33554432
+        shown = telling.overlays(evidence(self.record)).splitlines()[1].split()
+        self.assertEqual(shown, [self.name, "solo.qcow2", "0", "MB", "base.raw", "34", "MB"])
+
+    def test_a_disk_of_which_nobody_compared_the_base_breaks_it(self) -> None:
+        self.add_disk()
+        self.record["verified"] = {}
+        self.assertIn("nobody compared", self.breaks(BASE))
+
+    def test_a_base_that_is_another_one_somewhere_breaks_it(self) -> None:
+        self.add_disk()
+        self.record["verified"][self.name][1]["state"] = "differs"
+        self.assertIn("at h3 /d/base.raw differs", self.breaks(BASE))
+
+    def test_a_disk_that_holds_its_base_or_has_not_arrived_breaks_it(self) -> None:
+        self.add_disk()
+        there = self.record["disks"][self.row["destination"]]
+        there["solo.qcow2"] = 20480
+        self.assertIn("as if it held", self.breaks(BASE))
+        del there["solo.qcow2"]
+        self.assertIn("is not at `h2`", self.breaks(BASE))
+
+    def test_a_disk_that_is_in_use_at_the_source_breaks_it(self) -> None:
+        self.add_disk()
+        self.record["disks"][self.record["host"]]["solo.qcow2"] = 12288
+        self.assertIn("still in use at h1", self.breaks(BASE))
 
     def test_a_second_boot_breaks_it(self) -> None:
         self.said["boots"].append("00" * 16)

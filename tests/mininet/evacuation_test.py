@@ -48,6 +48,10 @@ class OneSmallGuest(unittest.TestCase):
         # h3 has no room for it.
         self.assertEqual((moved["vm"], moved["destination"]), ("solo", "h2"))
         self.assertTrue(moved["network_downtime_known"])
+        hosts = {file["host"] for file in record["verified"]["solo"]}
+        self.assertLessEqual({"h2", "h3"}, hosts)
+        self.assertIn("solo.qcow2", record["disks"]["h2"])
+        self.assertIn("solo-base.raw", done.stdout)
         self.assertFalse((ROOT / "lab/run/state.json").exists())
 
     def test_the_demo_fails_when_a_flow_is_left(self) -> None:

@@ -6,7 +6,7 @@
 //! guest.
 
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -368,6 +368,73 @@ fn what_firmware_keeps_goes_along_in_every_mode() {
         assert_eq!(world.witness.look().running(), [0]);
         assert!(std::fs::read(world.agents[0].disk()).unwrap() == written);
         assert_eq!(world.witness.look().offences(), Vec::<String>::new());
+        for host in [0, 1] {
+            await_no_mover(world, host);
+        }
+    });
+}
+
+/// How often the guest has said at a host that this is on its CD.
+fn cd_reads(world: &World, host: Host, content: &str) -> usize {
+    let seen = world.witness.look();
+    let lines = seen.lives().iter().filter(|life| life.host == host).flat_map(|l| l.said().lines());
+    lines.filter(|line| line.contains("LIFEBOAT-CD") && line.contains(content)).count()
+}
+
+fn await_cd_read(world: &World, host: Host, content: &str) {
+    let before = cd_reads(world, host, content);
+    // The first one may have begun before.
+    let again = || (cd_reads(world, host, content) > before + 1).then_some(());
+    assert!(clock::wait_for(PATIENCE, again).is_some(), "host {}", host + 1);
+}
+
+/// As the guest counts it.
+fn md5(file: &Path) -> String {
+    let said = Command::new("md5sum").stdin(std::fs::File::open(file).unwrap()).output().unwrap();
+    String::from_utf8(said.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
+}
+
+#[test]
+fn a_cd_goes_along_where_it_is_not_there_and_stays_where_it_is() {
+    let name = "a_cd_goes_along_where_it_is_not_there_and_stays_where_it_is";
+    in_a_world(name, 13, Disk::Cd, |world| {
+        let cds = [0, 1].map(|host| world.agents[host].cd());
+        let (content, sum) = (std::fs::read(&cds[0]).unwrap(), md5(&cds[0]));
+        let inode = || std::fs::metadata(&cds[0]).unwrap().ino();
+        let first = inode();
+        await_cd_read(world, 0, &sum);
+        // Something else has its name there: not overwritten, and the plan says so.
+        let mut other = content.clone();
+        other[1 << 20] ^= 1;
+        std::fs::write(&cds[1], &other).unwrap();
+        let verified = world.control.ask("verify vm").unwrap();
+        let states: Vec<_> =
+            verified["files"].as_array().unwrap().iter().map(|file| &file["state"]).collect();
+        assert!(verified["same"] == false && states == ["differs", "absent"], "{verified}");
+        world.control.order("verify vm --host h3").unwrap();
+        let refused = world.control.order("migrate vm --to h2 --urgency 0 --yes").unwrap_err();
+        let refused = refused.to_string();
+        assert!(refused.contains("cd.iso") && refused.contains("differs"), "{refused}");
+        assert!(std::fs::read(&cds[1]).unwrap() == other);
+        std::fs::remove_file(&cds[1]).unwrap();
+        // It is sent, bit for bit, and the source's stays: others may use it.
+        evacuate(world, 0, 1);
+        assert_at(world, 1);
+        await_cd_read(world, 1, &sum);
+        assert!(
+            std::fs::read(&cds[1]).unwrap() == content && files(world, 1) == ["cd.iso", "disk"]
+        );
+        let left = files(world, 0);
+        assert!(
+            left.len() == 2 && left[0] == "cd.iso" && left[1].starts_with("disk.left-"),
+            "{left:?}"
+        );
+        // And back, to the very file that it came from.
+        world.control.await_sight(1).unwrap();
+        evacuate(world, 1, 0);
+        assert_at(world, 0);
+        await_cd_read(world, 0, &sum);
+        assert!(inode() == first && std::fs::read(&cds[0]).unwrap() == content);
         for host in [0, 1] {
             await_no_mover(world, host);
         }

@@ -68,7 +68,7 @@ fn the_operators_configurations_are_read_by_their_programs() {
         assert!(said.contains(wanted), "{said}");
     }
     let definition = lifeboat_agent::vms::files::parse(Path::new("web-1.toml"), vm).unwrap();
-    assert_eq!(definition.disks.len(), 1);
+    assert_eq!(definition.disks.len(), 2);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! `lifeboat verify VM`: whether other hosts have what the VM's overlays lie on.
+//! `lifeboat verify VM`: whether other hosts have what the VM's overlays lie on, and its images that
+//! nobody writes to.
 
 use lifeboat_protocol::controller::VerifyRequest;
 
@@ -24,7 +25,8 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
         return Ok(code);
     }
     if reply.files.is_empty() {
-        print(&format!("{} at {}: none of its local disks is an overlay\n", reply.vm, reply.host))?;
+        let none = "none of its local disks is an overlay or read-only";
+        print(&format!("{} at {}: {none}\n", reply.vm, reply.host))?;
         return Ok(code);
     }
     let rows = reply.files.iter().map(|file| {
@@ -33,7 +35,7 @@ pub(super) async fn run(context: &Context, args: Args) -> Result<u8, CliError> {
         vec![host, disk, path, size(file.bytes), file.hash.clone(), state, detail]
     });
     let rows: Vec<Vec<String>> = rows.collect();
-    let head = ["HOST", "DISK", "LIES ON", "SIZE", "XXH3", "", ""];
+    let head = ["HOST", "DISK", "FILE", "SIZE", "XXH3", "", ""];
     print(&table(&head, &rows))?;
     Ok(code)
 }

@@ -5,11 +5,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lifeboat_protocol::agent::{PrepareDestinationRequest, StartMigrationRequest};
+use lifeboat_protocol::agent::{PrepareDestinationRequest, StartMigrationRequest, VmDefinition};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use tokio::sync::mpsc;
 
 use super::{Input, lock, report};
+use crate::bases;
 use crate::clock;
 use crate::evacuation::{Action, EvacuationOrder, Event, Fleet, Leg, PageTicket, VmRecord};
 use crate::network::{FollowVm, Hop, NetworkError, ReservationRequest, Reserved};
@@ -253,6 +254,8 @@ impl Hands {
             let reason = format!("{source} does not know the VM any more");
             return Event::PrepareFailed { migration, reason };
         };
+        let mut definition = status.definition.unwrap_or_default();
+        let disks_there = self.disks_there(vm, source, leg, &mut definition).await;
         let scatter = match self.open_stores(vm, source, leg).await {
             Ok(scatter) => scatter,
             Err(reason) => return Event::PrepareFailed { migration, reason },
@@ -268,7 +271,7 @@ impl Hands {
                 .map_or_else(String::new, |description| description.page_address),
             command: None,
             migration: migration.to_string(),
-            definition: status.definition,
+            definition: Some(definition),
             mode: lifeboat_protocol::agent::Mode::from(leg.mode).into(),
             generation: status.generation,
             source_host: source.to_string(),
@@ -278,11 +281,32 @@ impl Hands {
         match self.planner.agents.prepare(&leg.destination, request).await {
             Ok(reply) => {
                 let (address, token, seeded) = (reply.page_address, reply.token, reply.seeded);
-                let ticket = PageTicket { address, token, seeded, scatter };
+                let ticket = PageTicket { address, token, seeded, disks_there, scatter };
                 Event::Prepared { migration, ticket }
             }
             Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
         }
+    }
+
+    /// Marks the disks that nobody writes to and that the destination has: neither side counts them among
+    /// those that move. Their places.
+    async fn disks_there(
+        &self,
+        vm: &VmId,
+        source: &HostId,
+        leg: &Leg,
+        definition: &mut VmDefinition,
+    ) -> Vec<u32> {
+        let (agents, to) = (&self.planner.agents, &leg.destination);
+        let there = bases::there_already(agents, source, vm, to, definition).await;
+        let there = there.unwrap_or_else(|error| {
+            tracing::warn!(%vm, %error, "what the destination has already is not known");
+            vec![]
+        });
+        for (disk, number) in definition.disks.iter_mut().zip(0..) {
+            disk.is_there = there.contains(&number);
+        }
+        there
     }
 
     async fn start(
@@ -309,6 +333,7 @@ impl Hands {
             token: ticket.token,
             scatter: ticket.scatter,
             compare_disks: ticket.seeded,
+            disks_there: ticket.disks_there,
             network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,

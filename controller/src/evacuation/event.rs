@@ -26,6 +26,8 @@ pub struct PageTicket {
     pub token: Vec<u8>,
     /// The destination has a copy of the disks: only what differs is to be sent.
     pub seeded: bool,
+    /// The VM's disks that nobody writes to and that the destination has, by their places.
+    pub disks_there: Vec<u32>,
     /// The open stores, with what opens them.
     pub scatter: Option<ScatterPlan>,
 }

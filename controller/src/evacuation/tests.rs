@@ -31,6 +31,7 @@ fn ticket() -> PageTicket {
         address: "10.0.0.2:7000".to_owned(),
         token: vec![7; 32],
         seeded: false,
+        disks_there: vec![],
         scatter: None,
     }
 }

@@ -1,4 +1,5 @@
-//! Where a VM's overlays would lie on something else: those hosts cannot take it.
+//! Where a VM's overlays would lie on something else, or another file has the name of an image that
+//! nobody writes to: those hosts cannot take it.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +15,7 @@ use crate::inventory::HostEntry;
 pub(super) type BaseObstacles = BTreeMap<HostId, BTreeMap<VmId, String>>;
 
 impl Planner {
-    /// Asked only for VMs that may have overlays; each base is read once, then its hash is known.
+    /// Asked only for VMs that may have such disks; each file is read once, then its hash is known.
     pub(super) async fn base_obstacles(
         &self,
         source: &HostId,
@@ -25,7 +26,7 @@ impl Planner {
         let others: Vec<HostId> = others.map(|(host, _)| host.clone()).collect();
         let overlays = vms
             .iter()
-            .filter(|(_, status)| status.definition.as_ref().is_some_and(bases::may_lie_on_others));
+            .filter(|(_, status)| status.definition.as_ref().is_some_and(bases::may_be_compared));
         let others = &others;
         let asked = overlays.map(|(vm, _)| async move {
             (vm, bases::compare(&self.agents, source, vm, others).await)
@@ -37,7 +38,7 @@ impl Planner {
         for (vm, compared) in join_all(asked).await {
             match compared {
                 Ok(files) => {
-                    for file in files.iter().filter(|file| file.state != bases::SAME) {
+                    for file in files.iter().filter(|file| bases::is_in_the_way(file)) {
                         if let Some(host) = others.iter().find(|host| host.as_str() == file.host) {
                             let why = format!("{} {} ({})", file.path, file.state, file.detail);
                             add(host, vm, why);

@@ -139,8 +139,10 @@ fn cpu_need(model: &str, source: &HostDescription) -> CpuNeed {
 /// The device models that the agents give to a VM: see the launcher's argument list.
 fn devices(definition: &VmDefinition) -> BTreeSet<String> {
     let nic = (!definition.nics.is_empty()).then_some("virtio-net-pci");
-    let disk = (!definition.disks.is_empty()).then_some("virtio-blk-pci");
-    nic.into_iter().chain(disk).map(str::to_owned).collect()
+    // The firmware's own is part of the machine.
+    let disks = definition.disks.iter().filter(|disk| !disk.nvram);
+    let disks = disks.map(|disk| if disk.cdrom { "ide-cd" } else { "virtio-blk-pci" });
+    nic.into_iter().chain(disks).map(str::to_owned).collect()
 }
 
 fn disk_need(definition: &VmDefinition) -> DiskNeed {
@@ -159,9 +161,11 @@ fn seed(said: &agent::Seed) -> Option<(VmId, Bytes)> {
     Some((VmId::new(said.vm.clone()).ok()?, Bytes(said.bytes)))
 }
 
-/// The disks that go along, which take so many `bytes` together.
+/// The disks that go along, which take so many `bytes` together. Where those may lie that nobody writes
+/// to is their hosts' to say: they may be there already, anywhere.
 fn local_disks(definition: &VmDefinition, bytes: Bytes) -> LocalDisks {
-    let local = definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
+    let local = definition.disks.iter();
+    let local = local.filter(|disk| disk.shared_storage.is_empty() && !disk.read_only);
     LocalDisks { paths: local.map(|disk| disk.path.clone()).collect(), bytes }
 }
 
@@ -232,6 +236,18 @@ mod tests {
         assert_eq!(disk_need(&both), DiskNeed::Shared(BTreeSet::from(["nfs".to_owned()])));
         let local = local_disks(&both, Bytes(7));
         assert_eq!((local.paths, local.bytes), (BTreeSet::from(["/d/b".to_owned()]), Bytes(7)));
+    }
+
+    #[test]
+    fn a_cd_needs_a_drive_and_what_firmware_writes_needs_no_device() {
+        let disks = vec![
+            Disk { nvram: true, ..Disk::default() },
+            Disk { cdrom: true, read_only: true, path: "/iso/a".to_owned(), ..Disk::default() },
+        ];
+        let definition = VmDefinition { disks, ..VmDefinition::default() };
+        assert_eq!(devices(&definition), BTreeSet::from(["ide-cd".to_owned()]));
+        let paths = local_disks(&definition, Bytes(7)).paths;
+        assert!(!paths.contains("/iso/a") && paths.len() == 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A guest reads them from its kernel command line (`lb.role=NO lb.dirty=103 ...`, see
 //! [`GuestParams`]), the client from its arguments (`--guest name=web,ip=10.0.0.101`, see
 //! [`ClientParams`]). Pure: who reads the command line is the caller. Addresses of interfaces
-//! (`lb.ip=`, `lb.ip2=`) are the business of the guest's init script.
+//! (`lb.ip=`, `lb.ip2=`) and a CD (`lb.cd=`) are the business of the guest's init script.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -118,7 +118,7 @@ pub(crate) struct GuestParams {
 
 const GUEST_KEYS: &str = "lb.name lb.role lb.client lb.rate lb.transport lb.region lb.dirty \
                           lb.check lb.cpu lb.stream lb.disk lb.disk_block lb.disk_rate lb.disk_check lb.spoil \
-                          lb.ip lb.ip2 lb.mtu";
+                          lb.ip lb.ip2 lb.mtu lb.cd";
 
 impl GuestParams {
     /// Reads a kernel command line; words without `lb.` are the kernel's own.
@@ -169,7 +169,7 @@ impl GuestParams {
             "lb.disk_check" => self.disk_check = number(key, value)?,
             "lb.spoil" => self.spoil_after = Some(Duration::from_secs(number(key, value)?)),
             "lb.mtu" => self.mtu = number(key, value)?.clamp(576, 9000) as usize,
-            "lb.ip" | "lb.ip2" => {}
+            "lb.ip" | "lb.ip2" | "lb.cd" => {}
             _ => return Err(ParamError::Unknown { key: key.to_owned(), known: GUEST_KEYS }),
         }
         Ok(())

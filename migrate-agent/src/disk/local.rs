@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lifeboat_protocol::agent::VmDefinition;
+use lifeboat_protocol::agent::{Disk, VmDefinition};
 
 use super::rooms::place;
 
@@ -23,11 +23,13 @@ pub struct LocalDisk {
 }
 
 /// The local disks of a VM, in their order; their places here are their numbers in `sync/`. A plain
-/// name is in the first of this host's `directories` for disks.
+/// name is in the first of this host's `directories` for disks. One that nobody writes to and that is
+/// there already does not go along.
 #[must_use]
 pub fn local_disks(definition: &VmDefinition, directories: &[PathBuf]) -> Vec<LocalDisk> {
     let disks = definition.disks.iter().enumerate();
-    let local = disks.filter(|(_, disk)| disk.shared_storage.is_empty());
+    let stays = |disk: &Disk| disk.read_only && disk.is_there;
+    let local = disks.filter(|(_, disk)| disk.shared_storage.is_empty() && !stays(disk));
     let known = local.map(|(number, disk)| LocalDisk {
         number,
         path: place(directories, Path::new(&disk.path)),
@@ -37,10 +39,18 @@ pub fn local_disks(definition: &VmDefinition, directories: &[PathBuf]) -> Vec<Lo
     known.collect()
 }
 
+/// Those of them that the guest can write to: what is copied ahead. The others are not sent where they
+/// are already, which a migration asks when it comes.
+#[must_use]
+pub fn written_disks(definition: &VmDefinition, directories: &[PathBuf]) -> Vec<LocalDisk> {
+    let mut disks = local_disks(definition, directories);
+    disks.retain(|disk| !disk.read_only);
+    disks
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lifeboat_protocol::agent::Disk;
 
     #[test]
     fn shared_disks_stay_where_they_are_and_the_others_keep_their_numbers() {
@@ -57,5 +67,21 @@ mod tests {
         let local = local_disks(&definition, &["/d".into(), "/e".into()]);
         let found: Vec<_> = local.iter().map(|disk| (disk.number, disk.path.as_path())).collect();
         assert_eq!(found, [(1, Path::new("/d/b")), (2, Path::new("/d/c"))]);
+    }
+
+    #[test]
+    fn an_image_that_is_there_already_stays_out_unless_it_could_be_written() {
+        let disk = |path: &str, read_only: bool, is_there: bool| Disk {
+            path: path.into(),
+            read_only,
+            is_there,
+            ..Disk::default()
+        };
+        let definition = VmDefinition {
+            disks: vec![disk("a", true, true), disk("b", false, true), disk("c", true, false)],
+            ..VmDefinition::default()
+        };
+        let local = local_disks(&definition, &["/d".into()]);
+        assert_eq!(local.iter().map(|disk| disk.number).collect::<Vec<_>>(), [1, 2]);
     }
 }

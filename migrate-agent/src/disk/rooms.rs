@@ -338,6 +338,14 @@ impl DiskRooms {
         remove(&arriving).map_err(failed)
     }
 
+    /// Whether the image `path` is just arriving with some VM: it may go again.
+    #[must_use]
+    pub fn is_arriving(path: &Path) -> bool {
+        let entries = fs::read_dir(path.parent().unwrap_or(Path::new("/"))).into_iter().flatten();
+        let mut found = entries.flatten().filter_map(|entry| unfinished(&entry.path()));
+        found.any(|(image, _)| image == path)
+    }
+
     /// Removes the unfinished images of every VM that shall not be `kept`: what a crash left.
     pub fn sweep(&self, kept: impl Fn(&VmId) -> bool) {
         for room in &self.directories {
@@ -527,8 +535,10 @@ mod tests {
         fs::create_dir(directory.path().join("room")).unwrap();
         fs::write(DiskRooms::arriving(&vm("a"), &image), "all").unwrap();
         rooms.name(&vm("a"), &image).unwrap();
+        assert!(DiskRooms::is_arriving(&image));
         rooms.settle(&vm("a"), &image).unwrap();
         rooms.settle(&vm("a"), &image).unwrap();
+        assert!(!DiskRooms::is_arriving(&image));
         rooms.sweep(|_| false);
         rooms.discard(&vm("a"), &image).unwrap();
         assert_eq!(fs::read(&image).unwrap(), b"all");

@@ -27,6 +27,8 @@ const DISK_SLOT_FIRST: usize = 0x08;
 const NIC_SLOT_FIRST: usize = 0x10;
 /// Disks, and NICs, that a VM may have.
 pub const DEVICES_MAX: usize = 8;
+/// CD drives among the disks: each is alone on its IDE bus, and every machine type has so many.
+pub const CD_DRIVES_MAX: usize = 2;
 
 /// How QEMU runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +81,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// It is the second flash of the machine, which its firmware writes to, and no disk.
     pub nvram: bool,
+    /// It is the CD in a drive of its own.
+    pub cdrom: bool,
     /// What it is an overlay of.
     pub backing: Option<Backing>,
 }
@@ -152,7 +156,10 @@ pub fn command_line(spec: &LaunchSpec, run_dir: &RunDir) -> Vec<OsString> {
     firmware(&mut line, spec);
     boot(&mut line, spec);
     for (index, disk) in spec.disks.iter().enumerate() {
-        disk_arguments(&mut line, index, disk);
+        disk_nodes(&mut line, index, disk);
+        if !disk.nvram {
+            line.options("-device", disk_device(index, &spec.disks));
+        }
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         nic_arguments(&mut line, index, nic);
@@ -219,7 +226,7 @@ fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
     }
 }
 
-fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
+fn disk_nodes(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
     let on_off = |on| if on { "on" } else { "off" };
     let file = Options::new()
         .set("driver", "file")
@@ -243,17 +250,27 @@ fn disk_arguments(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         None => format,
     };
     line.options("-blockdev", format);
-    if disk.nvram {
-        return;
+}
+
+/// What the guest sees of a disk.
+fn disk_device(index: usize, disks: &[DiskSpec]) -> Options {
+    let node = format!("disk{index}");
+    if disks[index].cdrom {
+        // A guest that cannot read a CD is told so, as by a real drive.
+        let bus = disks[..index].iter().filter(|disk| disk.cdrom).count();
+        return Options::first("ide-cd")
+            .set("id", format!("cd{index}"))
+            .set("drive", node)
+            .set("bus", format!("ide.{bus}"))
+            .set("unit", "0");
     }
     // `werror=stop`: a guest that meets a broken disk waits for it rather than lose a write.
-    let device = Options::first("virtio-blk-pci")
+    Options::first("virtio-blk-pci")
         .set("id", format!("vd{index}"))
-        .set("drive", format!("disk{index}"))
+        .set("drive", node)
         .set("addr", format!("{:#x}", DISK_SLOT_FIRST + index))
         .set("werror", "stop")
-        .set("rerror", "stop");
-    line.options("-device", device);
+        .set("rerror", "stop")
 }
 
 /// Offloads are off, for the tap was opened without their header: with them a guest leaves its
@@ -434,6 +451,7 @@ mod tests {
             format: "raw",
             read_only: true,
             nvram: false,
+            cdrom: false,
             backing: None,
         });
         let words = words(&evil);
@@ -457,6 +475,7 @@ mod tests {
             format: "qcow2",
             read_only: false,
             nvram: false,
+            cdrom: false,
             backing,
         });
         let words = words(&with_disk);
@@ -476,8 +495,8 @@ mod tests {
         let mut with_flash = spec();
         with_flash.firmware = Some("/images/OVMF_CODE.fd".into());
         let (path, backing) = ("/d/vars".into(), None);
-        let nvram = DiskSpec { path, format: "raw", read_only: false, nvram: true, backing };
-        with_flash.disks.push(nvram);
+        let (format, read_only, cdrom) = ("raw", false, false);
+        with_flash.disks.push(DiskSpec { path, format, read_only, nvram: true, cdrom, backing });
         let words = words(&with_flash);
         assert_eq!(after(&words, "-machine"), ["pc-i440fx-7.2,pflash0=firmware,pflash1=disk0"]);
         assert!(after(&words, "-device").iter().all(|device| !device.contains("virtio-blk")));
@@ -488,6 +507,37 @@ mod tests {
                 "driver=raw,node-name=firmware,file=firmware-file,read-only=on",
                 "driver=file,node-name=file0,filename=/d/vars,read-only=off",
                 "driver=raw,node-name=disk0,file=file0,read-only=off"
+            ]
+        );
+    }
+
+    #[test]
+    fn each_cd_is_alone_on_a_bus_and_takes_no_slot_of_a_disk() {
+        let disk = |path: &str, cdrom: bool| DiskSpec {
+            path: path.into(),
+            format: "raw",
+            read_only: cdrom,
+            nvram: false,
+            cdrom,
+            backing: None,
+        };
+        let mut with_cds = spec();
+        with_cds.nics.clear();
+        with_cds.disks = vec![disk("/d/a.iso", true), disk("/d/b", false), disk("/d/c.iso", true)];
+        let words = words(&with_cds);
+        assert_eq!(
+            after(&words, "-device"),
+            [
+                "ide-cd,id=cd0,drive=disk0,bus=ide.0,unit=0",
+                "virtio-blk-pci,id=vd1,drive=disk1,addr=0x9,werror=stop,rerror=stop",
+                "ide-cd,id=cd2,drive=disk2,bus=ide.1,unit=0"
+            ]
+        );
+        assert_eq!(
+            after(&words, "-blockdev")[..2],
+            [
+                "driver=file,node-name=file0,filename=/d/a.iso,read-only=on",
+                "driver=raw,node-name=disk0,file=file0,read-only=on"
             ]
         );
     }

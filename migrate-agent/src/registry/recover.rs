@@ -130,6 +130,7 @@ impl Registry {
             disk_limit: None,
             // Whatever the destination has by now.
             compare_disks: true,
+            disks_there: vec![],
             disk_window: None,
             downtime_limit: DOWNTIME_DEFAULT,
             iterations_max: None,

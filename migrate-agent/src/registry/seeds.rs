@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use super::links::same;
 use super::{Registry, RegistryError, random_token};
 use crate::clock;
-use crate::disk::local::local_disks;
+use crate::disk::local::written_disks;
 use crate::disk::rooms::{DiskRooms, RoomError};
 use crate::disk::sync::receive::Received;
 use crate::source::Failure;
@@ -111,7 +111,7 @@ impl Registry {
         let vm = VmId::new(definition.name.as_str())?;
         self.must_be_idle(&vm)?;
         let rooms = Arc::clone(&self.context.rooms);
-        let disks = local_disks(definition, &rooms.directories).into_iter();
+        let disks = written_disks(definition, &rooms.directories).into_iter();
         let images: Vec<_> = disks.map(|disk| disk.path).collect();
         if images.is_empty() {
             return Err(no_disks(&vm));

@@ -1,4 +1,5 @@
-//! Answers what lies beneath overlays: those of a VM here, or what another host's would lie on here.
+//! Answers what lies beneath overlays, and which images nobody writes to: those of a VM here, or what
+//! another host's VM would find here.
 //!
 //! Used by the gRPC server. Only a hash of a file goes out, never its content. Whoever hangs up does
 //! not stop the reading: the next one who asks finds the hash known.
@@ -10,7 +11,7 @@ use tonic::Status;
 
 use super::{Service, status, vm_named};
 use crate::tasks;
-use crate::vms::bases::{DEEPEST, as_it_is_here, beneath_overlays};
+use crate::vms::bases::{DEEPEST, as_it_is_here, files_of};
 use crate::vms::chain;
 
 /// A VM has no more disks.
@@ -36,7 +37,7 @@ impl Service {
         // One file at a time: a second reader would only make the disk seek.
         let mut bases = Arc::clone(&self.bases).lock_owned().await;
         let hashed = tasks::blocking(move || match own {
-            Some(definition) => beneath_overlays(&mut bases, &definition, &directories),
+            Some(definition) => files_of(&mut bases, &definition, &directories),
             None => Ok(request
                 .chains
                 .into_iter()

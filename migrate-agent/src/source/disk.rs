@@ -132,8 +132,11 @@ pub(super) struct Figures {
 impl SourceTask {
     fn local_disks(&self) -> Vec<LocalDisk> {
         let definition = self.context.guests.definition(&self.order.vm);
-        let directories = &self.context.rooms.directories;
-        definition.map_or_else(Vec::new, |definition| local_disks(&definition, directories))
+        let Some(mut definition) = definition else { return vec![] };
+        for (disk, number) in definition.disks.iter_mut().zip(0..) {
+            disk.is_there = self.order.disks_there.contains(&number);
+        }
+        local_disks(&definition, &self.context.rooms.directories)
     }
 
     /// Has every write to the VM's local disks pass through a mover; nothing where it has none.

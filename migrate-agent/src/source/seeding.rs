@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::Context;
 use super::disk::DiskFailure;
 use crate::clock;
-use crate::disk::local::{LocalDisk, local_disks};
+use crate::disk::local::{LocalDisk, written_disks};
 use crate::disk::process::client::{ANSWER_LIMIT, Mover};
 use crate::disk::process::control::{Destination, Limits, Report, Request, Stage};
 use crate::progress::RateMeter;
@@ -76,7 +76,7 @@ pub(crate) async fn send(
 ) -> Result<(), DiskFailure> {
     let definition = context.guests.definition(&order.vm);
     let directories = &context.rooms.directories;
-    let disks = definition.map_or_else(Vec::new, |known| local_disks(&known, directories));
+    let disks = definition.map_or_else(Vec::new, |known| written_disks(&known, directories));
     if disks.is_empty() {
         return Err(DiskFailure::NoDisks);
     }

@@ -1,4 +1,5 @@
-//! What lies beneath overlays: which files, and what they hold, by hash.
+//! What lies beneath overlays, and images that nobody writes to (CDs): which files, and what they
+//! hold, by hash.
 //!
 //! Used by the gRPC server, for a plan and for `lifeboat verify`. A base is read whole once; its hash is
 //! kept as long as the file's device, inode, length, mtime and ctime are the same, so that the next
@@ -18,7 +19,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::chain;
 use crate::clock;
 use crate::disk::local::local_disks;
-use crate::disk::rooms::place;
+use crate::disk::rooms::{DiskRooms, place};
 use crate::qemu::qcow2::{Backing, Qcow2Error, backing_of};
 
 /// No chain is longer; QEMU itself is slow far below.
@@ -158,17 +159,24 @@ fn placed<'a>(
     })
 }
 
-/// What lies beneath each of a VM's local overlays here. It blocks, as [`Bases::content`] does.
+/// What lies beneath each of a VM's local overlays here, and each of its images that nobody writes to. It
+/// blocks, as [`Bases::content`] does.
 ///
 /// # Errors
 /// When the head of an image cannot be read.
-pub fn beneath_overlays(
+pub fn files_of(
     bases: &mut Bases,
     definition: &VmDefinition,
     directories: &[PathBuf],
 ) -> Result<Vec<BaseChain>, Qcow2Error> {
     let mut chains = Vec::new();
     for disk in local_disks(definition, directories) {
+        let called = definition.disks.get(disk.number).map(|disk| disk.path.clone());
+        let called = called.unwrap_or_default();
+        if disk.read_only {
+            let files = vec![hashed(bases, called.clone(), &disk.path, None)];
+            chains.push(BaseChain { disk: called.clone(), files, image: true });
+        }
         let files = match disk.format == "qcow2" {
             true => beneath(&disk.path)?,
             false => continue,
@@ -177,8 +185,7 @@ pub fn beneath_overlays(
             continue;
         }
         let files = files.into_iter().map(|file| hashed(bases, file.name, &file.path, None));
-        let called = definition.disks.get(disk.number).map(|disk| disk.path.clone());
-        chains.push(BaseChain { disk: called.unwrap_or_default(), files: files.collect() });
+        chains.push(BaseChain { disk: called, files: files.collect(), image: false });
     }
     Ok(chains)
 }
@@ -186,11 +193,38 @@ pub fn beneath_overlays(
 /// The same chain, as it is here. It blocks, as [`Bases::content`] does.
 pub fn as_it_is_here(bases: &mut Bases, wanted: BaseChain, directories: &[PathBuf]) -> BaseChain {
     let overlay = place(directories, Path::new(&wanted.disk));
+    if wanted.image {
+        let file = wanted.files.into_iter().next().unwrap_or_default();
+        let file = hashed(bases, file.name, &overlay, Some(file.bytes));
+        let files = vec![as_an_image(file, &overlay, directories)];
+        return BaseChain { files, ..wanted };
+    }
     let names: Vec<&str> = wanted.files.iter().map(|file| file.name.as_str()).collect();
     let paths: Vec<_> = placed(&overlay, names).collect();
     let files = wanted.files.into_iter().zip(paths);
     let files = files.map(|(file, path)| hashed(bases, file.name, &path, Some(file.bytes)));
-    BaseChain { files: files.collect(), disk: wanted.disk }
+    BaseChain { files: files.collect(), disk: wanted.disk, image: false }
+}
+
+/// What was found of an image that nobody writes to: it can be sent where there is none.
+fn as_an_image(file: BaseFile, path: &Path, directories: &[PathBuf]) -> BaseFile {
+    if DiskRooms::is_arriving(path) {
+        // It is gone again if the VM that it comes with does not arrive.
+        let detail = "it is just arriving with a VM; try again afterwards".to_owned();
+        return BaseFile { detail, hash: String::new(), ..file };
+    }
+    if std::fs::symlink_metadata(path).is_ok() {
+        return file;
+    }
+    match directories.iter().any(|room| path.starts_with(room)) {
+        true => BaseFile { absent: true, ..file },
+        false => BaseFile {
+            detail: "it is not there, and lies in no directory in which this host takes in disks; put it there, \
+                     or add its directory to `disk_dirs` in agent.toml"
+                .to_owned(),
+            ..file
+        },
+    }
 }
 
 fn hashed(bases: &mut Bases, name: String, path: &Path, wanted: Option<u64>) -> BaseFile {
@@ -207,6 +241,7 @@ fn hashed(bases: &mut Bases, name: String, path: &Path, wanted: Option<u64>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lifeboat_protocol::agent::Disk;
 
     /// Long after every file of these tests was made.
     const LATER: Duration = Duration::from_secs(1 << 40);
@@ -251,6 +286,34 @@ mod tests {
         assert!(matches!(bases.content(folder.path(), None, LATER), Err(BaseError::Kind)));
         let none = bases.content(&folder.path().join("none"), None, LATER);
         assert!(matches!(none, Err(BaseError::Read(_))));
+    }
+
+    #[test]
+    fn an_image_that_nobody_writes_to_is_the_same_or_can_be_sent_or_is_in_the_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let rooms = ["here", "there"].map(|name| folder.path().join(name));
+        rooms.iter().for_each(|room| std::fs::create_dir(room).unwrap());
+        let image = rooms[0].join("a.iso");
+        std::fs::write(&image, "one").unwrap();
+        let disk = Disk { path: "a.iso".into(), read_only: true, ..Disk::default() };
+        let definition = VmDefinition { disks: vec![disk], ..VmDefinition::default() };
+        let [here, there] = rooms.map(|room| vec![room]);
+        let chains = files_of(&mut Bases::default(), &definition, &here).unwrap();
+        let wanted = &chains[0];
+        assert!(chains.len() == 1 && wanted.image && wanted.files[0].hash.len() == 32);
+        let found = |room: &[PathBuf], wanted: &BaseChain| {
+            as_it_is_here(&mut Bases::default(), wanted.clone(), room).files[0].clone()
+        };
+        assert_eq!(found(&here, wanted).hash, wanted.files[0].hash);
+        assert!(found(&there, wanted).absent);
+        let outside = BaseChain { disk: "/nowhere/a.iso".into(), ..wanted.clone() };
+        let outside = found(&there, &outside);
+        assert!(!outside.absent && outside.detail.contains("disk_dirs"), "{outside:?}");
+        std::fs::write(there[0].join("a.iso"), "two").unwrap();
+        let other = found(&there, wanted);
+        assert!(!other.absent && other.bytes == 3 && other.hash != wanted.files[0].hash);
+        std::fs::write(there[0].join("a.iso.arriving-b"), "one").unwrap();
+        assert!(found(&there, wanted).detail.contains("arriving"));
     }
 
     #[test]

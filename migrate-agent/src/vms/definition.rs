@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use lifeboat_protocol::ids::{NameError, VmId};
 use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 
-use crate::qemu::launch::DEVICES_MAX;
+use crate::qemu::launch::{CD_DRIVES_MAX, DEVICES_MAX};
 
 /// Virtual CPUs that a VM may have.
 pub const VCPUS_MAX: u32 = 255;
@@ -98,6 +98,8 @@ pub struct Disk {
     pub read_only: bool,
     /// It is no disk for the guest but the memory that the firmware keeps its variables in.
     pub nvram: bool,
+    /// It is the CD in a drive of its own; then the guest cannot write to it.
+    pub cdrom: bool,
     /// The storage, declared by every host that reaches it; `None` is local.
     pub shared_storage: Option<String>,
 }
@@ -246,6 +248,7 @@ pub(super) struct RawDisk {
     pub(super) format: String,
     pub(super) read_only: bool,
     pub(super) nvram: bool,
+    pub(super) cdrom: bool,
     pub(super) shared_storage: String,
 }
 
@@ -266,6 +269,10 @@ impl Raw {
         if self.kernel.is_none() && (self.initrd.is_some() || !self.kernel_arguments.is_empty()) {
             let key = if self.initrd.is_some() { "initrd" } else { "kernel_arguments" };
             return Err(at(key)(Problem::Needs { other: "kernel" }));
+        }
+        let given = self.disks.iter().filter(|disk| disk.cdrom).count();
+        if given > CD_DRIVES_MAX {
+            return Err(at("disk.cdrom")(Problem::TooMany { given, most: CD_DRIVES_MAX }));
         }
         let disks = disks(self.disks)?;
         if let Some(at_index) = disks.iter().position(|disk| disk.nvram) {
@@ -454,8 +461,8 @@ fn disks(raw: Vec<RawDisk>) -> Result<Vec<Disk>, DefinitionError> {
         };
         let storage = optional_name(raw.shared_storage).map_err(key("shared_storage"))?;
         let path = disk_path(&raw.path, storage.is_none()).map_err(key("path"))?;
-        let (read_only, nvram) = (raw.read_only, raw.nvram);
-        Ok(Disk { path, format, read_only, nvram, shared_storage: storage })
+        let (read_only, nvram, cdrom) = (raw.read_only || raw.cdrom, raw.nvram, raw.cdrom);
+        Ok(Disk { path, format, read_only, nvram, cdrom, shared_storage: storage })
     };
     raw.into_iter().enumerate().map(check).collect()
 }

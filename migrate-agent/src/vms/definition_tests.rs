@@ -28,6 +28,7 @@ fn disk(storage: &str, read_only: bool) -> RawDisk {
         format: "raw".to_owned(),
         read_only,
         nvram: false,
+        cdrom: false,
         shared_storage: storage.to_owned(),
     }
 }
@@ -121,6 +122,19 @@ fn a_local_disk_may_be_a_plain_name_and_nothing_between_that_and_a_path() {
     for bad in ["", ".", "..", "a/b", "./a", "/a/../b", "a\n"] {
         assert!(with(bad).is_err(), "{bad:?}");
     }
+}
+
+#[test]
+fn nobody_writes_to_a_cd_and_there_is_a_drive_for_each() {
+    let with = |cds: usize, nvram: bool| {
+        let firmware = Some(("OVMF_CODE.fd".to_owned(), String::new()));
+        let disks = vec![RawDisk { cdrom: true, nvram, ..disk("", false) }; cds];
+        Raw { firmware, disks, ..raw() }.check()
+    };
+    let two = with(2, false).unwrap().disks;
+    assert!(two.len() == 2 && two.iter().all(|cd| cd.cdrom && cd.read_only));
+    assert_eq!(with(3, false).unwrap_err().key, "disk.cdrom");
+    assert_eq!(with(1, true).unwrap_err().key, "disk[0].nvram");
 }
 
 #[test]

@@ -22,7 +22,7 @@
 //! code, in the images directory), `profile`, `promised_disk` (a size, per
 //! second), `forbid_post_copy`, `forbid_intermediaries`, `forbid_throttling`, `nic.mtu`, and
 //! `[[disk]]` with `path`, `format`, `read_only`, `nvram` (what the firmware keeps its variables in),
-//! `shared_storage`.
+//! `cdrom`, `shared_storage`.
 
 use std::path::Path;
 
@@ -107,6 +107,8 @@ struct DiskEntry {
     #[serde(default)]
     nvram: bool,
     #[serde(default)]
+    cdrom: bool,
+    #[serde(default)]
     shared_storage: String,
 }
 
@@ -169,6 +171,7 @@ impl From<VmFile> for Raw {
             format: disk.format,
             read_only: disk.read_only,
             nvram: disk.nvram,
+            cdrom: disk.cdrom,
             shared_storage: disk.shared_storage,
         };
         Self {
@@ -211,6 +214,7 @@ impl From<&Definition> for VmFile {
             format: disk.format.as_str().to_owned(),
             read_only: disk.read_only,
             nvram: disk.nvram,
+            cdrom: disk.cdrom,
             shared_storage: disk.shared_storage.clone().unwrap_or_default(),
         });
         Self {
@@ -268,6 +272,11 @@ format = "raw"
 path = "vars.fd"
 format = "raw"
 nvram = true
+
+[[disk]]
+path = "/srv/iso/a.iso"
+format = "raw"
+cdrom = true
 "#;
 
     fn error(text: &str) -> String {

@@ -234,6 +234,7 @@ mod tests {
             format: DiskFormat::Raw,
             read_only: false,
             nvram: false,
+            cdrom: false,
             shared_storage: storage.map(str::to_owned),
         };
         assert!(on_its_storage(&disk("/srv/nfs/a", Some("nfs")), &storages).is_ok());

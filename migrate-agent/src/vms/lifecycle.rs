@@ -186,6 +186,7 @@ impl Vms {
                 format: disk.format.as_str(),
                 read_only: disk.read_only,
                 nvram: disk.nvram,
+                cdrom: disk.cdrom,
                 // The overlay of a VM that is to arrive is not here yet; asked again at its launch.
                 backing: match disk.format == DiskFormat::Qcow2 && path.exists() {
                     true => qcow2::backing_of(&path)?,

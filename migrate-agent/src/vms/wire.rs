@@ -20,6 +20,7 @@ impl TryFrom<agent::VmDefinition> for Definition {
             format: disk.format,
             read_only: disk.read_only,
             nvram: disk.nvram,
+            cdrom: disk.cdrom,
             shared_storage: disk.shared_storage,
         };
         let raw = Raw {
@@ -62,8 +63,10 @@ impl From<&Definition> for agent::VmDefinition {
             path: disk.path.to_string_lossy().into_owned(),
             read_only: disk.read_only,
             nvram: disk.nvram,
+            cdrom: disk.cdrom,
             shared_storage: disk.shared_storage.clone().unwrap_or_default(),
             format: disk.format.as_str().to_owned(),
+            is_there: false,
         });
         Self {
             name: definition.name.to_string(),
@@ -107,13 +110,21 @@ mod tests {
                 bridge: "br0".to_owned(),
                 ..RawNic::default()
             }],
-            disks: vec![RawDisk {
-                path: "/nfs/a".to_owned(),
-                format: "qcow2".to_owned(),
-                read_only: false,
-                nvram: true,
-                shared_storage: "nfs".to_owned(),
-            }],
+            disks: vec![
+                RawDisk {
+                    path: "/nfs/a".to_owned(),
+                    format: "qcow2".to_owned(),
+                    nvram: true,
+                    shared_storage: "nfs".to_owned(),
+                    ..RawDisk::default()
+                },
+                RawDisk {
+                    path: "a.iso".to_owned(),
+                    format: "raw".to_owned(),
+                    cdrom: true,
+                    ..RawDisk::default()
+                },
+            ],
             profile: "fast".to_owned(),
             forbid_throttling: true,
             ..Raw::default()

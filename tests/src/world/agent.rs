@@ -31,6 +31,8 @@ const PROFILE: &str = "watched";
 /// What every host calls its storage.
 const STORAGE: &str = "san";
 const DISK_BYTES: u64 = 64 << 20;
+/// Not a whole number of the blocks that are sent: its last one is short.
+const CD_BYTES: u64 = (4 << 20) + 2048;
 /// OVMF's variables as they are before the first boot.
 pub const FRESH_NVRAM: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// What the guest writes of a local disk, again and again.
@@ -153,6 +155,7 @@ impl Agent {
         let (file, path, format, key) = match disk {
             Disk::None => return Ok(String::new()),
             Disk::Raw | Disk::Busy(_) => (self.disk(), "disk".to_owned(), "raw", String::new()),
+            Disk::Cd => (self.disk(), "disk".to_owned(), "raw", self.make_cd()?),
             Disk::Overlay => (self.disk(), "disk".to_owned(), "qcow2", String::new()),
             Disk::Firmware => (self.disk(), "disk".to_owned(), "raw", "nvram = true\n".to_owned()),
             Disk::Shared => {
@@ -169,6 +172,13 @@ impl Agent {
         }
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
         Ok(format!("[[disk]]\npath = \"{path}\"\nformat = \"{format}\"\n{key}"))
+    }
+
+    /// Its part of the definition, which follows the disk's.
+    fn make_cd(&self) -> std::io::Result<String> {
+        let content: Vec<u8> = (0..CD_BYTES).map(|at| (at.wrapping_mul(at) >> 11) as u8).collect();
+        fs::write(self.cd(), content)?;
+        Ok("[[disk]]\npath = \"cd.iso\"\nformat = \"raw\"\ncdrom = true\n".to_owned())
     }
 
     /// On a base of which every host has its own copy at the same place beside its disks.
@@ -196,6 +206,12 @@ impl Agent {
         self.folder.join("disks/disk")
     }
 
+    /// Where the VM's CD is on this host.
+    #[must_use]
+    pub fn cd(&self) -> PathBuf {
+        self.folder.join("disks/cd.iso")
+    }
+
     /// What the VM's overlay lies on, on this host.
     #[must_use]
     pub fn base(&self) -> PathBuf {
@@ -213,6 +229,7 @@ impl Agent {
     pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
         let writes = match disk {
             Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300"),
+            Disk::Cd => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300 lb.cd=1"),
             Disk::Busy(busy) => format!(
                 " lb.disk={} lb.disk_block={} lb.disk_rate={} lb.disk_check={}",
                 busy.image,

@@ -75,6 +75,8 @@ pub enum Disk {
     Shared,
     /// No disk, but firmware (OVMF) and the NVRAM that it writes its variables to.
     Firmware,
+    /// The same as [`Self::Raw`], and a CD beside it, which its guest reads.
+    Cd,
     /// An image of its host's, all of it written again and again, as fast as that says.
     Busy(Busy),
 }

@@ -110,6 +110,7 @@ impl Hosts {
                 format: "raw",
                 read_only: false,
                 nvram: false,
+                cdrom: false,
                 backing: None,
             }],
             profile_arguments: vec![],
