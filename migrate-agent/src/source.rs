@@ -18,6 +18,7 @@ mod copying;
 pub mod disk;
 mod elsewhere;
 mod guest;
+mod resting;
 pub mod scattering;
 pub mod seeding;
 mod serving;
@@ -94,6 +95,12 @@ pub struct Order {
     pub absorb_budget: Bytes,
     /// Where pages wait, of scatter-gather.
     pub scatter: Option<Plan>,
+    /// Its guest may run at the destination before its disks are complete there.
+    pub disks_follow: bool,
+    /// So much of what goes before may be left then; zero: the mover's default.
+    pub handover_size: Bytes,
+    /// For so long it is watched before that which of its disks is busy.
+    pub disk_watch: Duration,
 }
 
 /// What the task is told while it runs.
@@ -475,6 +482,9 @@ impl SourceTask {
             match self.next_word(deadline).await {
                 Ok(Frame::Running(generation)) => {
                     self.note_downtime();
+                    if self.disks_follow() {
+                        return self.until_disks_released(generation).await;
+                    }
                     if self.serving.is_some() {
                         return self.until_released(generation).await;
                     }
