@@ -95,6 +95,15 @@ impl Kept {
         }
     }
 
+    /// The source of disk `disk` goes on changing it: its map counts no more.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub(super) fn unseal(&self, disk: u16) -> io::Result<()> {
+        let _alone = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        remove(&missing(&self.folder, disk.into()))
+    }
+
     /// Nothing is missing, and all of it is durable: no map counts any more.
     ///
     /// # Errors
@@ -178,6 +187,9 @@ mod tests {
         let (kept, _) = open();
         kept.save(0, || b"map 0".to_vec()).unwrap();
         kept.save(1, || b"map 1".to_vec()).unwrap();
+        kept.unseal(0).unwrap();
+        assert_eq!(super::before(&folder, 2).unwrap(), Before::Nothing, "its source writes on");
+        kept.save(0, || b"map 0".to_vec()).unwrap();
         kept.note(1, &(4096..8192)).unwrap();
         kept.note(1, &(7..u64::MAX)).unwrap();
         // Killed half way through an entry.

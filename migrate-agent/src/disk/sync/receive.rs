@@ -8,6 +8,9 @@
 //! what a peer sends beyond the length that it announced is an error. Deliberately not here: giving
 //! the image its final name, which comes after COMMIT.
 
+mod files;
+mod maps;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -18,19 +21,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
-use xxhash_rust::xxh3::xxh3_64;
 
-use super::frame::{Frame, FrameError, Kind, MAX_PAYLOAD, decode_runs};
+use super::frame::{Frame, FrameError, Kind, decode_runs};
 use super::incoming::{Incoming, Readiness};
 use super::kept::{Before, Kept};
 use super::stream::{FrameReader, FrameWriter, StreamError};
 use super::versions::Version;
 use crate::disk::track::{BlockSize, GeometryError};
 use crate::tasks;
+use files::{create, map_path, zero};
+use maps::{send_map, send_missing};
+
+pub(super) use files::save;
+pub use maps::block_hash;
 
 /// Both streams of a connection begin within this time of each other, on a busy machine.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(2);
@@ -426,25 +431,6 @@ impl Received {
     }
 }
 
-/// Where the map of an image is kept.
-fn map_path(image: &Path) -> PathBuf {
-    let mut name = image.as_os_str().to_owned();
-    name.push(".missing");
-    name.into()
-}
-
-/// Replaces the file at `path` as a whole, durably.
-pub(super) fn save(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let file = File::create(&new)?;
-    file.write_all_at(content, 0)?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    let directory = path.parent().map_or(Path::new("."), |parent| parent);
-    File::open(directory)?.sync_all()
-}
-
 /// A disk of which a process before us has kept `map`; without one, all of it is there.
 fn found(path: &Path, name: &OsStr, map: Option<(Vec<u8>, Vec<Range<u64>>)>) -> io::Result<Disk> {
     use std::os::unix::fs::OpenOptionsExt;
@@ -468,23 +454,6 @@ fn found(path: &Path, name: &OsStr, map: Option<(Vec<u8>, Vec<Range<u64>>)>) -> 
     let (sealed, compared) = (AtomicBool::new(true), AtomicBool::new(true));
     let held = Default::default();
     Ok(Disk { held, file, incoming: Mutex::new(incoming), sealed, compared })
-}
-
-fn create(path: &Path, length: u64, seeded: bool) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut how = File::options();
-    how.read(true).write(true).mode(0o600);
-    // No link that somebody put there is followed.
-    match seeded {
-        true => how.create(true).custom_flags(libc::O_NOFOLLOW),
-        false => how.create_new(true),
-    };
-    let file = how.open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    file.set_len(length)?;
-    Ok(file)
 }
 
 /// Receives on one stream until its end.
@@ -538,10 +507,9 @@ impl Received {
         let failed = |source| ReceiveError::Write { disk: frame.disk, source };
         match frame.kind {
             Kind::Hello => {
+                // First: what is asked for once the questions are forgotten has to go out.
+                *self.wants.lock().unwrap_or_else(PoisonError::into_inner) = Some(answers.clone());
                 self.announce(frame)?;
-                let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-                *wants = Some(answers.clone());
-                drop(wants);
                 // Whoever waits for a block asks again.
                 self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
                 return Ok(());
@@ -572,11 +540,16 @@ impl Received {
                 disk.sealed.store(true, Ordering::SeqCst);
             }
             Kind::Unseal => {
-                let mut incoming = disk.incoming();
-                self.must_be_open(frame.disk)?;
-                self.must_not_be_owned(frame.disk)?;
-                disk.sealed.store(false, Ordering::SeqCst);
-                incoming.unseal();
+                {
+                    let mut incoming = disk.incoming();
+                    self.must_be_open(frame.disk)?;
+                    self.must_not_be_owned(frame.disk)?;
+                    disk.sealed.store(false, Ordering::SeqCst);
+                    incoming.unseal();
+                }
+                if let Some(kept) = &self.kept {
+                    kept.unseal(frame.disk).map_err(failed)?;
+                }
             }
             Kind::AskMap if self.is_owned() => {
                 send_missing(&disk, frame.disk, answers);
@@ -641,78 +614,4 @@ impl Received {
         }
         Ok(())
     }
-}
-
-/// Makes a hole; where the file system has none, zeroes.
-fn zero(file: &File, part: &Range<u64>) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, part.start, part.end - part.start) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-            let zeroes = vec![0; MAX_PAYLOAD];
-            let mut at = part.start;
-            while at < part.end {
-                let length = (part.end - at).min(MAX_PAYLOAD as u64);
-                file.write_all_at(&zeroes[..length as usize], at)?;
-                at += length;
-            }
-            Ok(())
-        }
-        outcome => outcome.map_err(io::Error::from),
-    }
-}
-
-/// The hash of a block as both sides compute it; never 0, which stands for "not there".
-#[must_use]
-pub fn block_hash(content: &[u8]) -> u64 {
-    xxh3_64(content).max(1)
-}
-
-/// Hashes of all blocks, as many frames as it takes. Each is also a sign of life, and so is at most
-/// what a slow disk reads in a second.
-fn send_map(disk: &Disk, number: u16, answers: &Answers) -> io::Result<()> {
-    const AT_A_TIME: u64 = 64 << 20;
-    let (size, length) = {
-        let incoming = disk.incoming();
-        (incoming.block(), incoming.length())
-    };
-    let at_a_time = (AT_A_TIME / size.bytes()).clamp(1, MAX_PAYLOAD as u64 / 8);
-    let mut first = 0;
-    while first < size.count(length) {
-        let until = (first + at_a_time).min(size.count(length));
-        let mut hashes = Vec::new();
-        for block in first..until {
-            let range = size.range(block, length);
-            let mut content = vec![0; (range.end - range.start) as usize];
-            disk.file.read_exact_at(&mut content, range.start)?;
-            hashes.extend_from_slice(&block_hash(&content).to_be_bytes());
-        }
-        let (offset, length) = (first * size.bytes(), (until - first) * size.bytes());
-        let payload = hashes.into();
-        let _ = answers.send(Frame { offset, length, payload, ..Frame::new(Kind::Map, number) });
-        first = until;
-    }
-    // The end of the map: an empty one, with the version to go on after.
-    let version = disk.incoming().newest();
-    let _ = answers.send(Frame { offset: length, version, ..Frame::new(Kind::Map, number) });
-    Ok(())
-}
-
-/// What is missing, for the source of a VM that runs here: 0 for a block that is not there, as if it
-/// were its hash, and 1 for one that is.
-fn send_missing(disk: &Disk, number: u16, answers: &Answers) {
-    const AT_A_TIME: u64 = 1 << 10;
-    let incoming = disk.incoming();
-    let (size, length) = (incoming.block(), incoming.length());
-    let mut first = 0;
-    while first < size.count(length) {
-        let until = (first + AT_A_TIME).min(size.count(length));
-        let marks =
-            (first..until).flat_map(|block| u64::from(!incoming.lacks(block)).to_be_bytes());
-        let payload = marks.collect::<Vec<u8>>().into();
-        let (offset, length) = (first * size.bytes(), (until - first) * size.bytes());
-        let _ = answers.send(Frame { offset, length, payload, ..Frame::new(Kind::Map, number) });
-        first = until;
-    }
-    let version = incoming.newest();
-    let _ = answers.send(Frame { offset: length, version, ..Frame::new(Kind::Map, number) });
 }
