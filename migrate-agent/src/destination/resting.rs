@@ -2,10 +2,16 @@
 //! until nothing is missing, and QEMU is back on the images themselves.
 //!
 //! ```text
-//!   remember_rest   before LOADED: the source stays for as long as that is on the disk
+//!   remember_rest   before LOADED: the source stays until that says that all is here
 //!   rest_on         RUNNING said: blocks come; a process that was killed is started again
 //!   settle_rest     nothing is missing, durably: images named, RELEASED, QEMU swapped, process ended
 //! ```
+//!
+//! # A guest that ends meanwhile
+//!
+//! It was shut down, or its QEMU has died. What it wrote is here and nowhere else, so the rest is
+//! fetched all the same, and the VM is started from a whole disk, like any that ended. Only a host that has
+//! been down meanwhile has lost it: what was not flushed is gone, and nothing is started from the rest.
 //!
 //! # A source that cannot be reached
 //!
@@ -16,7 +22,7 @@
 use std::time::Duration;
 
 use lifeboat_protocol::agent::Phase;
-use lifeboat_protocol::ids::VmId;
+use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_scatter_gather::link::Frame;
 
 use super::DestinationTask;
@@ -27,7 +33,7 @@ use crate::disk::process::control::Stage;
 use crate::handover::destination::Outcome;
 use crate::handover::rest::Rest;
 use crate::progress::RateMeter;
-use crate::qemu::qmp::{Qmp, RunState};
+use crate::qemu::qmp::RunState;
 use crate::qemu::swap::Side;
 use crate::source::disk::{DiskFailure, swap_all};
 use crate::source::{Context, Failure};
@@ -36,12 +42,6 @@ use crate::source::{Context, Failure};
 const SHOW_EVERY: Duration = Duration::from_millis(200);
 /// The source hears of this side at least so often, and a guest that stands still is resumed.
 const TEND_EVERY: Duration = Duration::from_secs(1);
-
-/// What ended the wait for the last block.
-enum End {
-    Whole,
-    Died,
-}
 
 impl DestinationTask {
     /// Whether the guest's disks may follow it.
@@ -67,38 +67,43 @@ impl DestinationTask {
             return Ok(());
         }
         let (source, _) = self.machine.source();
-        let rest = Rest { migration: self.machine.migration().clone(), source: source.clone() };
+        self.note_rest(source.clone(), false).await
+    }
+
+    async fn note_rest(&self, source: HostId, whole: bool) -> Result<(), Failure> {
+        let rest = Rest { migration: self.machine.migration().clone(), source, whole };
         let (store, vm) = (self.context.store.clone(), self.vm.clone());
         Ok(crate::tasks::blocking(move || store.write_rest(&vm, &rest)).await?)
     }
 
     /// The guest runs: sees its disks in, if they follow it.
     pub(super) async fn rest_on(&mut self, outcome: Outcome) -> Outcome {
-        let Some(following) = self.following().filter(|_| outcome == Outcome::Running) else {
-            return outcome;
-        };
-        self.progress.enter(Phase::DiskRest);
-        let end = self.until_disks_are_whole(&following).await;
+        let Some(following) = self.following() else { return outcome };
+        if outcome == Outcome::Running {
+            self.progress.enter(Phase::DiskRest);
+            self.until_disks_are_whole(&following).await;
+        }
         // Nobody watches it any more, and starts it again: it is about to end.
         drop(following);
         if let Some(disks) = &mut self.disks {
             disks.let_go();
         }
-        match end {
-            End::Whole => self.settle_rest().await,
-            // What there is of its disks stays: nothing is started from them (`vms::ownership`).
-            End::Died => {
+        match outcome {
+            Outcome::Running => self.settle_rest().await,
+            // It was never seen to run. What there is of its disks stays, and nothing is started from it
+            // (`vms::ownership`).
+            Outcome::Died => {
                 if let Err(error) = bring_arrival_home(&self.context, &self.vm).await {
                     let error = crate::vms::chain(&error);
                     tracing::error!(error, "what served its disks stays");
                 }
-                return Outcome::Died;
             }
+            Outcome::Discarded => {}
         }
         outcome
     }
 
-    async fn until_disks_are_whole(&mut self, following: &Following) -> End {
+    async fn until_disks_are_whole(&mut self, following: &Following) {
         let mut show = tokio::time::interval(SHOW_EVERY);
         show.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let (mut meter, mut tended) = (RateMeter::default(), clock::now());
@@ -108,7 +113,11 @@ impl DestinationTask {
                     self.take_input_gathering(input).await;
                     continue;
                 }
-                () = gone(self.qmp.as_ref()) => return End::Died,
+                () = gone(self.qmp.as_ref()) => {
+                    tracing::warn!(vm = %self.vm, "it has ended; its disks go on arriving");
+                    self.qmp = None;
+                    continue;
+                }
                 _ = show.tick() => {}
             }
             let seen = following.seen();
@@ -122,7 +131,7 @@ impl DestinationTask {
                     }
                 });
                 match settled.await {
-                    Ok(()) => return End::Whole,
+                    Ok(()) => return,
                     Err(error) => tracing::error!(%error, "the source has to wait"),
                 }
             }
@@ -140,12 +149,13 @@ impl DestinationTask {
             // A source that wants to know asks.
             self.writer = None;
         }
-        if let Some(qmp) = self.qmp.clone()
-            && let Ok(status) = qmp.query_status().await
-            && status.status == RunState::IoError
-        {
+        let Some(qmp) = self.qmp.clone() else { return };
+        // While it ends a read that nobody answers it says nothing itself.
+        let asked = qmp.clone();
+        let status = self.meanwhile(async move { asked.query_status().await }).await;
+        if status.is_ok_and(|status| status.status == RunState::IoError) {
             tracing::warn!(vm = %self.vm, "it stands still for a block that did not come; resumed");
-            if let Err(error) = qmp.cont().await {
+            if let Err(error) = self.meanwhile(async move { qmp.cont().await }).await {
                 tracing::warn!(%error, "not resumed yet");
             }
         }
@@ -154,15 +164,20 @@ impl DestinationTask {
     fn show_rest(&mut self, seen: &Seen, meter: &mut RateMeter) {
         let Some(report) = &seen.report else { return };
         let rate = meter.read(clock::now(), report.sent);
-        let (left, sent, lost) = (report.left, report.sent, seen.lost.clone());
+        let (left, sent) = (report.left, report.sent);
+        let reason = match (&seen.lost, &self.qmp) {
+            (Some(why), _) => {
+                format!("what serves its arriving disks cannot be started again: {why}")
+            }
+            (None, None) => "it has ended; its disks go on arriving".to_owned(),
+            (None, Some(_)) => String::new(),
+        };
         self.progress.update(|progress| {
             progress.disk_bytes_left = left;
             progress.disk_bytes_sent = sent;
             progress.disk_bytes_per_sec = rate / 8;
             progress.rate_bits_per_sec = rate;
-            progress.reason = lost.map_or_else(String::new, |why| {
-                format!("what serves its arriving disks cannot be started again: {why}")
-            });
+            progress.reason = reason;
         });
     }
 
@@ -180,9 +195,10 @@ impl DestinationTask {
                 Err(error) => {
                     let error = crate::vms::chain(&error);
                     tracing::error!(error, "its disks are all here, and stay on their mount");
-                    if self.qmp.as_ref().is_none_or(Qmp::is_closed) {
-                        return;
-                    }
+                    self.progress.update(|progress| {
+                        progress.reason =
+                            format!("its disks are all here, and stay on their mount: {error}");
+                    });
                 }
             }
             tokio::time::sleep(TEND_EVERY).await;
@@ -193,8 +209,8 @@ impl DestinationTask {
         if let Some(disks) = &self.disks {
             disks.give_last_names().await?;
         }
-        let (store, vm) = (self.context.store.clone(), self.vm.clone());
-        Ok(crate::tasks::blocking(move || store.end_rest(&vm)).await?)
+        let (source, _) = self.machine.source();
+        self.note_rest(source.clone(), true).await
     }
 }
 
@@ -202,13 +218,19 @@ impl DestinationTask {
 /// where there is none. Only once nothing is missing, or the guest has gone.
 pub(crate) async fn bring_arrival_home(context: &Context, vm: &VmId) -> Result<(), DiskFailure> {
     let movers = context.movers.of_arrivals();
-    let Some(mut mover) = movers.reach(vm).await? else { return Ok(movers.forget(vm)?) };
-    if context.guests.lives(vm)
-        && let Ok(qmp) = context.guests.qmp(vm).await
-    {
-        swap_all(&mut mover, &qmp, Side::Native).await?;
+    if !movers.knows(vm) {
+        return Ok(());
     }
-    mover.finish().await?;
+    if context.guests.lives(vm) {
+        let Some(mut mover) = movers.reach(vm).await? else { return Ok(movers.forget(vm)?) };
+        // Without it the mount is in use, and stays.
+        if let Ok(qmp) = context.guests.qmp(vm).await {
+            swap_all(&mut mover, &qmp, Side::Native).await?;
+        }
+        mover.finish().await?;
+    } else {
+        movers.give_up(vm).await?;
+    }
     if context.store.rest(vm).is_ok_and(|rest| rest.is_none()) {
         let _ = std::fs::remove_dir_all(maps(&context.rooms, vm));
     }

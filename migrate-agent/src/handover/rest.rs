@@ -1,7 +1,9 @@
 //! What a destination must remember of a guest whose disks are not all here, beside the record of who
-//! owns it. Written before LOADED and removed when nothing is missing; for as long as it is there, the
-//! source is told to stay, and the VM is not started from these disks.
+//! owns it. Written before LOADED; until it says that nothing is missing any more, the source is told to
+//! stay, and the VM is not started from these disks.
 //!
+//! It stays then, and says to a source that has not heard so that the VM is well: also where its guest
+//! has ended meanwhile, which without it would be a guest that died. The VM's next arrival takes it away.
 //! Which blocks are missing is not in it: `disk::sync::kept` has that.
 
 use std::fs;
@@ -21,6 +23,9 @@ pub struct Rest {
     pub migration: MigrationId,
     /// Who has the rest.
     pub source: HostId,
+    /// Nothing of them is missing any more.
+    #[serde(default)]
+    pub whole: bool,
 }
 
 impl Store {
@@ -33,6 +38,19 @@ impl Store {
     /// # Errors
     /// When it is there and cannot be read or is damaged.
     pub fn rest(&self, vm: &VmId) -> Result<Option<Rest>, StoreError> {
+        Ok(self.read_rest(vm)?.filter(|rest| !rest.whole))
+    }
+
+    /// Whether all of the VM's disks has come since by `migration`, which brought it here before them.
+    ///
+    /// # Errors
+    /// As [`Self::rest`].
+    pub fn has_rested(&self, vm: &VmId, migration: &MigrationId) -> Result<bool, StoreError> {
+        let rest = self.read_rest(vm)?;
+        Ok(rest.is_some_and(|rest| rest.whole && rest.migration == *migration))
+    }
+
+    fn read_rest(&self, vm: &VmId) -> Result<Option<Rest>, StoreError> {
         let path = self.rest_path(vm);
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
@@ -54,8 +72,7 @@ impl Store {
         self.replace(&path, &format!(".{vm}.rest.new"), &bytes)
     }
 
-    /// Nothing of the VM's disks is elsewhere any more, or the VM is not this host's. No error where
-    /// nothing was remembered.
+    /// The VM is not this host's, or arrives anew. No error where nothing was remembered.
     ///
     /// # Errors
     /// When the disk does not take it.
@@ -86,13 +103,18 @@ mod tests {
         let owner = Record::Owner { generation: Generation(2), via, from, resumed: true };
         store.write(&vm, &owner).unwrap();
         assert!(!store.wants_source(&vm));
-        let rest = Rest { migration, source };
+        let rest = Rest { migration: migration.clone(), source, whole: false };
         store.write_rest(&vm, &rest).unwrap();
-        assert_eq!(store.rest(&vm).unwrap(), Some(rest));
+        assert_eq!(store.rest(&vm).unwrap(), Some(rest.clone()));
         assert_eq!(store.read_all().unwrap().len(), 1, "it is no record of ownership");
-        assert!(store.wants_source(&vm));
+        assert!(store.wants_source(&vm) && !store.has_rested(&vm, &migration).unwrap());
+        store.write_rest(&vm, &Rest { whole: true, ..rest }).unwrap();
+        assert_eq!(store.rest(&vm).unwrap(), None);
+        assert!(!store.wants_source(&vm) && store.has_rested(&vm, &migration).unwrap());
+        let other = MigrationId::new("m2").unwrap();
+        assert!(!store.has_rested(&vm, &other).unwrap());
         store.end_rest(&vm).unwrap();
         store.end_rest(&vm).unwrap();
-        assert!(!store.wants_source(&vm));
+        assert!(!store.wants_source(&vm) && !store.has_rested(&vm, &migration).unwrap());
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
-use super::{Registry, Task};
+use super::{Entry, Registry, Task};
 use crate::destination;
 use crate::destination::disk::TakenBy;
 use crate::disk::sync::receive::receive;
@@ -246,10 +246,25 @@ impl Registry {
         writer.send(&Frame::Standing(standing)).await
     }
 
+    /// A guest that ended here while its disks followed it, or after, is no reason to go back to the
+    /// source's copy: what it wrote is in them, and they go on arriving.
+    fn disks_stand_for_it(&self, hello: &Hello) -> bool {
+        let (store, vm) = (&self.context.store, &hello.vm);
+        if store.has_rested(vm, &hello.migration).unwrap_or(false) {
+            return true;
+        }
+        let rests = store.rest(vm).ok().flatten();
+        let entries = self.entries();
+        // After a power cut nobody sees them in.
+        rests.is_some_and(|rest| rest.migration == hello.migration)
+            && entries.by_id.get(&hello.migration).is_some_and(Entry::is_open)
+    }
+
     fn standing_as_destination(&self, hello: &Hello) -> Standing {
         match self.context.store.read(&hello.vm) {
             Ok(record) => {
-                let guest_lives = self.context.guests.lives(&hello.vm);
+                let guest_lives =
+                    self.context.guests.lives(&hello.vm) || self.disks_stand_for_it(hello);
                 let gathering = self.context.store.wants_source(&hello.vm);
                 Record::standing_as_destination(
                     record.as_ref(),

@@ -82,7 +82,7 @@ impl Registry {
             let context = self.context.clone();
             let rests = !context.store.rest(&vm).is_ok_and(|rest| rest.is_none());
             match records.get(&vm) {
-                Some(_) if rests && context.guests.lives(&vm) => {}
+                Some(_) if rests && self.has_stayed_up(&vm) => {}
                 Some(Record::Owner { resumed: true, .. }) => {
                     crate::tasks::spawn("arrived disks of before", async move {
                         if let Err(error) = bring_arrival_home(&context, &vm).await {
@@ -91,7 +91,7 @@ impl Registry {
                         }
                     });
                 }
-                // Never sealed, or refused: its guest has been taken away.
+                // Never sealed, or refused, or lost with its host: its guest has been taken away.
                 _ => {
                     crate::tasks::spawn("disks that did not arrive", async move {
                         if let Err(error) = context.movers.of_arrivals().give_up(&vm).await {
@@ -101,6 +101,12 @@ impl Registry {
                 }
             }
         }
+    }
+
+    /// Whether all that the VM has written to disks that are not all here is there: its QEMU lives, or
+    /// has ended while this host was up.
+    fn has_stayed_up(&self, vm: &VmId) -> bool {
+        self.context.guests.lives(vm) || self.context.movers.of_arrivals().are_held(vm)
     }
 
     fn arriving_disks(&self, vm: &VmId) -> Option<TakenBy> {
@@ -122,17 +128,17 @@ impl Registry {
             self.take_up_destination(vm, machine, Some(actions));
             return;
         }
-        if !self.take_up_rest(&vm, record, lives) {
+        if !self.take_up_rest(&vm, record) {
             self.take_up_gathering(vm, record, lives);
         }
     }
 
-    /// A guest that runs here and whose disks were on their way. Whether it is one.
-    fn take_up_rest(&self, vm: &VmId, record: &Record, lives: bool) -> bool {
+    /// A guest that runs here, or has ended here, and whose disks were on their way. Whether it is one.
+    fn take_up_rest(&self, vm: &VmId, record: &Record) -> bool {
         let Ok(Some(rest)) = self.context.store.rest(vm) else { return false };
         match record {
             Record::Owner { generation, via: Some(via), from: Some(from), resumed: true }
-                if *via == rest.migration && lives =>
+                if *via == rest.migration && self.has_stayed_up(vm) =>
             {
                 let machine = Destination::running(*generation, via.clone(), from.clone());
                 self.take_up_destination(vm.clone(), machine, None);

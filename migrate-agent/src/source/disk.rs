@@ -27,6 +27,7 @@ use self::date::Spread;
 use super::copying::{heard, unwelcome};
 use super::{Context, Failure, SourceTask};
 use crate::clock;
+use crate::destination::resting::bring_arrival_home;
 use crate::disk::local::{LocalDisk, local_disks};
 use crate::disk::process::client::{ANSWER_LIMIT, Mover, MoverClientError};
 use crate::disk::process::control::{Destination, Limits, Report, Request, Stage};
@@ -79,6 +80,11 @@ pub enum DiskFailure {
         "the guest writes to its disks as fast as the link carries them: hold it back (`--by TIME` does), or reserve more"
     )]
     Outrun,
+    /// The same, of what goes before a VM that its disks may follow.
+    #[error(
+        "the guest writes to the busy part of its disks as fast as the link carries it: let it move with more of that left (`--handover-size`), or reserve more"
+    )]
+    BusyOutrun,
     /// The images here.
     #[error(transparent)]
     Room(#[from] RoomError),
@@ -143,7 +149,9 @@ impl SourceTask {
             return Ok(());
         }
         self.progress.enter(Phase::DiskBulk);
-        // An earlier attempt may have left QEMU on its mount.
+        // An earlier attempt may have left QEMU on its mount, and an arrival on another one: what it writes
+        // there no mover would see.
+        bring_arrival_home(&self.context, &self.order.vm).await?;
         self.bring_disks_home().await?;
         let (movers, vm) = (&self.context.movers, &self.order.vm);
         let mover = match self.disks_follow() {
@@ -240,7 +248,10 @@ impl SourceTask {
                 (least, since) = (figures.left, clock::now());
             }
             if since.elapsed() > NO_PROGRESS_LIMIT {
-                return Err(DiskFailure::Outrun.into());
+                return Err(match self.disks_follow() {
+                    true => DiskFailure::BusyOutrun.into(),
+                    false => DiskFailure::Outrun.into(),
+                });
             }
             if pinged.elapsed() >= PING_EVERY {
                 pinged = clock::now();
@@ -481,6 +492,11 @@ impl Leaving {
     /// Its mover.
     pub(super) fn mover(&mut self) -> &mut Mover {
         &mut self.mover
+    }
+
+    /// What is sent of them by this report, bits per second.
+    pub(super) fn rate(&mut self, report: &Report) -> u64 {
+        self.sent.read(clock::now(), report.sent)
     }
 
     /// How fast the guest writes is seen while it does not wait for the link.

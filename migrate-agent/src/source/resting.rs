@@ -25,7 +25,6 @@ use crate::clock;
 use crate::disk::process::client::ANSWER_LIMIT;
 use crate::disk::process::control::{Report, Request, Stage};
 use crate::handover::source::Event;
-use crate::progress::RateMeter;
 
 /// The mover is looked after this often.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -56,7 +55,6 @@ impl SourceTask {
         self.rest_on().await;
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut meter = RateMeter::default();
         loop {
             let word = tokio::select! {
                 word = heard(&mut self.words) => word,
@@ -65,7 +63,7 @@ impl SourceTask {
                     continue;
                 }
                 _ = look.tick() => {
-                    self.look_after_rest(&mut meter).await;
+                    self.look_after_rest().await;
                     continue;
                 }
             };
@@ -91,13 +89,13 @@ impl SourceTask {
             self.progress.enter(Phase::DiskRest);
             self.progress.update(|progress| progress.reason.clear());
         }
-        self.look_after_rest(&mut RateMeter::default()).await;
+        self.look_after_rest().await;
     }
 
-    async fn look_after_rest(&mut self, meter: &mut RateMeter) {
+    async fn look_after_rest(&mut self) {
         match self.serve_rest().await {
             Ok(report) => {
-                let rate = meter.read(clock::now(), report.sent);
+                let rate = self.disks.as_mut().map_or(0, |leaving| leaving.rate(&report));
                 self.progress.update(|progress| {
                     progress.disk_bytes_left = report.left;
                     progress.disk_bytes_per_sec = rate / 8;

@@ -63,7 +63,7 @@ pub enum OwnershipRefusal {
     },
     /// Its guest ran here before its disks were complete, and ended.
     #[error(
-        "VM `{vm}` may not be started here: its disks are not all here, and {peer} may still hold the rest; resume the guest there as it was at the switchover with `lifeboat claim {vm} --fenced --host {peer}`"
+        "VM `{vm}` may not be started here: its disks are not all here; where they still come from {peer} (`lifeboat status`), start it when they are; otherwise resume the guest there as it was at the switchover with `lifeboat claim {vm} --fenced --host {peer}`"
     )]
     Incomplete {
         /// The VM.
@@ -127,11 +127,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (vm, source) = (VmId::new("web").unwrap(), HostId::new("h1").unwrap());
         let store = Store::open(directory.path()).unwrap();
-        let rest = Rest { migration: MigrationId::new("m1").unwrap(), source };
+        let migration = MigrationId::new("m1").unwrap();
+        let rest = Rest { migration, source, whole: false };
         store.write_rest(&vm, &rest).unwrap();
         let said = store.may_start(&vm).unwrap_err().to_string();
         assert!(said.contains("its disks are not all here") && said.contains("h1"), "{said}");
-        store.end_rest(&vm).unwrap();
+        store.write_rest(&vm, &Rest { whole: true, ..rest }).unwrap();
         assert!(store.may_start(&vm).is_ok());
     }
 

@@ -116,6 +116,13 @@ impl Movers {
         self.folder(vm).path().exists()
     }
 
+    /// Whether the mounts of the one of `vm` are still held: then this host has not been down since,
+    /// and what was written to them is there, flushed or not.
+    #[must_use]
+    pub fn are_held(&self, vm: &VmId) -> bool {
+        is_listening(&self.folder(vm).holder())
+    }
+
     /// The VMs of which there is a mover, or something of one.
     #[must_use]
     pub fn all(&self) -> Vec<VmId> {
