@@ -13,12 +13,13 @@
 mod arriving;
 pub mod disk;
 mod elsewhere;
+mod following;
 mod gathering;
 mod receiving;
+pub(crate) mod resting;
 mod settling;
 mod taking_up;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase, VmDefinition};
@@ -28,7 +29,6 @@ use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::link::{Frame, Purpose};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::disk::sync::receive::Received;
 use crate::guests::Arrival;
 use crate::handover::destination::{Action, Destination, Event, Outcome, State};
 use crate::link::{FrameReader, FrameWriter, LinkError};
@@ -36,7 +36,7 @@ use crate::progress::Progress;
 use crate::qemu::qmp::Qmp;
 use crate::source::{Context, Failure};
 use crate::stores::Plan;
-use disk::ArrivingDisks;
+use disk::{ArrivingDisks, TakenBy};
 pub use gathering::journal::JournalError;
 use gathering::{Gathering, Reachable};
 
@@ -80,6 +80,8 @@ pub struct DestinationTask {
     waiting: Option<oneshot::Sender<Frame>>,
     /// The disks that come along.
     disks: Option<ArrivingDisks>,
+    /// They may follow it.
+    follow: bool,
     /// Of a guest whose pages follow it: who brings them, and connections that came before it began.
     gathering: Option<Gathering>,
     lanes: Vec<(Purpose, FrameReader, FrameWriter)>,
@@ -115,6 +117,7 @@ impl DestinationTask {
             reader: None,
             waiting: None,
             disks,
+            follow: false,
             gathering: None,
             lanes: Vec::new(),
             gather_limit: None,
@@ -123,10 +126,17 @@ impl DestinationTask {
         }
     }
 
-    /// What the source's disk connections write to.
+    /// Who takes the source's connections about its disks.
     #[must_use]
-    pub fn received_disks(&self) -> Option<Arc<Received>> {
-        self.disks.as_ref().and_then(ArrivingDisks::received)
+    pub fn disks_taken_by(&self) -> Option<TakenBy> {
+        self.disks.as_ref().and_then(ArrivingDisks::taken_by)
+    }
+
+    /// Its guest may run before its disks are complete.
+    #[must_use]
+    pub fn let_disks_follow(mut self, follow: bool) -> Self {
+        self.follow = follow;
+        self
     }
 
     /// Whether a copy of its disks was here before.
@@ -163,8 +173,12 @@ impl DestinationTask {
         let arrival = self.arrival();
         // What an earlier arrival of the VM may have left.
         self.context.store.end_gathering(&self.vm)?;
-        let rooms = &self.context.rooms;
-        self.disks = ArrivingDisks::make_way(rooms, &self.vm, &self.definition)?;
+        self.context.store.end_rest(&self.vm)?;
+        let (context, vm, definition) = (&self.context, &self.vm, &self.definition);
+        self.disks = match self.follow {
+            true => ArrivingDisks::follow(context, vm, definition).await?,
+            false => ArrivingDisks::make_way(&context.rooms, vm, definition)?,
+        };
         if let Some(disks) = &self.disks {
             // What can be said now is said now: the disks may take hours.
             let disks = disks.clone();
@@ -203,7 +217,8 @@ impl DestinationTask {
     }
 
     async fn bring_up(&self, arrival: Arrival) -> Result<Qmp, Failure> {
-        let qmp = self.context.guests.arrive(&self.definition, arrival).await?;
+        let mounts = self.disks.as_ref().map(ArrivingDisks::mounted).unwrap_or_default();
+        let qmp = self.context.guests.arrive(&self.definition, arrival, &mounts).await?;
         if arrival == Arrival::Stream {
             qmp.migrate_set_only(&receiving::CAPABILITIES).await?;
             if self.gathers() {
@@ -251,6 +266,7 @@ impl DestinationTask {
 
     /// Goes on with a hand-over that a restart found.
     pub async fn take_up(mut self, actions: Vec<Action>) -> MigrationProgress {
+        self.follow_again();
         self.reach_qemu().await;
         if let Err(failure) = self.gather_again().await {
             tracing::error!(reason = %failure.line(), "the guest's pages cannot be taken up again");

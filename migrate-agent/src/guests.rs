@@ -3,6 +3,7 @@
 //! `source.rs` and `destination.rs` speak to this trait; `vms/` implements it. It is a trait so
 //! that the hand-over's drivers name the little they depend on, and nothing reaches around it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use futures_util::future::BoxFuture;
@@ -55,11 +56,13 @@ pub trait Guests: Send + Sync {
     fn could_arrive(&self, definition: &VmDefinition) -> Result<(), GuestError>;
 
     /// Counts the memory of an arriving VM as taken, checks that the definition can run here,
-    /// keeps it for restarts, and starts the VM's QEMU, paused, with its taps attached.
+    /// keeps it for restarts, and starts the VM's QEMU, paused, with its taps attached. The disks in
+    /// `mounts`, by number, are opened there: they are not all here.
     fn arrive<'a>(
         &'a self,
         definition: &'a VmDefinition,
         arrival: Arrival,
+        mounts: &'a BTreeMap<usize, PathBuf>,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>>;
 
     /// The memory of the VM's guest, to be read from outside.

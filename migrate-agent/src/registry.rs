@@ -18,14 +18,14 @@ use lifeboat_protocol::agent::{
     ScatterPlan, Side, StartMigrationRequest,
 };
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NameError, VmId};
-use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::terms::{DiskMode, Mode};
 use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
 use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::destination::disk::TakenBy;
 use crate::destination::{self, DestinationTask};
 use crate::disk::rooms::Room;
-use crate::disk::sync::receive::Received;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::store::StoreError;
@@ -37,6 +37,10 @@ pub use answer::VmStanding;
 
 /// What the pause should not exceed where the order does not say.
 const DOWNTIME_DEFAULT: Duration = Duration::from_millis(300);
+/// So long it is watched which segments of a disk are busy where the order does not say; and at most:
+/// the destination waits for the source meanwhile.
+const WATCH_DEFAULT: Duration = Duration::from_secs(3);
+const WATCH_LONGEST: Duration = Duration::from_secs(30);
 /// Ended migrations that are still told about.
 const ENDED_MAX: usize = 256;
 
@@ -112,8 +116,8 @@ enum Task {
         generation: Generation,
         /// Handed the link once; a second one is turned away.
         linked: bool,
-        /// What connections about its disks write to.
-        disks: Option<Arc<Received>>,
+        /// Who takes connections about its disks.
+        disks: Option<TakenBy>,
     },
 }
 
@@ -230,6 +234,7 @@ impl Registry {
         let definition = request.definition.clone().ok_or_else(|| missing("definition"))?;
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
+        let disk = disk_mode(request.disk, mode)?;
         self.must_be_idle(&vm)?;
         self.end_seeds_of(&vm).await;
         let plan = scatter_plan(mode, request.scatter.as_ref())?;
@@ -266,9 +271,10 @@ impl Registry {
             machine,
         )
         .gather_from(plan)
-        .gather_at(gather_limit(request.gather_limit_bits_per_sec));
+        .gather_at(gather_limit(request.gather_limit_bits_per_sec))
+        .let_disks_follow(disk == DiskMode::OnDemand);
         task.prepare().await?;
-        let (disks, seeded) = (task.received_disks(), task.has_seeds());
+        let (disks, seeded) = (task.disks_taken_by(), task.has_seeds());
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
         let entry = Entry {
             vm,
@@ -281,6 +287,7 @@ impl Registry {
             page_address: self.page_address.to_string(),
             token: token.to_vec(),
             seeded,
+            disk: lifeboat_protocol::agent::DiskMode::from(disk).into(),
         })
     }
 
@@ -334,6 +341,8 @@ impl Registry {
             None => return Err(RegistryError::UnknownVm(vm)),
         };
         let limit = BitsPerSec(request.network_limit_bits_per_sec).bytes_per_sec();
+        let disk = disk_mode(request.disk, mode)?;
+        let watch = Duration::from_millis(request.disk_watch_ms.into());
         Ok(Order {
             migration: MigrationId::new(request.migration.as_str())?,
             vm,
@@ -357,6 +366,9 @@ impl Registry {
             absorb_budget: lifeboat_protocol::units::Bytes(request.absorb_budget_bytes),
             deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms)),
             generation,
+            disks_follow: disk == DiskMode::OnDemand,
+            handover_size: lifeboat_protocol::units::Bytes(request.handover_size_bytes),
+            disk_watch: if watch.is_zero() { WATCH_DEFAULT } else { watch.min(WATCH_LONGEST) },
         })
     }
 
@@ -495,6 +507,18 @@ impl Registry {
         // Until it is over, so that whoever cancelled can count on where the guest is.
         let _ = progress.wait_for(|progress| progress.phase().is_final()).await;
         Ok(progress.borrow().clone())
+    }
+}
+
+/// How its disks move. A controller that is older does not say.
+fn disk_mode(asked: i32, mode: Mode) -> Result<DiskMode, RegistryError> {
+    let invalid = |problem| RegistryError::Invalid { field: "disk", problem };
+    let asked = lifeboat_protocol::agent::DiskMode::try_from(asked);
+    match asked.map_err(|_| invalid("is a way to move that this agent does not know"))?.known() {
+        Some(DiskMode::OnDemand) if mode != Mode::PreCopy => {
+            Err(invalid("is on-demand, which goes with pre-copy of the memory only"))
+        }
+        disk => Ok(disk.unwrap_or(DiskMode::Copy)),
     }
 }
 

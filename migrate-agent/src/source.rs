@@ -17,7 +17,11 @@ mod asking;
 mod copying;
 pub mod disk;
 mod elsewhere;
+mod failure;
 mod guest;
+mod link;
+mod performing;
+mod resting;
 pub mod scattering;
 pub mod seeding;
 mod serving;
@@ -29,33 +33,27 @@ use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::{Bytes, BytesPerSec};
+use lifeboat_scatter_gather::link::Frame;
 use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
-use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock;
-use crate::destination::JournalError;
 use crate::disk::process::client::Movers;
-use crate::disk::rooms::{DiskRooms, RoomError};
-use crate::guests::{GuestError, Guests};
+use crate::disk::rooms::DiskRooms;
+use crate::guests::Guests;
 use crate::handover::source::{Action, Event, Outcome, Source, State};
-use crate::handover::store::{Store, StoreError};
-use crate::link::io::frame_name;
-use crate::link::{FrameReader, FrameWriter, LinkError};
-use crate::postcopy::GatherError;
-use crate::postcopy::absorb::{AbsorbError, Absorbed};
+use crate::handover::store::Store;
+use crate::link::{FrameWriter, LinkError};
+use crate::postcopy::absorb::Absorbed;
 use crate::progress::Progress;
-use crate::qemu::qmp::{MigrationStatus, QmpError};
-use crate::qemu::ram::{Ram, RamError};
-use crate::qemu::stream::{PageAt, StreamError};
-use crate::stores::{Plan, StoreLinkError};
+use crate::qemu::ram::Ram;
+use crate::stores::Plan;
 use crate::tls::TlsIdentity;
-use disk::{DiskFailure, Leaving};
-use scattering::{Scattering, ScatteringError, Stores};
+use disk::Leaving;
+pub use failure::Failure;
+use scattering::{Scattering, Stores};
 use serving::Serving;
 
-/// How long the destination may take to say WELCOME: its QEMU is already up.
-const WELCOME_LIMIT: Duration = Duration::from_secs(10);
 /// How long RUNNING may take after COMMIT before the state is called uncertain.
 const RUNNING_LIMIT: Duration = Duration::from_secs(5);
 
@@ -96,6 +94,12 @@ pub struct Order {
     pub absorb_budget: Bytes,
     /// Where pages wait, of scatter-gather.
     pub scatter: Option<Plan>,
+    /// Its guest may run at the destination before its disks are complete there.
+    pub disks_follow: bool,
+    /// So much of what goes before may be left then; zero: the mover's default.
+    pub handover_size: Bytes,
+    /// For so long it is watched before that which of its disks is busy.
+    pub disk_watch: Duration,
 }
 
 /// What the task is told while it runs.
@@ -131,125 +135,6 @@ pub struct Context {
     pub movers: Movers,
     /// Where disks arrive on it.
     pub rooms: Arc<DiskRooms>,
-}
-
-/// Why a migration did not come to COMMIT.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The link.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// QEMU.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    /// The guest.
-    #[error(transparent)]
-    Guest(#[from] GuestError),
-    /// The disk with the ownership records.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// A local socket.
-    #[error("cannot take QEMU's stream")]
-    Socket(#[source] std::io::Error),
-    /// QEMU gave up.
-    #[error("QEMU ended the migration as `{status:?}`{}", .detail.as_ref().map(|d| format!(": {d}")).unwrap_or_default())]
-    Qemu {
-        /// Its migration status.
-        status: MigrationStatus,
-        /// What it said.
-        detail: Option<String>,
-    },
-    /// QEMU did not do something in time.
-    #[error("QEMU did not {what} within {} ms", .limit.as_millis())]
-    Slow {
-        /// What it should have done.
-        what: &'static str,
-        /// The time it had.
-        limit: Duration,
-    },
-    /// Somebody stopped it.
-    #[error("cancelled: {0}")]
-    Cancelled(String),
-    /// The destination stopped it.
-    #[error("the destination refused: {0}")]
-    Refused(String),
-    /// It would not have come to an end.
-    #[error(
-        "pre-copy does not converge: {0}; retry with less load in the guest, more bandwidth, or `--mode cold`"
-    )]
-    NotConverging(lifeboat_policy::stop::GiveUpReason),
-    /// The disks that leave.
-    #[error(transparent)]
-    Disk(#[from] DiskFailure),
-    /// The disks that arrive.
-    #[error(transparent)]
-    Arrival(#[from] RoomError),
-    /// The last of the disks.
-    #[error("the rest of the disks did not come within {} s after the guest stopped", .0.as_secs())]
-    Unsealed(Duration),
-    /// The guest went away by itself.
-    #[error("the guest's QEMU has gone")]
-    GuestGone,
-    /// The stores.
-    #[error(transparent)]
-    Scatter(#[from] ScatteringError),
-    /// A store that the destination cannot reach.
-    #[error("the destination cannot gather from its stores")]
-    Stores(#[from] StoreLinkError),
-    /// The stream cannot be carried page by page.
-    #[error(transparent)]
-    Absorb(#[from] AbsorbError),
-    /// The guest's memory cannot be read from outside.
-    #[error(transparent)]
-    Ram(#[from] RamError),
-    /// The link does not take what cannot wait at the source.
-    #[error(
-        "{queued} of the guest's devices wait for the link, more than the {budget} set aside; use pre-copy, or give more"
-    )]
-    Budget {
-        /// What waits.
-        queued: Bytes,
-        /// What may wait.
-        budget: Bytes,
-    },
-    /// The destination asks for what the guest does not have.
-    #[error("{0} is asked for, which the guest does not have")]
-    NoSuchPage(PageAt),
-    /// The stream at the destination.
-    #[error(transparent)]
-    Stream(#[from] StreamError),
-    /// What the destination was told does not fit together.
-    #[error(transparent)]
-    Gather(#[from] GatherError),
-    /// What was told of the guest's pages.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// QEMU cannot take a guest in whose memory follows later.
-    #[error(
-        "QEMU cannot fetch pages on demand on this host (its user needs userfaultfd: `sysctl vm.unprivileged_userfaultfd=1`, or from QEMU 8.0 on access to /dev/userfaultfd)"
-    )]
-    NoPostCopy(#[source] QmpError),
-    /// QEMU gave up what it was given page by page.
-    #[error("QEMU has ended the guest's arrival: {0}")]
-    ArrivalEnded(&'static str),
-}
-
-impl Failure {
-    /// The whole chain of causes in one line, for reports.
-    #[must_use]
-    pub fn line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if !line.contains(&text) {
-                line.push_str(": ");
-                line.push_str(&text);
-            }
-            cause = error.source();
-        }
-        line
-    }
 }
 
 /// One migration's task at the source.
@@ -441,35 +326,6 @@ impl SourceTask {
         Ok(())
     }
 
-    async fn connect(&mut self) -> Result<(), Failure> {
-        let identity = self.context.identity.as_ref();
-        let (address, host) = (&self.order.page_address, &self.order.destination);
-        let (mut reader, mut writer) = crate::link::connect(address, host, identity).await?;
-        writer.send(&Frame::Hello(self.hello(Purpose::Migrate))).await?;
-        match reader.next_within(WELCOME_LIMIT).await? {
-            Frame::Welcome => {}
-            Frame::Refused(reason) | Frame::Abort(reason) => return Err(Failure::Refused(reason)),
-            other => {
-                let got = frame_name(&other);
-                return Err(LinkError::Unexpected { got, wanted: "WELCOME" }.into());
-            }
-        }
-        self.words = Some(listen(reader));
-        self.writer = Some(writer);
-        Ok(())
-    }
-
-    fn hello(&self, purpose: Purpose) -> Hello {
-        Hello {
-            purpose,
-            migration: self.order.migration.clone(),
-            vm: self.order.vm.clone(),
-            host: self.context.host.clone(),
-            generation: self.machine.next_generation(),
-            token: self.order.token,
-        }
-    }
-
     /// Waits for RUNNING on the link; its absence makes the state uncertain.
     async fn await_running(&mut self) {
         let deadline = clock::now() + RUNNING_LIMIT;
@@ -477,6 +333,9 @@ impl SourceTask {
             match self.next_word(deadline).await {
                 Ok(Frame::Running(generation)) => {
                     self.note_downtime();
+                    if self.disks_follow() {
+                        return self.until_disks_released(generation).await;
+                    }
                     if self.serving.is_some() {
                         return self.until_released(generation).await;
                     }
@@ -516,121 +375,4 @@ impl SourceTask {
             self.progress.update(|progress| progress.downtime_us = micros);
         }
     }
-
-    /// The next word of the destination before `deadline`.
-    async fn next_word(&mut self, deadline: std::time::Instant) -> Result<Frame, LinkError> {
-        let Some(words) = &mut self.words else { return Err(LinkError::Closed) };
-        let limit = deadline.saturating_duration_since(clock::now());
-        match tokio::time::timeout(limit, words.recv()).await {
-            Ok(Some(word)) => word,
-            Ok(None) => Err(LinkError::Closed),
-            Err(_) => Err(LinkError::Silent(limit)),
-        }
-    }
-
-    /// Gives the machine an event and performs what it wants done.
-    async fn tell(&mut self, event: Event) {
-        let mut actions = Vec::new();
-        self.machine.apply(event, &mut actions);
-        tracing::debug!(?event, state = ?self.machine.state(), "hand-over");
-        self.perform_all(actions).await;
-    }
-
-    /// Performs actions of which a failed one must not keep the later ones from being tried.
-    async fn perform_all(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            let fatal = matches!(action, Action::Persist(_));
-            if let Err(failure) = self.perform(vec![action]).await {
-                tracing::error!(error = %failure.line(), "hand-over step failed");
-                self.progress.update(|progress| progress.reason = failure.line());
-                if fatal {
-                    // What could not be made durable must not be acted on: the record on the
-                    // disk stays in force, and the machine is taken up from it.
-                    self.reload().await;
-                    return;
-                }
-            }
-        }
-    }
-
-    /// After a failed write: the state is what the disk says, whatever was meant.
-    async fn reload(&mut self) {
-        while let Err(error) = self.reload_once() {
-            tracing::error!(%error, "ownership record cannot be read; trying again");
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    }
-
-    fn reload_once(&mut self) -> Result<(), StoreError> {
-        if let Some(record) = self.context.store.read(&self.order.vm)? {
-            let mut ignored = Vec::new();
-            if let Some(machine) =
-                Source::resume(&record, self.context.guests.lives(&self.order.vm), &mut ignored)
-            {
-                self.machine = machine;
-            }
-        }
-        Ok(())
-    }
-
-    async fn perform(&mut self, actions: Vec<Action>) -> Result<(), Failure> {
-        for action in actions {
-            let name = action.name();
-            crate::marks::pass("source", "before", name).await;
-            match action {
-                Action::Persist(record) => {
-                    let (store, vm) = (self.context.store.clone(), self.order.vm.clone());
-                    crate::tasks::blocking(move || store.write(&vm, &record)).await?;
-                }
-                Action::SendCommit(generation) => self.send_commit(generation).await,
-                Action::SendAbort => {
-                    let reason = self.progress.now().reason;
-                    if let Some(writer) = &mut self.writer {
-                        // Best effort: a destination that does not hear it asks.
-                        let _ = writer.send(&Frame::Abort(reason)).await;
-                        writer.close().await;
-                    }
-                }
-                Action::ResumeGuest => self.resume_guest().await?,
-                Action::QuitGuest => {
-                    self.context.guests.end(&self.order.vm, true).await?;
-                    let elapsed = self.progress.elapsed_ms();
-                    self.progress.update(|progress| progress.eviction_ms = elapsed);
-                }
-                // `finish` asks for as long as the machine is open.
-                Action::Ask => {}
-            }
-            crate::marks::pass("source", "after", name).await;
-        }
-        Ok(())
-    }
-
-    async fn send_commit(&mut self, generation: Generation) {
-        if let Some(writer) = &mut self.writer
-            && let Err(error) = writer.send(&Frame::Commit(generation)).await
-        {
-            tracing::error!(%error, "COMMIT could not be sent on the link");
-        }
-    }
-}
-
-/// Reads the link in a task of its own, so that a word is heard whatever else goes on. Ends with
-/// the link, or when nobody listens any more.
-fn listen(mut reader: FrameReader) -> mpsc::Receiver<Result<Frame, LinkError>> {
-    /// The destination says something (at least ACK) four times a second.
-    const SILENCE_LIMIT: Duration = Duration::from_secs(5);
-    let (to, words) = mpsc::channel(64);
-    crate::tasks::spawn("page link words", async move {
-        loop {
-            let word = reader.next_within(SILENCE_LIMIT).await;
-            let last = word.is_err();
-            if matches!(word, Ok(Frame::Ack(_) | Frame::Pong(_))) {
-                continue;
-            }
-            if to.send(word).await.is_err() || last {
-                return;
-            }
-        }
-    });
-    words
 }

@@ -153,6 +153,7 @@ async fn begin(
         source_page_address: source.address.clone(),
         scatter: scatter.clone(),
         gather_limit_bits_per_sec: 100_000_000,
+        ..PrepareDestinationRequest::default()
     };
     let prepared = destination.client.prepare_destination(request).await.unwrap().into_inner();
     let request = StartMigrationRequest {

@@ -2,7 +2,7 @@
 
 use crate::{
     agent,
-    terms::{Mode, Redundancy},
+    terms::{DiskMode, Mode, Redundancy},
 };
 
 impl From<Mode> for agent::Mode {
@@ -29,6 +29,27 @@ impl agent::Mode {
             Self::PostCopy => Some(Mode::PostCopy),
             Self::ScatterGather => Some(Mode::ScatterGather),
             Self::Cold => Some(Mode::Cold),
+        }
+    }
+}
+
+impl From<DiskMode> for agent::DiskMode {
+    fn from(mode: DiskMode) -> Self {
+        match mode {
+            DiskMode::Copy => Self::Copy,
+            DiskMode::OnDemand => Self::OnDemand,
+        }
+    }
+}
+
+impl agent::DiskMode {
+    /// What a peer named; `None` for `Unspecified`.
+    #[must_use]
+    pub fn known(self) -> Option<DiskMode> {
+        match self {
+            Self::Unspecified => None,
+            Self::Copy => Some(DiskMode::Copy),
+            Self::OnDemand => Some(DiskMode::OnDemand),
         }
     }
 }

@@ -71,6 +71,48 @@ impl FromStr for Mode {
     }
 }
 
+/// When a VM's local disks move.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// As a whole, before the VM.
+    #[default]
+    Copy,
+    /// What is busy before the VM, the rest after it: eagerly, and what its guest reads first.
+    OnDemand,
+}
+
+impl DiskMode {
+    /// The name on command lines and in files.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::OnDemand => "on-demand",
+        }
+    }
+}
+
+impl fmt::Display for DiskMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for DiskMode {
+    type Err = UnknownTermError;
+    fn from_str(text: &str) -> Result<Self, UnknownTermError> {
+        let all = [Self::Copy, Self::OnDemand];
+        all.into_iter().find(|mode| mode.as_str() == text).ok_or_else(|| UnknownTermError {
+            given: text.to_owned(),
+            kind: "way for disks to move",
+            choices: "copy, on-demand",
+        })
+    }
+}
+
 /// Why a host is being evacuated. It sets the urgency when none is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -296,6 +338,14 @@ mod tests {
         }
         let error = "lend".parse::<ReservationKind>().unwrap_err().to_string();
         assert!(error.contains("`lend` is not a kind of reservation"), "{error}");
+    }
+
+    #[test]
+    fn both_ways_for_disks_read_as_they_print() {
+        for mode in [DiskMode::Copy, DiskMode::OnDemand] {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        assert!("later".parse::<DiskMode>().unwrap_err().to_string().contains("copy, on-demand"));
     }
 
     #[test]

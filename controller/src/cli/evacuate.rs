@@ -33,6 +33,18 @@ pub(super) struct Options {
     #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(
         ["auto", "pre-copy", "post-copy", "scatter-gather", "cold"]))]
     mode: String,
+    /// When local disks move: `copy` has all of a disk at the destination before its VM runs there,
+    /// `on-demand` what is busy; the rest follows, and what the guest reads of it goes first.
+    #[arg(long, default_value = "copy",
+          value_parser = PossibleValuesParser::new(["copy", "on-demand"]))]
+    disk: String,
+    /// With `--disk on-demand`: what of the busy part may be left when writes go to both sides, in MiB; by
+    /// default 4.
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "MIB")]
+    handover_size: u64,
+    /// With `--disk on-demand`: for how long it is watched which part is busy (3s, at most 30s).
+    #[arg(long, value_parser = duration, value_name = "TIME")]
+    disk_watch: Option<Duration>,
     /// What is reserved: `borrow` guarantees a minimum and lends the rest, `strict` is a ceiling too
     /// and holds the applications to the remainder; by default the controller's.
     #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(["borrow", "strict"]))]
@@ -106,6 +118,11 @@ impl Options {
             intermediaries: self.intermediaries.clone(),
             intermediary_count: self.intermediary_count.unwrap_or(0),
             redundancy: self.redundancy.clone().unwrap_or_default(),
+            disk: self.disk.clone(),
+            handover_size_bytes: self.handover_size.saturating_mul(1 << 20),
+            disk_watch_ms: self.disk_watch.map_or(0, |watch| {
+                u32::try_from(crate::planner::millis(watch)).unwrap_or(u32::MAX)
+            }),
         }
     }
 

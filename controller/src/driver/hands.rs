@@ -5,7 +5,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lifeboat_protocol::agent::{PrepareDestinationRequest, StartMigrationRequest, VmDefinition};
+use lifeboat_protocol::agent::{
+    DiskMode, PrepareDestinationRequest, StartMigrationRequest, VmDefinition,
+};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use tokio::sync::mpsc;
 
@@ -41,6 +43,8 @@ impl Default for Patience {
     }
 }
 
+/// Why nothing is prepared at an agent that knows no disks on demand.
+const OLDER: &str = "its agent is older than disks on demand; upgrade it, or use --disk copy";
 /// Tries of a release before it is left to the next start's sweep.
 const RELEASE_TRIES: u32 = 5;
 
@@ -265,6 +269,7 @@ impl Hands {
             self.reserve_gather_ways(wiring, id, leg, scatter).await;
         }
         let source_entry = self.planner.inventory.host(source);
+        let disk = Self::order(wiring, id).map_or(DiskMode::Copy, |order| order.disk.into());
         let request = PrepareDestinationRequest {
             source_page_address: source_entry
                 .and_then(|entry| entry.description)
@@ -276,9 +281,15 @@ impl Hands {
             generation: status.generation,
             source_host: source.to_string(),
             scatter: scatter.clone(),
+            disk: disk.into(),
             ..PrepareDestinationRequest::default()
         };
         match self.planner.agents.prepare(&leg.destination, request).await {
+            // It would take a disk for whole of which a part is to follow.
+            Ok(reply) if disk == DiskMode::OnDemand && reply.disk() != disk => {
+                let _ = self.planner.agents.cancel(&leg.destination, &migration, OLDER).await;
+                Event::PrepareFailed { migration, reason: OLDER.to_owned() }
+            }
             Ok(reply) => {
                 let (address, token, seeded) = (reply.page_address, reply.token, reply.seeded);
                 let ticket = PageTicket { address, token, seeded, disks_there, scatter };
@@ -321,6 +332,7 @@ impl Hands {
         let migration = leg.migration.clone();
         let order = Self::order(wiring, id);
         let left = order.as_ref().and_then(|order| order.deadline);
+        let disk = order.as_ref().map_or_else(Default::default, |order| order.disk);
         let kind = order.as_ref().map_or_else(Default::default, |order| order.reservation);
         let limit = reservations::sending_limit(kind, &leg.reserved_for_sending(), leg.narrowest());
         let request = StartMigrationRequest {
@@ -334,6 +346,9 @@ impl Hands {
             scatter: ticket.scatter,
             compare_disks: ticket.seeded,
             disks_there: ticket.disks_there,
+            disk: DiskMode::from(disk).into(),
+            handover_size_bytes: order.as_ref().map_or(0, |order| order.handover_size),
+            disk_watch_ms: order.as_ref().map_or(0, |order| order.disk_watch_ms),
             network_limit_bits_per_sec: limit.0,
             downtime_limit_ms: order.map_or(0, |order| order.downtime_limit_ms),
             iterations_max: 0,

@@ -32,9 +32,9 @@ impl Said {
         }
     }
 
-    /// Whether the guest runs elsewhere already, and its pages are still being brought.
+    /// Whether the guest runs elsewhere already, and its pages, or blocks of its disks, are still being brought.
     fn serves_pages(&self) -> bool {
-        matches!(self.phase(), Some(Phase::PostCopy | Phase::Gather))
+        matches!(self.phase(), Some(Phase::PostCopy | Phase::Gather | Phase::DiskRest))
     }
 
     fn reason(&self) -> String {
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_source_that_serves_pages_is_waited_for() {
-        for phase in [Phase::PostCopy, Phase::Gather] {
+        for phase in [Phase::PostCopy, Phase::Gather, Phase::DiskRest] {
             assert!(said(phase).serves_pages());
             assert_eq!(judge(&said(phase), &silent(), true), None);
         }

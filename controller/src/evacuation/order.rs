@@ -5,7 +5,7 @@
 
 use lifeboat_policy::intermediary::Redundancy;
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::terms::{Mode, Reason, ReservationKind, Urgency};
+use lifeboat_protocol::terms::{DiskMode, Mode, Reason, ReservationKind, Urgency};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMs;
@@ -46,6 +46,16 @@ pub struct EvacuationOrder {
     /// How a lost store is made up for; `None`: the best for so many stores.
     #[serde(default)]
     pub redundancy: Option<Redundancy>,
+    /// When its disks move.
+    #[serde(default)]
+    pub disk: DiskMode,
+    /// Of disks on demand: what of the busy part may be left at the hand-over, bytes; 0 for the agents'
+    /// default.
+    #[serde(default)]
+    pub handover_size: u64,
+    /// For how long it is watched before which part is busy, in milliseconds; 0 for the agents' default.
+    #[serde(default)]
+    pub disk_watch_ms: u32,
     /// The caller's operation id: the same one again is the same evacuation.
     pub operation: String,
     /// Who asked, as the audit log names them.

@@ -125,6 +125,10 @@ pub fn vm_time_to_go(record: &VmRecord) -> Option<u64> {
             let rate = progress.rate_bits_per_sec / 8;
             (rate > 0).then(|| progress.bytes_remaining.saturating_mul(1000) / rate)
         }
+        (VmPhase::Committing, Some(progress)) if progress.phase() == Phase::DiskRest => {
+            let rate = progress.disk_bytes_per_sec;
+            (rate > 0).then(|| progress.disk_bytes_left.saturating_mul(1000) / rate)
+        }
         (VmPhase::Sending | VmPhase::Committing, Some(progress)) => {
             progress.time_to_go_known.then_some(progress.time_to_go_ms)
         }

@@ -35,6 +35,9 @@ pub(crate) fn order(from: &str) -> EvacuationOrder {
         intermediaries: Vec::new(),
         intermediary_count: 0,
         redundancy: None,
+        disk: lifeboat_protocol::terms::DiskMode::Copy,
+        handover_size: 0,
+        disk_watch_ms: 0,
         operation: String::new(),
         operator: "test".to_owned(),
     }

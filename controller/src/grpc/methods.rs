@@ -31,6 +31,7 @@ fn status(error: CommandError) -> Status {
         CommandError::NoHost
         | CommandError::Name(_)
         | CommandError::Word(_)
+        | CommandError::OnDemand { .. }
         | CommandError::Urgency(_) => Status::invalid_argument(text),
         CommandError::AlreadyThere { .. }
         | CommandError::NoOtherHost { .. }

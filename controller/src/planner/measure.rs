@@ -13,7 +13,7 @@ use lifeboat_policy::reserve::Floor;
 use lifeboat_policy::stop::StopCriteria;
 use lifeboat_protocol::agent::{HostDescription, VmDefinition, VmMeasurement, VmState, VmStatus};
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::terms::{DiskMode, Mode};
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 
 use super::{DiskPromise, MODES, Planner, PlannerError, Promised, Stays, facts};
@@ -210,7 +210,9 @@ fn unmovable(order: &EvacuationOrder, status: &VmStatus) -> Option<String> {
         false => format!(": {}", status.detail),
     };
     match state {
-        VmState::Running | VmState::Paused => unfetchable(order.mode, status),
+        VmState::Running | VmState::Paused => {
+            unfetchable(order.mode, status).or_else(|| cannot_follow(order.disk, status))
+        }
         VmState::Stopped if order.mode == Mode::Cold => None,
         VmState::Stopped => Some("it is stopped; start it, or move it with --mode cold".to_owned()),
         VmState::Sending => Some(format!("migration {} of it is under way", status.migration)),
@@ -243,6 +245,23 @@ fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
         }
         () => None,
     }
+}
+
+/// Why a VM's disks cannot follow it, if they are to and cannot.
+fn cannot_follow(disk: DiskMode, status: &VmStatus) -> Option<String> {
+    let definition = status.definition.as_ref().filter(|_| disk == DiskMode::OnDemand)?;
+    let local = || definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
+    let why = match () {
+        () if local().next().is_none() => "it has no disk that only its host has",
+        () if definition.forbid_post_copy => {
+            "its owner forbids that it runs before all of it is there (forbid_post_copy)"
+        }
+        () if local().any(|disk| disk.format != "raw") => "one of its disks is not raw",
+        () if local().any(|disk| disk.nvram) => "its firmware's NVRAM has to be there at once",
+        () if local().any(|disk| disk.read_only) => "one of its disks is read-only",
+        () => return None,
+    };
+    Some(format!("its disks cannot follow it: {why}; use --disk copy"))
 }
 
 /// Notes what a VM's QEMU said while it was measured, which its definition did not; why it cannot move

@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 
-use lifeboat_protocol::terms::Mode;
+use lifeboat_protocol::terms::{DiskMode, Mode};
 use lifeboat_protocol::units::BitsPerSec;
 
 use super::{FullPlan, Goes, millis};
@@ -29,6 +29,13 @@ pub(super) fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
         }
         notes.extend(narrow_destination(goes));
         notes.extend(super::elsewhere::note(goes));
+        if order.disk == DiskMode::OnDemand {
+            notes.push(format!(
+                "{} runs at {} before its disks are there: until they are it needs {}, which keeps it that long; the \
+                 forecast counts all of them as if they went before",
+                goes.step.vm, goes.step.destination, goes.source
+            ));
+        }
         notes.extend(goes.seeded.then(|| {
             format!(
                 "{} has a copy of {}'s disks: only what differs is sent, but the forecast counts all of them",

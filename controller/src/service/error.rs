@@ -47,6 +47,12 @@ pub enum CommandError {
     /// An urgency out of range.
     #[error(transparent)]
     Urgency(#[from] UrgencyError),
+    /// Disks that cannot follow their VM.
+    #[error("no disk can move on demand here: {why}")]
+    OnDemand {
+        /// Why, and what would do.
+        why: &'static str,
+    },
     /// `migrate` to where the VM is.
     #[error("VM {vm} is already at {host}; name another host with --to")]
     AlreadyThere {

@@ -4,7 +4,7 @@
 use lifeboat_protocol::agent::VmState;
 use lifeboat_protocol::controller as wire;
 use lifeboat_protocol::ids::{HostId, VmId};
-use lifeboat_protocol::terms::{Mode, Reason, UnknownTermError, Urgency};
+use lifeboat_protocol::terms::{DiskMode, Mode, Reason, UnknownTermError, Urgency};
 
 use super::{Caller, CommandError, Service, left};
 use crate::clock::{self, UnixMs};
@@ -23,6 +23,7 @@ impl Service {
             return Err(CommandError::NoHost);
         }
         let reason = reason(&request.reason)?;
+        let disk = disk(request, reason)?;
         let default_downtime = self.site.config.policy.downtime_limit_ms;
         Ok(EvacuationOrder {
             hosts,
@@ -33,7 +34,14 @@ impl Service {
                 given => given.parse()?,
             },
             fixed: request.fixed.unwrap_or(!self.site.config.policy.adaptive),
-            mode: mode(&request.mode)?,
+            mode: match mode(&request.mode)? {
+                // The one that goes with it.
+                Mode::Auto if disk == DiskMode::OnDemand => Mode::PreCopy,
+                mode => mode,
+            },
+            disk,
+            handover_size: request.handover_size_bytes,
+            disk_watch_ms: request.disk_watch_ms,
             intermediaries: self.known_hosts(&request.intermediaries)?,
             intermediary_count: request.intermediary_count.min(64),
             redundancy: match request.redundancy.as_str() {
@@ -134,6 +142,30 @@ fn mode(text: &str) -> Result<Mode, CommandError> {
     Ok(if text.is_empty() { Mode::Auto } else { text.parse()? })
 }
 
+/// Disks on demand leave the VM without some of its blocks until its source has sent them.
+fn disk(request: &wire::EvacuateRequest, reason: Reason) -> Result<DiskMode, CommandError> {
+    let disk: DiskMode = match request.disk.as_str() {
+        "" => DiskMode::Copy,
+        given => given.parse()?,
+    };
+    let why = match mode(&request.mode)? {
+        _ if disk == DiskMode::Copy => return Ok(disk),
+        _ if reason == Reason::Failing => {
+            "with --reason failing nothing may depend on the source after its eviction, and the rest of the disks \
+             would; use --disk copy"
+        }
+        _ if request.deadline_ms > 0 => {
+            "a date is kept for the whole of a VM, and its disks are whole later than it; leave out --by, or use \
+             --disk copy"
+        }
+        Mode::Auto | Mode::PreCopy => return Ok(disk),
+        Mode::PostCopy | Mode::ScatterGather | Mode::Cold => {
+            "it goes with --mode pre-copy only; leave out --mode, or use --disk copy"
+        }
+    };
+    Err(CommandError::OnDemand { why })
+}
+
 fn reason(text: &str) -> Result<Reason, CommandError> {
     match text {
         "" | "maintenance" => Ok(Reason::Maintenance),
@@ -156,6 +188,7 @@ pub(super) fn words(request: &wire::EvacuateRequest) -> String {
     };
     add("urgency", request.urgency.map(|urgency| urgency.to_string()).unwrap_or_default());
     add("mode", request.mode.clone());
+    add("disk", request.disk.clone());
     add("reservation", request.reservation.clone());
     add("to", request.to.join(","));
     add("intermediaries", request.intermediaries.join(","));
@@ -180,6 +213,26 @@ mod tests {
         let said = mode("warm").unwrap_err().to_string();
         assert!(said.contains("`warm` is not a mode"), "{said}");
         assert_eq!(mode("").unwrap(), Mode::Auto);
+    }
+
+    #[test]
+    fn disks_follow_their_vm_only_where_it_can_do_without_them_for_a_while() {
+        let asked = |reason, mode: &str, deadline_ms| {
+            let (mode, on_demand) = (mode.to_owned(), "on-demand".to_owned());
+            let request =
+                wire::EvacuateRequest { disk: on_demand, mode, deadline_ms, ..Default::default() };
+            disk(&request, reason).map_err(|error| error.to_string())
+        };
+        let (maintenance, failing) = (Reason::Maintenance, Reason::Failing);
+        assert_eq!(asked(maintenance, "", 0), Ok(DiskMode::OnDemand));
+        assert_eq!(asked(maintenance, "pre-copy", 0), Ok(DiskMode::OnDemand));
+        assert!(asked(failing, "", 0).unwrap_err().contains("--reason failing"));
+        assert!(asked(maintenance, "", 9).unwrap_err().contains("--by"));
+        for mode in ["post-copy", "scatter-gather", "cold"] {
+            assert!(asked(maintenance, mode, 0).unwrap_err().contains("pre-copy only"), "{mode}");
+        }
+        let request = wire::EvacuateRequest { disk: "later".to_owned(), ..Default::default() };
+        assert!(disk(&request, maintenance).unwrap_err().to_string().contains("copy, on-demand"));
     }
 
     #[test]

@@ -117,7 +117,7 @@ impl Agent for FakeAgent {
         Ok(Response::new(PrepareDestinationReply {
             page_address,
             token: vec![1; 32],
-            seeded: false,
+            ..PrepareDestinationReply::default()
         }))
     }
 

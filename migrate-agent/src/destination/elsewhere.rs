@@ -117,7 +117,7 @@ impl DestinationTask {
         Ok(())
     }
 
-    async fn say_released(&mut self) {
+    pub(super) async fn say_released(&mut self) {
         let generation = self.machine.generation();
         if let Some(writer) = &mut self.writer {
             // A source that does not hear it asks.
@@ -278,7 +278,7 @@ impl DestinationTask {
         gone(self.qmp.as_ref()).await;
     }
 
-    async fn take_input_gathering(&mut self, input: Option<Input>) {
+    pub(super) async fn take_input_gathering(&mut self, input: Option<Input>) {
         match input {
             Some(Input::Lane(purpose, reader, writer)) => {
                 self.take_lane(purpose, reader, writer).await;

@@ -61,7 +61,8 @@ impl DestinationTask {
         let received = self.receive_on(&mut reader, &mut writer).await;
         self.reader = Some(reader);
         self.writer = Some(writer);
-        received
+        received?;
+        self.remember_rest().await
     }
 
     async fn receive_on(

@@ -33,6 +33,7 @@ impl DestinationTask {
         loop {
             if let Some(outcome) = self.is_over() {
                 let outcome = self.gather_on(outcome).await;
+                let outcome = self.rest_on(outcome).await;
                 self.report(outcome);
                 return self.progress.now();
             }
@@ -88,8 +89,10 @@ impl DestinationTask {
                 Some(Event::Commit(generation))
             }
             Some(Input::Claim(answer)) => {
-                // Its pages are at the source, which is said to be fenced off: it could not run.
-                let may = self.machine.state() == State::InDoubt && self.gathering.is_none();
+                // Its pages or blocks are at the source, which is said to be fenced off: it could not run.
+                let may = self.machine.state() == State::InDoubt
+                    && self.gathering.is_none()
+                    && !self.disks_follow();
                 let _ = answer.send(may);
                 may.then_some(Event::Claim)
             }
@@ -237,6 +240,7 @@ impl DestinationTask {
                 self.gathering = None;
                 self.context.guests.end(&self.vm, true).await?;
                 self.context.store.end_gathering(&self.vm)?;
+                self.context.store.end_rest(&self.vm)?;
                 if let Some(disks) = &self.disks {
                     disks.discard().await?;
                 }
@@ -251,7 +255,8 @@ impl DestinationTask {
     /// the hand-over; of a guest whose pages follow it, it is not.
     async fn answer(&mut self, frame: Frame) {
         if let Some(waiting) = self.waiting.take() {
-            let gathers = self.gathering.is_some() && matches!(frame, Frame::Running(_));
+            let follows = self.gathering.is_some() || self.disks_follow();
+            let gathers = follows && matches!(frame, Frame::Running(_));
             let _ = waiting.send(match gathers {
                 true => Frame::Standing(Standing::Gathering),
                 false => frame.clone(),

@@ -32,6 +32,7 @@ const SILENT_AGAIN: Duration = Duration::from_secs(1);
 impl DestinationTask {
     /// Goes on with a guest that runs here and whose pages were still on their way.
     pub async fn take_up_running(mut self) -> MigrationProgress {
+        self.follow_again();
         self.reach_qemu().await;
         if let Err(failure) = self.gather_again().await {
             let reason = failure.line();
@@ -39,6 +40,7 @@ impl DestinationTask {
             self.progress.update(|progress| progress.reason = reason);
         }
         let outcome = self.gather_on(Outcome::Running).await;
+        let outcome = self.rest_on(outcome).await;
         self.report(outcome);
         self.progress.now()
     }

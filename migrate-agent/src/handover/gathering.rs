@@ -93,13 +93,16 @@ impl Store {
         self.file(&format!("{vm}.gathering"))
     }
 
-    /// Whether pages of the VM are wanted from its source. Where that cannot be seen, they may be:
+    /// Whether pages of the VM, or blocks of its disks, are wanted from its source. Where that cannot be seen, they may be:
     /// whoever asks is about to end the QEMU that holds them.
     #[must_use]
     pub fn wants_source(&self, vm: &VmId) -> bool {
-        match self.gathering(vm) {
-            Ok(None) => false,
-            Ok(Some(gathering)) => !gathering.released,
+        let pages = || {
+            Ok::<_, StoreError>(self.gathering(vm)?.is_some_and(|gathering| !gathering.released))
+        };
+        let blocks = || Ok::<_, StoreError>(self.rest(vm)?.is_some());
+        match pages().and_then(|pages| Ok(pages || blocks()?)) {
+            Ok(wants) => wants,
             Err(error) => {
                 tracing::error!(%vm, %error, "the source has to wait");
                 true

@@ -30,6 +30,8 @@
 //! * In post-copy and scatter-gather the source's stopped QEMU is the guest's memory. RUNNING does
 //!   not end it then: the destination says "gathering" for as long as it wants pages of it, which
 //!   is on its disk too ([`gathering`]), and RELEASED takes RUNNING's place.
+//! * So it is where its disks are to follow it ([`rest`]): the destination says "gathering" for as
+//!   long as a block is missing there.
 //! * Neither side ever answers from memory: a [`Standing`] is read off a durable record.
 //!
 //! [`source`] and [`destination`] are pure: `apply(event, &mut actions)`. The drivers perform the
@@ -42,6 +44,7 @@
 pub mod destination;
 pub mod gathering;
 pub mod record;
+pub mod rest;
 pub mod source;
 pub mod store;
 

@@ -71,7 +71,7 @@ pub enum Record {
 /// What became of a guest on the host that received it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Here {
-    /// Its QEMU is there.
+    /// Its QEMU is there; or has ended, and what it wrote is in disks that follow it.
     pub guest_lives: bool,
     /// Pages of it are still wanted from the source.
     pub gathering: bool,

@@ -75,6 +75,8 @@ pub struct NicSpec {
 pub struct DiskSpec {
     /// The image.
     pub path: PathBuf,
+    /// Where it is opened instead, as after a swap onto the mount (`swap`): not all of it is here.
+    pub mounted: Option<PathBuf>,
     /// `raw` or `qcow2`.
     pub format: &'static str,
     /// The guest cannot write to it.
@@ -228,16 +230,20 @@ fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
 
 fn disk_nodes(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
     let on_off = |on| if on { "on" } else { "off" };
+    let (node, path) = match &disk.mounted {
+        Some(path) => (format!("mount{index}"), path),
+        None => (format!("file{index}"), &disk.path),
+    };
     let file = Options::new()
         .set("driver", "file")
-        .set("node-name", format!("file{index}"))
-        .set_path("filename", &disk.path)
+        .set("node-name", &node)
+        .set_path("filename", path)
         .set("read-only", on_off(disk.read_only));
     line.options("-blockdev", file);
     let format = Options::new()
         .set("driver", disk.format)
         .set("node-name", format!("disk{index}"))
-        .set("file", format!("file{index}"))
+        .set("file", node)
         .set("read-only", on_off(disk.read_only));
     let format = match &disk.backing {
         Some(backing) => {
@@ -448,6 +454,7 @@ mod tests {
         let path = "/d/a,b=c".into();
         evil.disks.push(DiskSpec {
             path,
+            mounted: None,
             format: "raw",
             read_only: true,
             nvram: false,
@@ -472,6 +479,7 @@ mod tests {
         let path = "/d/over".into();
         with_disk.disks.push(DiskSpec {
             path,
+            mounted: None,
             format: "qcow2",
             read_only: false,
             nvram: false,
@@ -495,8 +503,9 @@ mod tests {
         let mut with_flash = spec();
         with_flash.firmware = Some("/images/OVMF_CODE.fd".into());
         let (path, backing) = ("/d/vars".into(), None);
-        let (format, read_only, cdrom) = ("raw", false, false);
-        with_flash.disks.push(DiskSpec { path, format, read_only, nvram: true, cdrom, backing });
+        let (mounted, format, read_only, cdrom) = (None, "raw", false, false);
+        let nvram = DiskSpec { path, mounted, format, read_only, nvram: true, cdrom, backing };
+        with_flash.disks.push(nvram);
         let words = words(&with_flash);
         assert_eq!(after(&words, "-machine"), ["pc-i440fx-7.2,pflash0=firmware,pflash1=disk0"]);
         assert!(after(&words, "-device").iter().all(|device| !device.contains("virtio-blk")));
@@ -514,6 +523,7 @@ mod tests {
     #[test]
     fn each_cd_is_alone_on_a_bus_and_takes_no_slot_of_a_disk() {
         let disk = |path: &str, cdrom: bool| DiskSpec {
+            mounted: None,
             path: path.into(),
             format: "raw",
             read_only: cdrom,

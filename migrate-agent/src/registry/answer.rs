@@ -66,7 +66,7 @@ impl Registry {
             detail: match (&record, state) {
                 (Record::Ceded { destination, confirmed: false, .. }, Some(VmState::Ceded)) => {
                     format!(
-                        "{destination} runs it, and still wants pages that are in the memory of its QEMU here"
+                        "{destination} runs it, and still wants pages of its memory, or blocks of its disks, that are here"
                     )
                 }
                 _ => words(&record),
@@ -78,7 +78,8 @@ impl Registry {
     fn serves(&self, migration: &MigrationId) -> bool {
         let entries = self.entries();
         entries.by_id.get(migration).is_some_and(|entry| {
-            entry.is_open() && matches!(entry.phase(), Phase::PostCopy | Phase::Gather)
+            entry.is_open()
+                && matches!(entry.phase(), Phase::PostCopy | Phase::Gather | Phase::DiskRest)
         })
     }
 

@@ -1,14 +1,17 @@
 //! Page links that other agents open: checked, and handed to the task that they are for.
 
+use lifeboat_protocol::agent::Phase;
 use lifeboat_protocol::ids::Generation;
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose, Standing};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Duration;
+use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
-use super::{Registry, Task};
+use super::{Entry, Registry, Task};
 use crate::destination;
-use crate::disk::sync::receive::{Received, receive};
+use crate::destination::disk::TakenBy;
+use crate::disk::sync::receive::receive;
 use crate::handover::{Here, Record};
 use crate::link::io::frame_name;
 use crate::link::{FrameReader, FrameWriter, LinkError, Listener};
@@ -126,10 +129,14 @@ impl Registry {
         reader: FrameReader,
         mut writer: FrameWriter,
     ) -> Result<(), LinkError> {
-        let Some(received) = self.expected_disks(hello) else {
+        let Some(to) = self.expected_disks(hello) else {
             let reason = "no disks of such a migration are expected here".to_owned();
             tracing::warn!(migration = %hello.migration, host = %hello.host, "unexpected disks");
             return writer.send(&Frame::Refused(reason)).await;
+        };
+        let received = match to {
+            TakenBy::Agent(received) => received,
+            TakenBy::Process(socket) => return pass_on(&socket, reader, writer).await,
         };
         writer.send(&Frame::Welcome).await?;
         let stream = (reader.into_stream(), writer.into_stream());
@@ -140,19 +147,21 @@ impl Registry {
         Ok(())
     }
 
-    fn expected_disks(&self, hello: &Hello) -> Option<Arc<Received>> {
+    fn expected_disks(&self, hello: &Hello) -> Option<TakenBy> {
         if let Some(seed) = self.expected_seed(hello) {
-            return Some(seed);
+            return Some(TakenBy::Agent(seed));
         }
         let entries = self.entries();
         let entry = entries.by_id.get(&hello.migration)?;
         let is_from = entry.progress.borrow().source_host == hello.host.as_str();
+        // As with pages that follow: after a restart it has no token to show, or this side to compare.
+        let rests = entry.is_open() && entry.phase() == Phase::DiskRest;
         match &entry.task {
             Task::Destination { token, generation, disks, .. }
                 if is_from
                     && entry.vm == hello.vm
                     && *generation == hello.generation
-                    && same(token, &hello.token) =>
+                    && (rests || same(token, &hello.token)) =>
             {
                 disks.clone()
             }
@@ -237,10 +246,25 @@ impl Registry {
         writer.send(&Frame::Standing(standing)).await
     }
 
+    /// A guest that ended here while its disks followed it, or after, is no reason to go back to the
+    /// source's copy: what it wrote is in them, and they go on arriving.
+    fn disks_stand_for_it(&self, hello: &Hello) -> bool {
+        let (store, vm) = (&self.context.store, &hello.vm);
+        if store.has_rested(vm, &hello.migration).unwrap_or(false) {
+            return true;
+        }
+        let rests = store.rest(vm).ok().flatten();
+        let entries = self.entries();
+        // After a power cut nobody sees them in.
+        rests.is_some_and(|rest| rest.migration == hello.migration)
+            && entries.by_id.get(&hello.migration).is_some_and(Entry::is_open)
+    }
+
     fn standing_as_destination(&self, hello: &Hello) -> Standing {
         match self.context.store.read(&hello.vm) {
             Ok(record) => {
-                let guest_lives = self.context.guests.lives(&hello.vm);
+                let guest_lives =
+                    self.context.guests.lives(&hello.vm) || self.disks_stand_for_it(hello);
                 let gathering = self.context.store.wants_source(&hello.vm);
                 Record::standing_as_destination(
                     record.as_ref(),
@@ -255,6 +279,26 @@ impl Registry {
             }
         }
     }
+}
+
+/// Passes a connection about disks on to the process in which they arrive, to the end of either.
+async fn pass_on(
+    socket: &Path,
+    reader: FrameReader,
+    mut writer: FrameWriter,
+) -> Result<(), LinkError> {
+    let Ok(process) = UnixStream::connect(socket).await else {
+        let reason = "what takes these disks in does not answer here".to_owned();
+        return writer.send(&Frame::Refused(reason)).await;
+    };
+    writer.send(&Frame::Welcome).await?;
+    let (mut from_process, mut to_process) = process.into_split();
+    let (mut from_source, mut to_source) = (reader.into_stream(), writer.into_stream());
+    tokio::select! {
+        passed = tokio::io::copy(&mut from_source, &mut to_process) => passed?,
+        passed = tokio::io::copy(&mut from_process, &mut to_source) => passed?,
+    };
+    Ok(())
 }
 
 /// Compares in a time that does not depend on where the difference is.

@@ -11,6 +11,8 @@ use tokio::sync::mpsc;
 
 use super::{DOWNTIME_DEFAULT, Entry, Registry, RegistryError, Task};
 use crate::destination::DestinationTask;
+use crate::destination::disk::TakenBy;
+use crate::destination::resting::bring_arrival_home;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::gathering::Gathering;
@@ -55,6 +57,7 @@ impl Registry {
         let promised =
             |record: &Record| matches!(record, Record::Loaded { .. } | Record::Owner { .. });
         self.context.rooms.sweep(|vm| records.get(vm).is_some_and(promised));
+        self.recover_arrivals(records);
         for vm in self.context.movers.all() {
             let (context, record) = (self.context.clone(), records.get(&vm).cloned());
             match record {
@@ -72,6 +75,45 @@ impl Registry {
         }
     }
 
+    /// Processes in which disks arrived that may follow their VM. A hand-over, or a rest, that is taken up
+    /// brings its own; one whose disks are whole is ended with QEMU on the images themselves.
+    fn recover_arrivals(&self, records: &BTreeMap<VmId, Record>) {
+        for vm in self.context.movers.of_arrivals().all() {
+            let context = self.context.clone();
+            let rests = !context.store.rest(&vm).is_ok_and(|rest| rest.is_none());
+            match records.get(&vm) {
+                Some(_) if rests && self.has_stayed_up(&vm) => {}
+                Some(Record::Owner { resumed: true, .. }) => {
+                    crate::tasks::spawn("arrived disks of before", async move {
+                        if let Err(error) = bring_arrival_home(&context, &vm).await {
+                            let error = crate::vms::chain(&error);
+                            tracing::error!(%vm, error, "its disks stay on their mount");
+                        }
+                    });
+                }
+                // Never sealed, or refused, or lost with its host: its guest has been taken away.
+                _ => {
+                    crate::tasks::spawn("disks that did not arrive", async move {
+                        if let Err(error) = context.movers.of_arrivals().give_up(&vm).await {
+                            tracing::error!(%vm, %error, "what was to take its disks in stays");
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    /// Whether all that the VM has written to disks that are not all here is there: its QEMU lives, or
+    /// has ended while this host was up.
+    fn has_stayed_up(&self, vm: &VmId) -> bool {
+        self.context.guests.lives(vm) || self.context.movers.of_arrivals().are_held(vm)
+    }
+
+    fn arriving_disks(&self, vm: &VmId) -> Option<TakenBy> {
+        let movers = self.context.movers.of_arrivals();
+        movers.setting(vm).map(|_| TakenBy::Process(movers.blocks(vm)))
+    }
+
     fn take_up(&self, vm: VmId, record: &Record) {
         let mut actions = Vec::new();
         let lives = self.context.guests.lives(&vm);
@@ -86,7 +128,24 @@ impl Registry {
             self.take_up_destination(vm, machine, Some(actions));
             return;
         }
-        self.take_up_gathering(vm, record, lives);
+        if !self.take_up_rest(&vm, record) {
+            self.take_up_gathering(vm, record, lives);
+        }
+    }
+
+    /// A guest that runs here, or has ended here, and whose disks were on their way. Whether it is one.
+    fn take_up_rest(&self, vm: &VmId, record: &Record) -> bool {
+        let Ok(Some(rest)) = self.context.store.rest(vm) else { return false };
+        match record {
+            Record::Owner { generation, via: Some(via), from: Some(from), resumed: true }
+                if *via == rest.migration && self.has_stayed_up(vm) =>
+            {
+                let machine = Destination::running(*generation, via.clone(), from.clone());
+                self.take_up_destination(vm.clone(), machine, None);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// A guest that runs here and whose pages were on their way.
@@ -119,6 +178,7 @@ impl Registry {
         tracing::warn!(%vm, %migration, state = ?machine.state(), "hand-over taken up again");
         let first = self.first(&vm, Side::Source, &destination, machine.next_generation());
         let first = MigrationProgress { migration: migration.to_string(), ..first };
+        let follow = self.context.movers.setting(&vm).is_some_and(|setting| setting.follow);
         let order = Order {
             migration: migration.clone(),
             vm: vm.clone(),
@@ -138,6 +198,9 @@ impl Registry {
             scatter: None,
             absorb_budget: lifeboat_protocol::units::Bytes(0),
             generation: Generation(machine.next_generation().0.saturating_sub(1)),
+            disks_follow: follow,
+            handover_size: lifeboat_protocol::units::Bytes(0),
+            disk_watch: std::time::Duration::ZERO,
         };
         let (progress, watching) = Progress::new(first);
         let (to, inputs) = mpsc::channel(16);
@@ -186,7 +249,7 @@ impl Registry {
             token: [0; TOKEN_BYTES],
             generation,
             linked: true,
-            disks: None,
+            disks: self.arriving_disks(&vm),
         };
         self.enlist(migration, Entry { vm, progress: watching, task: task_entry });
         crate::tasks::spawn("migration, destination", async move {

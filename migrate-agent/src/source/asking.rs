@@ -37,6 +37,7 @@ impl SourceTask {
             Some(Input::Limit(limit)) => {
                 self.limit = limit;
                 self.limit_serving(limit);
+                self.limit_rest().await;
             }
             Some(Input::DiskLimit(_)) => {}
             None => tokio::time::sleep(ASK_EVERY).await,
@@ -55,6 +56,7 @@ impl SourceTask {
             Event::Heard(Standing::Died) if self.machine.state() != State::DestinationDied => {
                 self.say_died();
             }
+            Event::Heard(Standing::Gathering) if self.disks_follow() => self.rest_on().await,
             Event::Heard(Standing::Gathering) => {
                 self.serve_again();
                 // Its RUNNING was not heard: now it may begin. Where it has begun nothing happens.

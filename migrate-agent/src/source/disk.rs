@@ -27,6 +27,7 @@ use self::date::Spread;
 use super::copying::{heard, unwelcome};
 use super::{Context, Failure, SourceTask};
 use crate::clock;
+use crate::destination::resting::bring_arrival_home;
 use crate::disk::local::{LocalDisk, local_disks};
 use crate::disk::process::client::{ANSWER_LIMIT, Mover, MoverClientError};
 use crate::disk::process::control::{Destination, Limits, Report, Request, Stage};
@@ -79,6 +80,11 @@ pub enum DiskFailure {
         "the guest writes to its disks as fast as the link carries them: hold it back (`--by TIME` does), or reserve more"
     )]
     Outrun,
+    /// The same, of what goes before a VM that its disks may follow.
+    #[error(
+        "the guest writes to the busy part of its disks as fast as the link carries it: let it move with more of that left (`--handover-size`), or reserve more"
+    )]
+    BusyOutrun,
     /// The images here.
     #[error(transparent)]
     Room(#[from] RoomError),
@@ -146,21 +152,21 @@ impl SourceTask {
             return Ok(());
         }
         self.progress.enter(Phase::DiskBulk);
-        // An earlier attempt may have left QEMU on its mount.
+        // An earlier attempt may have left QEMU on its mount, and an arrival on another one: what it writes
+        // there no mover would see.
+        bring_arrival_home(&self.context, &self.order.vm).await?;
         self.bring_disks_home().await?;
-        let mover = self.context.movers.start(&self.order.vm, &disks).await;
-        let mover = mover.map_err(DiskFailure::from)?;
-        self.disks = Some(Leaving {
-            mover,
-            limit: self.order.disk_limit,
-            lifted: false,
-            replaced: 0,
-            mirrored: RateMeter::default(),
-            sent: RateMeter::default(),
-            spread: Spread::default(),
-            first: None,
-            wrote: BytesPerSec::ZERO,
-        });
+        let (movers, vm) = (&self.context.movers, &self.order.vm);
+        let mover = match self.disks_follow() {
+            true => movers.start_following(vm, &disks).await,
+            false => movers.start(vm, &disks).await,
+        };
+        self.disks = Some(Leaving::new(mover.map_err(DiskFailure::from)?, self.order.disk_limit));
+        self.swap_onto_mount(qmp).await?;
+        self.watch_what_is_hot().await
+    }
+
+    async fn swap_onto_mount(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         loop {
             match self.swap_all(qmp, Side::Mount).await {
                 Err(DiskFailure::Mover(error)) => self.reach_again(error).await?,
@@ -188,9 +194,10 @@ impl SourceTask {
         swap_all(&mut leaving.mover, qmp, to).await
     }
 
-    async fn send_disks(&mut self) -> Result<(), DiskFailure> {
+    /// Where the disks go; with `rests`, only what is missing there.
+    pub(super) fn disks_go(&self, rests: bool) -> Destination {
         let order = &self.order;
-        let to = Destination {
+        Destination {
             page_address: order.page_address.clone(),
             host: order.destination.clone(),
             own_host: self.context.host.clone(),
@@ -199,7 +206,13 @@ impl SourceTask {
             generation: self.machine.next_generation(),
             token: order.token.to_vec(),
             compares: order.compare_disks,
-        };
+            handover_size: order.handover_size.0,
+            rests,
+        }
+    }
+
+    async fn send_disks(&mut self) -> Result<(), DiskFailure> {
+        let to = self.disks_go(false);
         let Some(leaving) = &mut self.disks else { return Ok(()) };
         let limits = leaving.limits(self.limit);
         let shown = limits.disk.unwrap_or(0);
@@ -238,7 +251,10 @@ impl SourceTask {
                 (least, since) = (figures.left, clock::now());
             }
             if since.elapsed() > NO_PROGRESS_LIMIT {
-                return Err(DiskFailure::Outrun.into());
+                return Err(match self.disks_follow() {
+                    true => DiskFailure::BusyOutrun.into(),
+                    false => DiskFailure::Outrun.into(),
+                });
             }
             if pinged.elapsed() >= PING_EVERY {
                 pinged = clock::now();
@@ -284,7 +300,9 @@ impl SourceTask {
         leaving.look_at_writes(&report, now);
         let kept_free = mirrored.max(leaving.limit.unwrap_or(leaving.wrote));
         let rate = leaving.sent.read(now, report.sent);
-        let in_step = report.stage == Stage::Synchronous && report.dirty == 0;
+        // What may follow its VM is not waited for.
+        let in_step =
+            report.stage == Stage::Synchronous && (report.dirty == 0 || self.order.disks_follow);
         let left = report.left;
         let bulk_is_over = report.stage != Stage::Bulk;
         self.show_disks(&report, rate);
@@ -390,6 +408,7 @@ impl SourceTask {
     /// QEMU writes nothing more. Returns when the destination has everything durably; the
     /// destination's agent hears of this side meanwhile.
     pub(super) async fn seal(&mut self) -> Result<(), Failure> {
+        let follow = self.disks_follow();
         let Some(leaving) = &mut self.disks else { return Ok(()) };
         let began = clock::now();
         let sealed = leaving.mover.ask(&Request::Seal, SEAL_LIMIT);
@@ -406,7 +425,9 @@ impl SourceTask {
         sealed.map_err(DiskFailure::from)?;
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::info!(took_ms, "disks sealed");
-        self.progress.update(|progress| progress.disk_bytes_left = 0);
+        if !follow {
+            self.progress.update(|progress| progress.disk_bytes_left = 0);
+        }
         Ok(())
     }
 
@@ -456,6 +477,31 @@ impl SourceTask {
 }
 
 impl Leaving {
+    /// With this mover, and what the guest may change per second.
+    pub(super) fn new(mover: Mover, limit: Option<BytesPerSec>) -> Self {
+        Self {
+            mover,
+            limit,
+            lifted: false,
+            replaced: 0,
+            mirrored: RateMeter::default(),
+            sent: RateMeter::default(),
+            spread: Spread::default(),
+            first: None,
+            wrote: BytesPerSec::ZERO,
+        }
+    }
+
+    /// Its mover.
+    pub(super) fn mover(&mut self) -> &mut Mover {
+        &mut self.mover
+    }
+
+    /// What is sent of them by this report, bits per second.
+    pub(super) fn rate(&mut self, report: &Report) -> u64 {
+        self.sent.read(clock::now(), report.sent)
+    }
+
     /// How fast the guest writes is seen while it does not wait for the link.
     fn look_at_writes(&mut self, report: &Report, now: Instant) {
         let (since, written) = *self.first.get_or_insert((now, report.written));
@@ -466,14 +512,14 @@ impl Leaving {
         }
     }
 
-    fn limits(&self, network: Option<BytesPerSec>) -> Limits {
+    pub(super) fn limits(&self, network: Option<BytesPerSec>) -> Limits {
         let disk = self.limit.filter(|_| !self.lifted);
         Limits { network: network.map(|rate| rate.0), disk: disk.map(|rate| rate.0) }
     }
 }
 
 /// Swaps every disk that the guest can write; the others stay where they are, nothing changes them.
-async fn swap_all(mover: &mut Mover, qmp: &Qmp, to: Side) -> Result<(), DiskFailure> {
+pub(crate) async fn swap_all(mover: &mut Mover, qmp: &Qmp, to: Side) -> Result<(), DiskFailure> {
     let setting = mover.setting().clone();
     for (place, disk) in setting.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only) {
         let nodes = DiskNodes::launched(disk.number, &disk.format).with_its_backing(qmp).await?;

@@ -116,6 +116,8 @@ async fn until_sent(
         generation: Generation(0),
         token: order.token.to_vec(),
         compares: true,
+        handover_size: 0,
+        rests: false,
     };
     let limits = Limits { network: order.limit.map(|limit| limit.0), disk: None };
     mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await?;

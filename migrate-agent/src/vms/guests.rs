@@ -1,6 +1,6 @@
 //! The VMs of this host as migrations see them: [`Guests`] on top of [`Vms`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use futures_util::future::BoxFuture;
@@ -29,14 +29,19 @@ fn name_of(definition: &VmDefinition) -> VmId {
 }
 
 impl Vms {
-    async fn take_in(&self, message: &VmDefinition, arrival: Arrival) -> Result<Qmp, VmError> {
+    async fn take_in(
+        &self,
+        message: &VmDefinition,
+        arrival: Arrival,
+        mounts: &BTreeMap<usize, PathBuf>,
+    ) -> Result<Qmp, VmError> {
         let definition = Definition::try_from(message.clone())?;
         self.must_not_run(&definition.name)?;
         let begin = match arrival {
             Arrival::Stream => Begin::Incoming,
             Arrival::Cold => Begin::Boot,
         };
-        let qmp = self.launch(definition.clone(), begin).await?;
+        let qmp = self.launch_on(definition.clone(), begin, mounts).await?;
         // Kept only now: an arrival that cannot even start leaves no trace.
         if let Err(error) = self.keep(&definition) {
             self.end(&definition.name).await?;
@@ -92,10 +97,11 @@ impl Guests for Vms {
         &'a self,
         definition: &'a VmDefinition,
         arrival: Arrival,
+        mounts: &'a BTreeMap<usize, PathBuf>,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>> {
         Box::pin(async move {
             let vm = name_of(definition);
-            self.take_in(definition, arrival).await.map_err(while_doing(&vm, "take it in"))
+            self.take_in(definition, arrival, mounts).await.map_err(while_doing(&vm, "take it in"))
         })
     }
 

@@ -1,8 +1,9 @@
 //! How a VM's QEMU begins and ends. Every step of a start has its undo; the end takes away all
 //! that is left, whatever of it there is, and goes on past errors.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -94,6 +95,16 @@ impl Vms {
         definition: Definition,
         begin: Begin,
     ) -> Result<Qmp, VmError> {
+        self.launch_on(definition, begin, &BTreeMap::new()).await
+    }
+
+    /// The same, with these disks, by number, opened elsewhere than where their images are.
+    pub(super) async fn launch_on(
+        &self,
+        definition: Definition,
+        begin: Begin,
+        mounts: &BTreeMap<usize, PathBuf>,
+    ) -> Result<Qmp, VmError> {
         let vm = definition.name.clone();
         self.must_not_run(&vm)?;
         // What a crash left of an earlier run goes first, and its memory with it.
@@ -101,6 +112,9 @@ impl Vms {
         let _busy = self.occupy(&vm, definition.footprint())?;
         let definition = self.with_digests(definition)?;
         let mut spec = self.spec(&definition, begin)?;
+        for (number, disk) in spec.disks.iter_mut().enumerate() {
+            disk.mounted = mounts.get(&number).cloned();
+        }
         let run_dir = self.run_dir(&vm)?;
         let launched = self.launch_prepared(&definition, &mut spec, &run_dir).await;
         if let Err(error) = &launched {
@@ -183,6 +197,7 @@ impl Vms {
         let disk = |disk: &Disk| {
             let path = settings.image_of(disk);
             Ok::<_, VmError>(DiskSpec {
+                mounted: None,
                 format: disk.format.as_str(),
                 read_only: disk.read_only,
                 nvram: disk.nvram,

@@ -61,6 +61,16 @@ pub enum OwnershipRefusal {
         /// The migration.
         migration: MigrationId,
     },
+    /// Its guest ran here before its disks were complete, and ended.
+    #[error(
+        "VM `{vm}` may not be started here: its disks are not all here; where they still come from {peer} (`lifeboat status`), start it when they are; otherwise resume the guest there as it was at the switchover with `lifeboat claim {vm} --fenced --host {peer}`"
+    )]
+    Incomplete {
+        /// The VM.
+        vm: VmId,
+        /// The host that it came from.
+        peer: HostId,
+    },
     /// The record cannot be read or written: nothing may be assumed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -79,6 +89,9 @@ pub trait Ownership: Send + Sync {
 impl Ownership for Store {
     fn may_start(&self, vm: &VmId) -> Result<Generation, OwnershipRefusal> {
         let vm = vm.clone();
+        if let Some(rest) = self.rest(&vm)? {
+            return Err(OwnershipRefusal::Incomplete { vm, peer: rest.source });
+        }
         match self.read(&vm)? {
             None => {
                 let generation = Generation(1);
@@ -107,6 +120,21 @@ impl Ownership for Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handover::rest::Rest;
+
+    #[test]
+    fn a_vm_is_not_started_from_disks_that_are_not_all_here() {
+        let directory = tempfile::tempdir().unwrap();
+        let (vm, source) = (VmId::new("web").unwrap(), HostId::new("h1").unwrap());
+        let store = Store::open(directory.path()).unwrap();
+        let migration = MigrationId::new("m1").unwrap();
+        let rest = Rest { migration, source, whole: false };
+        store.write_rest(&vm, &rest).unwrap();
+        let said = store.may_start(&vm).unwrap_err().to_string();
+        assert!(said.contains("its disks are not all here") && said.contains("h1"), "{said}");
+        store.write_rest(&vm, &Rest { whole: true, ..rest }).unwrap();
+        assert!(store.may_start(&vm).is_ok());
+    }
 
     #[test]
     fn a_ceded_vm_is_refused_with_the_name_of_its_owner_also_after_a_restart() {

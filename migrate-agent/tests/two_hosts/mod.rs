@@ -146,6 +146,7 @@ impl Guests for Bare {
         &'a self,
         definition: &'a VmDefinition,
         arrival: Arrival,
+        _: &'a std::collections::BTreeMap<usize, PathBuf>,
     ) -> BoxFuture<'a, Result<Qmp, GuestError>> {
         async move {
             let vm = VmId::new(definition.name.as_str()).unwrap();
@@ -384,6 +385,7 @@ impl World {
             command: None,
             scatter: self.scatter.clone(),
             gather_limit_bits_per_sec: self.gather_limit,
+            ..PrepareDestinationRequest::default()
         };
         let registry = self.h2.registry.clone();
         let prepared = self.h2.run(async move { registry.prepare_destination(&request).await });

@@ -254,6 +254,7 @@ impl Prepared {
             source_page_address: format!("{}:{PAGE_PORT}", source.address),
             scatter: manner.scatter.clone(),
             gather_limit_bits_per_sec: manner.gather_limit.0,
+            ..PrepareDestinationRequest::default()
         };
         let reply = destination.client.prepare_destination(request).await;
         let reply = reply.map_err(RigError::refused("to prepare the destination"))?.into_inner();

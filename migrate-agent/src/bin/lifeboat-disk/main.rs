@@ -1,7 +1,8 @@
 //! `lifeboat-disk`: the processes behind a mount of disk images, apart from the agent so that a guest
 //! outlives it.
 //!
-//! The agent starts `hold` and `move` once for each VM that leaves with its disks. `serve` is for
+//! The agent starts `hold` and `move` once for each VM that leaves with its disks, and `hold`
+//! and `arrive` where they may follow it. `serve` is for
 //! whoever wants a tracked mount of images by hand. All it does is in `disk::fuse` and
 //! `disk::process`; deliberately nothing of it is here.
 
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use lifeboat_agent::disk::fuse::{PassThrough, Server, holder, holder::HolderError};
-use lifeboat_agent::disk::process::mover;
+use lifeboat_agent::disk::process::{arrival, mover};
 
 /// Serves disk images through FUSE, and keeps their mounts alive.
 #[derive(Debug, Parser)]
@@ -36,6 +37,13 @@ enum Command {
     },
     /// Serves one VM's images, and sends them to another host. The agent steers it.
     Move {
+        /// The file beside which its sockets are.
+        #[arg(long)]
+        setting: PathBuf,
+    },
+    /// Receives one VM's images, and serves them to a guest that may run before they are complete. The
+    /// agent steers it.
+    Arrive {
         /// The file beside which its sockets are.
         #[arg(long)]
         setting: PathBuf,
@@ -71,6 +79,7 @@ fn main() -> ExitCode {
             held.with_context(|| format!("cannot hold at {}", socket.display()))
         }
         Command::Move { setting } => move_disks(&setting),
+        Command::Arrive { setting } => take_disks_in(&setting),
         Command::Serve(arguments) => serve(&arguments),
     };
     match outcome {
@@ -85,6 +94,11 @@ fn main() -> ExitCode {
 fn move_disks(setting: &std::path::Path) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     Ok(runtime.block_on(mover::run(setting, || tracing::info!("serving")))?)
+}
+
+fn take_disks_in(setting: &std::path::Path) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    Ok(runtime.block_on(arrival::run(setting, || tracing::info!("serving")))?)
 }
 
 fn serve(arguments: &Serve) -> anyhow::Result<()> {

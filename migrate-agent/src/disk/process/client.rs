@@ -4,6 +4,7 @@
 //! Deliberately not here: QMP, and what is asked when.
 
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,6 +18,8 @@ use tokio::process::{Child, Command};
 use super::control::{self, ControlError, Reply, Report, Request};
 use super::setting::{Folder, Setting, SettingError};
 use crate::clock;
+use crate::disk::fuse;
+use crate::disk::fuse::holder::Serving;
 use crate::disk::local::LocalDisk;
 
 /// A process is reached within this time after its start, on a busy machine.
@@ -88,10 +91,36 @@ impl Movers {
         Folder::new(&self.run_dir, vm)
     }
 
+    /// Those of disks that arrive here and may follow their VM: a VM can arrive while what is left of
+    /// its departure is still here.
+    #[must_use]
+    pub fn of_arrivals(&self) -> Self {
+        Self { run_dir: self.run_dir.join(".arriving"), ..self.clone() }
+    }
+
+    /// What the one of `vm` was started with; `None` where there is none.
+    #[must_use]
+    pub fn setting(&self, vm: &VmId) -> Option<Setting> {
+        self.folder(vm).read().ok().flatten()
+    }
+
+    /// Where the one of `vm` takes connections of its disks' source.
+    #[must_use]
+    pub fn blocks(&self, vm: &VmId) -> PathBuf {
+        self.folder(vm).blocks()
+    }
+
     /// Whether something of a mover of `vm` is here.
     #[must_use]
     pub fn knows(&self, vm: &VmId) -> bool {
         self.folder(vm).path().exists()
+    }
+
+    /// Whether the mounts of the one of `vm` are still held: then this host has not been down since,
+    /// and what was written to them is there, flushed or not.
+    #[must_use]
+    pub fn are_held(&self, vm: &VmId) -> bool {
+        is_listening(&self.folder(vm).holder())
     }
 
     /// The VMs of which there is a mover, or something of one.
@@ -105,8 +134,88 @@ impl Movers {
     /// # Errors
     /// When it cannot be started; nothing of it is left.
     pub async fn start(&self, vm: &VmId, disks: &[LocalDisk]) -> Result<Mover, MoverClientError> {
+        self.start_as(vm, disks, |_| ()).await
+    }
+
+    /// The same, for disks that may follow their VM.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_following(
+        &self,
+        vm: &VmId,
+        disks: &[LocalDisk],
+    ) -> Result<Mover, MoverClientError> {
+        self.start_as(vm, disks, |setting| setting.follow = true).await
+    }
+
+    /// Starts one for disks that arrive and may follow their VM; `maps` is a directory for it alone.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_arriving(
+        &self,
+        vm: &VmId,
+        disks: &[LocalDisk],
+        maps: PathBuf,
+    ) -> Result<Mover, MoverClientError> {
+        // QEMU's user passes through to the mount points.
+        let open = || {
+            std::fs::create_dir_all(&self.run_dir)?;
+            std::fs::set_permissions(&self.run_dir, std::fs::Permissions::from_mode(0o755))
+        };
+        open().map_err(|source| SettingError::File { path: self.run_dir.clone(), source })?;
+        self.start_as(vm, disks, |setting| setting.maps = Some(maps)).await
+    }
+
+    /// Ends one that nobody needs, whatever state it is in; nobody uses its mounts.
+    ///
+    /// # Errors
+    /// When its files cannot be removed.
+    pub async fn give_up(&self, vm: &VmId) -> Result<(), MoverClientError> {
+        let finished = match self.reach(vm).await {
+            Ok(Some(mover)) => mover.finish().await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        match finished {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                tracing::warn!(%vm, %error, "its disk process is given up");
+                self.abandon(vm)
+            }
+        }
+    }
+
+    /// Takes away what is left of one that cannot be started again; nobody uses its mounts.
+    ///
+    /// # Errors
+    /// When its files cannot be removed.
+    fn abandon(&self, vm: &VmId) -> Result<(), MoverClientError> {
         let folder = self.folder(vm);
-        let setting = folder.create(vm, disks, self.tls_dir.as_deref())?;
+        for place in folder.read()?.map(|setting| setting.folders).unwrap_or_default() {
+            // Nothing is mounted where it had not come so far.
+            let _ = fuse::unmount(&place.at);
+            if let Some(name) = place.at.to_str()
+                && let Ok((serving, ..)) = Serving::take(&folder.holder(), name)
+                && let Err(error) = serving.forget()
+            {
+                tracing::warn!(%vm, %error, "the holder keeps what nobody needs");
+            }
+        }
+        Ok(folder.remove()?)
+    }
+
+    async fn start_as(
+        &self,
+        vm: &VmId,
+        disks: &[LocalDisk],
+        change: impl FnOnce(&mut Setting),
+    ) -> Result<Mover, MoverClientError> {
+        let folder = self.folder(vm);
+        let mut setting = folder.setting_for(vm, disks, self.tls_dir.as_deref())?;
+        change(&mut setting);
+        let setting = folder.make(setting)?;
         match self.start_both(vm, &folder, setting).await {
             Ok(mover) => Ok(mover),
             Err(error) => {
@@ -173,7 +282,7 @@ impl Movers {
             self.await_listening(vm, folder, &mut child, &folder.holder()).await?;
             holder = Some(child);
         }
-        let started = self.start_mover(vm, folder).await;
+        let started = self.start_mover(vm, folder, &setting).await;
         match (started, holder) {
             (Ok(socket), _) => Ok(Mover::new(vm, folder.clone(), setting, socket)),
             (Err(error), Some(mut holder)) => {
@@ -189,9 +298,11 @@ impl Movers {
         &self,
         vm: &VmId,
         folder: &Folder,
+        setting: &Setting,
     ) -> Result<UnixStream, MoverClientError> {
         let _ = std::fs::remove_file(folder.control());
-        let arguments = ["move".as_ref(), "--setting".as_ref(), folder.setting().as_os_str()]
+        let does = if setting.maps.is_some() { "arrive" } else { "move" };
+        let arguments = [does.as_ref(), "--setting".as_ref(), folder.setting().as_os_str()]
             .map(std::ffi::OsStr::to_owned);
         let mut child = self.spawn(folder, &arguments)?;
         let connected = async {

@@ -61,6 +61,14 @@ pub struct Destination {
     pub token: Vec<u8>,
     /// The destination may have blocks of an earlier attempt: compare hashes first.
     pub compares: bool,
+    /// Of disks that may follow their VM: so many bytes of what goes before may be left when the two
+    /// sides go in step (LiveFS' handover-size); 0: the mover's default.
+    #[serde(default)]
+    pub handover_size: u64,
+    /// The VM is the destination's already: a mover before this one was killed. What is missing there
+    /// is sent.
+    #[serde(default)]
+    pub rests: bool,
 }
 
 /// How fast it may go, both in bytes/s; `None` is no limit.
@@ -102,6 +110,12 @@ pub enum Request {
     Seal,
     /// The VM is this host's, whatever was sealed: end the transfer, answer every write.
     Stop,
+    /// The VM is the destination's (COMMIT), and what is missing there follows it.
+    Cede,
+    /// Of disks that arrive: the VM is about to run here, so nothing but what is missing is taken in.
+    Own,
+    /// Of disks that arrive: nothing is missing; answered when that is durable.
+    Settle,
     /// Nobody uses the mounts any more: unmount and end.
     Finish,
 }
@@ -120,8 +134,12 @@ pub enum Stage {
     Synchronous,
     /// The destination is being told that nothing changes any more.
     Sealing,
-    /// It has everything, durably.
+    /// It has everything, durably; or, of disks that follow their VM, all that goes before.
     Sealed,
+    /// The VM runs at the destination, and what is missing there follows.
+    Rest,
+    /// Nothing is missing there.
+    Complete,
 }
 
 impl From<Phase> for Stage {
@@ -131,7 +149,9 @@ impl From<Phase> for Stage {
             Phase::Dirty => Self::Dirty,
             Phase::Synchronous => Self::Synchronous,
             Phase::Sealing => Self::Sealing,
-            Phase::Sealed | Phase::Rest | Phase::Complete => Self::Sealed,
+            Phase::Sealed => Self::Sealed,
+            Phase::Rest => Self::Rest,
+            Phase::Complete => Self::Complete,
         }
     }
 }
@@ -224,6 +244,8 @@ mod tests {
             generation: Generation(2),
             token: vec![7; 32],
             compares: false,
+            handover_size: 0,
+            rests: false,
         }
     }
 
@@ -236,6 +258,9 @@ mod tests {
             Request::Progress,
             Request::Seal,
             Request::Stop,
+            Request::Cede,
+            Request::Own,
+            Request::Settle,
             Request::Finish,
         ]
     }

@@ -10,15 +10,23 @@
 //! |---|---|
 //! | `control` | the words between the two, and their bytes: pure |
 //! | `setting` | what the process is started with, and where its files are |
-//! | `mover` | the process itself |
+//! | `mover` | the process at the source |
+//! | `arrival` | the process at the destination, of disks that may follow their VM |
+//! | `mounts`, `answering` | what both have: mounts, and answers to the agent |
 //! | `sending` | its transfer: connects, goes on after a lost connection |
 //! | `client` | the agent's side: start it, start it again, ask it |
 //!
-//! Deliberately not here: QMP (`source/disk.rs` swaps), and what arrives elsewhere
-//! (`sync::receive`, in the destination's agent).
+//! A guest that may run before its disks are complete has the same at its destination: `lifeboat-disk
+//! arrive` receives, and answers its reads (docs/decisions/0044).
+//!
+//! Deliberately not here: QMP (`source/disk.rs` and `destination/resting.rs` swap), and what arrives
+//! before its VM as a whole (`sync::receive`, in the destination's agent).
 
+mod answering;
+pub mod arrival;
 pub mod client;
 pub mod control;
+mod mounts;
 pub mod mover;
 mod sending;
 pub mod setting;

@@ -13,36 +13,32 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use bytes::BytesMut;
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
 use rustix::io::Errno;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
-use super::control::{self, ControlError, Destination, Limits, Reply, Report, Request, Stage};
+use super::answering::{Answers, answer_on, listen};
+use super::control::{Destination, Limits, Reply, Report, Request, Stage};
+use super::mounts::{Mounts, alone};
 use super::sending::{Counts, Seen, Transfer};
-use super::setting::{Alone, Folder, Setting, SettingError};
-use crate::disk::fuse::holder::{HolderError, Serving};
-use crate::disk::fuse::{Image, ServeError, Server};
+use super::setting::{Folder, Setting, SettingError};
+use crate::disk::fuse::holder::HolderError;
+use crate::disk::fuse::{Hook, Image, ServeError, Server};
 use crate::disk::sync::mirror::{DEADLINE, Mirror};
-use crate::disk::sync::phases::{Goal, Phase};
+use crate::disk::sync::phases::Goal;
 use crate::disk::sync::rank::{Strategy, Weights};
 use crate::disk::sync::send::{Choice, Command, Outgoing, Progress};
-use crate::disk::track::{BlockSize, SegmentSize};
+use crate::disk::track::{BlockSize, SegmentSize, Traffic};
+use crate::tasks;
 use crate::tls::{TlsError, TlsIdentity};
-use crate::{clock, tasks};
 
 /// The two sides go in step when at most so much is left, bytes: about one round trip's worth at 1
 /// Gbit/s and 30 ms.
 const LEFT_FOR_STEP: u64 = 4 << 20;
-/// The kernel tells of a closed file late; an unmount waits for it so long.
-const RELEASE_LIMIT: Duration = Duration::from_secs(5);
-/// A mover that was killed has gone within this time, on a busy machine.
-const ENDING_LIMIT: Duration = Duration::from_secs(5);
+/// To whoever takes it for the other process.
+const LEAVES: &str = "the disks leave from here; they do not arrive";
 
 /// Why a mover cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -76,15 +72,17 @@ pub enum MoverError {
     /// A mount point whose path cannot be a mount's name.
     #[error("the mount point's path is not UTF-8")]
     MountPoint,
+    /// What is kept of disks that arrive.
+    #[error("cannot go on with what was kept of the VM's arriving disks")]
+    Kept(#[source] std::io::Error),
+    /// A process before this one was killed too early.
+    #[error(
+        "the process in which the disks of VM `{0}` arrived was killed before they were sealed; the migration has to begin anew"
+    )]
+    Unsealed(VmId),
     /// The control socket.
     #[error("cannot listen for the agent")]
     Listen(#[source] std::io::Error),
-}
-
-struct Mounted {
-    server: Server,
-    serving: Serving,
-    at: std::path::PathBuf,
 }
 
 /// A transfer that was begun.
@@ -100,13 +98,11 @@ struct Mover {
     mirror: Arc<Mirror>,
     images: Vec<Arc<Image>>,
     identity: Option<TlsIdentity>,
-    /// One for each folder; none once finished.
-    mounted: Mutex<Vec<Mounted>>,
+    mounts: Mounts,
     begun: Mutex<Option<Begun>>,
     network: watch::Sender<Option<BytesPerSec>>,
     /// A server before this one was killed: what it had marked is lost.
     took_over: bool,
-    finished: watch::Sender<bool>,
 }
 
 /// Serves what the setting `file` says, until it is told to finish. `ready` is called once requests
@@ -121,38 +117,9 @@ pub async fn run(file: &Path, ready: impl FnOnce()) -> Result<(), MoverError> {
     let _alone = alone(&folder, &setting.vm)?;
     let identity = setting.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
     let mover = Arc::new(Mover::begin(setting, identity, &folder)?);
-    let control = folder.control();
-    // What a mover before us left.
-    let _ = std::fs::remove_file(&control);
-    let listener = UnixListener::bind(&control).map_err(MoverError::Listen)?;
+    let listener = listen(&folder.control()).map_err(MoverError::Listen)?;
     ready();
-    let mut finished = mover.finished.subscribe();
-    loop {
-        tokio::select! {
-            connection = listener.accept() => {
-                let (socket, _) = connection.map_err(MoverError::Listen)?;
-                let own = Arc::clone(&mover);
-                tasks::spawn("control", async move {
-                    if let Err(error) = own.answer_all(socket).await {
-                        tracing::warn!(%error, "a control connection ends");
-                    }
-                });
-            }
-            _ = finished.wait_for(|finished| *finished) => return Ok(()),
-        }
-    }
-}
-
-/// One that was killed may still be ending.
-fn alone(folder: &Folder, vm: &VmId) -> Result<Alone, MoverError> {
-    let deadline = clock::now() + ENDING_LIMIT;
-    loop {
-        match folder.take()? {
-            Some(alone) => return Ok(alone),
-            None if clock::now() < deadline => clock::pause_thread(Duration::from_millis(5)),
-            None => return Err(MoverError::Another(vm.clone())),
-        }
-    }
+    answer_on(mover, listener).await.map_err(MoverError::Listen)
 }
 
 impl Mover {
@@ -166,104 +133,18 @@ impl Mover {
             setting.disks.iter().zip(&lengths).map(|(d, l)| (OsStr::new(&d.name), *l)).collect();
         let (block, segment) = (BlockSize::default(), SegmentSize::default());
         let mirror = Arc::new(Mirror::new(&disks, block, segment, DEADLINE));
-        let (mut mounted, mut took_over) = (vec![], false);
-        for place in &setting.folders {
-            let name = place.at.to_str().ok_or(MoverError::MountPoint)?;
-            let holder = folder.holder();
-            let hook = Arc::clone(&mirror);
-            let (server, serving) = match Serving::take(&holder, name) {
-                Ok((serving, device, memory)) => {
-                    took_over = true;
-                    (Server::take_over(&place.images, device, memory, hook)?, serving)
-                }
-                Err(HolderError::Unknown(_)) => {
-                    let server = Server::mount(&place.images, &place.at, hook)?;
-                    let serving = Serving::park(&holder, name, server.parts())?;
-                    (server, serving)
-                }
-                Err(error) => return Err(error.into()),
-            };
-            mounted.push(Mounted { server, serving, at: place.at.clone() });
-        }
-        let image = |disk: &super::setting::ServedDisk| {
-            let failed = |source| MoverError::Image { name: disk.name.clone(), source };
-            let mounted = mounted.get(disk.folder).ok_or_else(|| failed(Errno::NOENT))?;
-            mounted.server.image(OsStr::new(&disk.name)).map_err(failed)
-        };
-        let images = setting.disks.iter().map(image).collect::<Result<_, _>>()?;
+        let hook: Arc<dyn Hook> = Arc::clone(&mirror) as _;
+        let (mut mounts, took_over) = Mounts::serve(&setting, folder, &hook)?;
+        let images = mounts.images(&setting)?;
         Ok(Self {
             setting,
             mirror,
             images,
             identity,
-            mounted: Mutex::new(mounted),
+            mounts,
             begun: Mutex::default(),
             network: watch::Sender::new(None),
             took_over,
-            finished: watch::Sender::new(false),
-        })
-    }
-
-    async fn answer_all(&self, mut socket: UnixStream) -> Result<(), ControlError> {
-        let (mut buffer, mut out) = (BytesMut::new(), BytesMut::new());
-        loop {
-            while let Some(request) = control::decode::<Request>(&mut buffer)? {
-                let ends = request == Request::Finish;
-                let reply = match self.answer(request).await {
-                    Ok(reply) => reply,
-                    Err(refused) => Reply::Refused(refused),
-                };
-                let ended = ends && reply == Reply::Done;
-                out.clear();
-                control::encode(&reply, &mut out)?;
-                // Whoever asked may have gone: then so has the connection.
-                let written = socket.write_all(&out).await;
-                if ended {
-                    self.finished.send_replace(true);
-                }
-                if written.is_err() {
-                    return Ok(());
-                }
-            }
-            match socket.read_buf(&mut buffer).await {
-                Ok(1..) => {}
-                Ok(0) | Err(_) => return Ok(()),
-            }
-        }
-    }
-
-    async fn answer(&self, request: Request) -> Result<Reply, String> {
-        tracing::debug!(?request, "asked");
-        match request {
-            Request::BeginSwap { disk } => {
-                self.with_server(disk, |server, name| server.begin_swap(name)).await?;
-            }
-            Request::EndSwap { disk, on_mount } => {
-                self.with_server(disk, |server, name| server.end_swap(name, on_mount)).await?;
-            }
-            Request::Send(to) => self.send(to).await?,
-            Request::Limit(limits) => self.limit(limits).await,
-            Request::GoInStep => self.go_in_step().await?,
-            Request::Progress => return Ok(Reply::Progress(self.report().await)),
-            Request::Seal => self.seal().await?,
-            Request::Stop => self.stop().await,
-            Request::Finish => self.finish().await?,
-        }
-        Ok(Reply::Done)
-    }
-
-    async fn with_server(
-        &self,
-        disk: u16,
-        act: impl FnOnce(&Server, &OsStr) -> Result<(), Errno>,
-    ) -> Result<(), String> {
-        let served = self.setting.disks.get(usize::from(disk));
-        let served = served.ok_or_else(|| format!("there is no disk {disk}"))?;
-        let mounted = self.mounted.lock().await;
-        let folder = mounted.get(served.folder).ok_or("the mounts are gone")?;
-        act(&folder.server, OsStr::new(&served.name)).map_err(|errno| match errno {
-            Errno::BUSY => format!("another program has {} open", served.name),
-            errno => format!("{}: {errno}", served.name),
         })
     }
 
@@ -272,20 +153,17 @@ impl Mover {
         if begun.is_some() {
             return Err("the disks are being sent already".to_owned());
         }
-        let choice = Choice {
-            goal: Goal { left: LEFT_FOR_STEP / BlockSize::default().bytes(), early: false },
-            strategy: Strategy::Whole,
-            weights: Weights::default(),
-            segment: SegmentSize::default(),
-            monitors: false,
-            compares: to.compares || self.took_over,
-        };
+        let choice = self.choice(&to);
         let (mirror, images) = (Arc::clone(&self.mirror), self.images.clone());
-        let outgoing = tasks::blocking(move || Outgoing::new(mirror, images, choice)).await;
-        let outgoing = outgoing.map_err(|errno| format!("cannot look for data: {errno}"))?;
+        let rests = to.rests;
+        let outgoing = tasks::blocking(move || match rests {
+            true => Ok(Outgoing::resting(mirror, images, choice)),
+            false => Outgoing::new(mirror, images, choice),
+        });
+        let outgoing = outgoing.await.map_err(|errno| format!("cannot look for data: {errno}"))?;
         let (commands, obeyed) = mpsc::channel(8);
         let comparing = choice.compares;
-        let first = Progress { phase: Phase::Bulk, dirty: 0, on_the_way: 0, comparing };
+        let first = Progress { phase: outgoing.phase(), dirty: 0, on_the_way: 0, comparing };
         let (progress, failed) = (watch::Sender::new(first), watch::Sender::new(None));
         let counts = Arc::new(Counts::default());
         let seen = Seen {
@@ -308,6 +186,36 @@ impl Mover {
         Ok(())
     }
 
+    /// What has been watched since QEMU is on the mounts says which segments are hot.
+    fn choice(&self, to: &Destination) -> Choice {
+        let follow = self.setting.follow;
+        let weights = Weights::default();
+        let traffic: Vec<Traffic> =
+            self.mirror.disks().iter().flat_map(|disk| disk.activity.traffic()).collect();
+        let left = match to.handover_size {
+            bytes @ 1.. if follow => bytes,
+            _ => LEFT_FOR_STEP,
+        };
+        Choice {
+            goal: Goal { left: left / BlockSize::default().bytes(), early: follow },
+            strategy: match follow {
+                true => Strategy::above_average(&traffic, weights),
+                false => Strategy::Whole,
+            },
+            weights,
+            segment: SegmentSize::default(),
+            monitors: false,
+            compares: to.compares || self.took_over,
+        }
+    }
+
+    async fn cede(&self) -> Result<(), String> {
+        let begun = self.begun.lock().await;
+        let begun = begun.as_ref().ok_or("nothing is being sent")?;
+        let gone = |_| "the transfer has ended".to_owned();
+        begun.commands.send(Command::Cede).await.map_err(gone)
+    }
+
     async fn go_in_step(&self) -> Result<(), String> {
         let begun = self.begun.lock().await;
         let begun = begun.as_ref().ok_or("nothing is being sent")?;
@@ -318,7 +226,7 @@ impl Mover {
 
     async fn limit(&self, limits: Limits) {
         self.network.send_replace(limits.network.map(BytesPerSec));
-        let mounted = self.mounted.lock().await;
+        let mounted = self.mounts.all().await;
         let share = u64::try_from(mounted.len()).unwrap_or(1).max(1);
         for folder in mounted.iter() {
             // A limit is the VM's: with images in several directories each has its share.
@@ -378,35 +286,32 @@ impl Mover {
         if let Some(begun) = self.begun.lock().await.take() {
             begun.task.abort();
         }
-        let mut mounted = self.mounted.lock().await;
-        while let Some(mut folder) = mounted.pop() {
-            let (folder, unmounted) = tasks::blocking(move || {
-                let unmounted = unmount(&mut folder);
-                (folder, unmounted)
-            })
-            .await;
-            if let Err(errno) = unmounted {
-                let at = folder.at.display().to_string();
-                mounted.push(folder);
-                return Err(format!("cannot unmount {at}: {errno}"));
-            }
-            if let Err(error) = folder.serving.forget() {
-                tracing::warn!(%error, "the holder does not let go");
-            }
-        }
-        Ok(())
+        self.mounts.take_away().await
     }
 }
 
-fn unmount(folder: &mut Mounted) -> Result<(), Errno> {
-    let deadline = clock::now() + RELEASE_LIMIT;
-    loop {
-        match folder.server.unmount(&folder.at) {
-            Err(Errno::BUSY) if clock::now() < deadline => {
-                clock::pause_thread(Duration::from_millis(5));
+impl Answers for Mover {
+    async fn answer(&self, request: Request) -> Result<Reply, String> {
+        let (mounts, setting) = (&self.mounts, &self.setting);
+        match request {
+            Request::BeginSwap { disk } => {
+                mounts.with_server(setting, disk, |server, name| server.begin_swap(name)).await?;
             }
-            outcome => return outcome,
+            Request::EndSwap { disk, on_mount } => {
+                let end = |server: &Server, name: &OsStr| server.end_swap(name, on_mount);
+                mounts.with_server(setting, disk, end).await?;
+            }
+            Request::Send(to) => self.send(to).await?,
+            Request::Limit(limits) => self.limit(limits).await,
+            Request::GoInStep => self.go_in_step().await?,
+            Request::Progress => return Ok(Reply::Progress(self.report().await)),
+            Request::Seal => self.seal().await?,
+            Request::Stop => self.stop().await,
+            Request::Cede => self.cede().await?,
+            Request::Finish => self.finish().await?,
+            Request::Own | Request::Settle => return Err(LEAVES.to_owned()),
         }
+        Ok(Reply::Done)
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 
 use super::control::{Destination, Stage};
-use crate::disk::sync::phases::Veto;
+use crate::disk::sync::phases::{Phase, Veto};
 use crate::disk::sync::send::{Command, Outgoing, Progress};
 use crate::link::LinkError;
 use crate::link::io::frame_name;
@@ -72,13 +72,20 @@ impl Transfer {
         let mut pause = PAUSE.0;
         loop {
             let reason = match self.attempt().await {
-                Ok(()) => return,
+                // Whoever has all of it has the agents end this. One that asks again was killed.
+                Ok(()) => {
+                    self.outgoing.rest_again();
+                    self.wait(PAUSE.1).await;
+                    continue;
+                }
                 Err(Attempt::Again { reason, connected }) => {
                     if connected {
                         pause = PAUSE.0;
                     }
                     reason
                 }
+                // Its VM runs there: whoever refuses now has just been started again.
+                Err(Attempt::Never(reason)) if self.outgoing.phase() >= Phase::Sealed => reason,
                 Err(Attempt::Never(reason)) => {
                     tracing::error!(reason, "the disks do not go on");
                     self.failed.send_replace(Some(reason));
@@ -142,6 +149,11 @@ impl Transfer {
         }
     }
 
+    fn show_phase(&self) {
+        let phase = self.outgoing.phase();
+        self.progress.send_modify(|progress| progress.phase = phase);
+    }
+
     async fn answer_until_stopped(&mut self) {
         while let Some(command) = self.commands.recv().await {
             self.obey_alone(command, Veto::NotInStep);
@@ -153,8 +165,12 @@ impl Transfer {
             // Who asked may have gone.
             Command::Seal(answer) => drop(answer.send(Err(veto))),
             Command::Unseal => self.outgoing.unseal(),
+            Command::Cede => {
+                self.outgoing.cede();
+                self.show_phase();
+            }
             // Asked for again once there is a connection.
-            Command::EndMonitoring | Command::GoInStep | Command::Cede => {}
+            Command::EndMonitoring | Command::GoInStep => {}
         }
     }
 }

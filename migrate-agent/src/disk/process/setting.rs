@@ -5,6 +5,7 @@
 //!   RUN_DIR/.disks/VM/          root's
 //!       setting.json            this
 //!       control  holder         sockets
+//!       blocks                  a socket, of disks that arrive: connections of the source
 //!       lock                    held by the one mover that serves, from its first moment to its last
 //!       log                     what both processes say
 //!       0/  1/ ..               mount points, one for each directory with images of the VM
@@ -64,6 +65,12 @@ pub struct Setting {
     pub disks: Vec<ServedDisk>,
     /// Certificates; without, only loopback is reached.
     pub tls_dir: Option<PathBuf>,
+    /// The disks may follow their VM.
+    #[serde(default)]
+    pub follow: bool,
+    /// Of disks that arrive and may follow: where it is kept, durably, which blocks are missing.
+    #[serde(default)]
+    pub maps: Option<PathBuf>,
 }
 
 /// Why a VM's disks cannot be served.
@@ -159,6 +166,12 @@ impl Folder {
         self.0.join("control")
     }
 
+    /// Where one of disks that arrive takes connections of their source.
+    #[must_use]
+    pub fn blocks(&self) -> PathBuf {
+        self.0.join("blocks")
+    }
+
     /// Where its holder listens.
     #[must_use]
     pub fn holder(&self) -> PathBuf {
@@ -181,7 +194,14 @@ impl Folder {
         disks: &[LocalDisk],
         tls_dir: Option<&Path>,
     ) -> Result<Setting, SettingError> {
-        let setting = self.setting_for(vm, disks, tls_dir)?;
+        self.make(self.setting_for(vm, disks, tls_dir)?)
+    }
+
+    /// Makes it, with the mount points and this setting.
+    ///
+    /// # Errors
+    /// When it is there already.
+    pub(super) fn make(&self, setting: Setting) -> Result<Setting, SettingError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| SettingError::File { path, source }
@@ -200,7 +220,11 @@ impl Folder {
         Ok(setting)
     }
 
-    fn setting_for(
+    /// The setting for `disks`.
+    ///
+    /// # Errors
+    /// When an image's path cannot be served.
+    pub(super) fn setting_for(
         &self,
         vm: &VmId,
         disks: &[LocalDisk],
@@ -211,6 +235,8 @@ impl Folder {
             folders: vec![],
             disks: vec![],
             tls_dir: tls_dir.map(Path::to_owned),
+            follow: false,
+            maps: None,
         };
         for disk in disks {
             let bad = || SettingError::Path(disk.path.clone());
@@ -283,6 +309,12 @@ impl Setting {
         let below =
             |of: fn(&MountedFolder) -> &Path| folder.map_or(Path::new("/"), of).join(&disk.name);
         (below(|folder| &folder.images), below(|folder| &folder.at))
+    }
+
+    /// Where a read of each disk is answered, by the disk's number among all disks of the VM.
+    #[must_use]
+    pub fn mounted(&self) -> std::collections::BTreeMap<usize, PathBuf> {
+        self.disks.iter().map(|disk| (disk.number, self.paths(disk).1)).collect()
     }
 
     /// The images that the guest could write.

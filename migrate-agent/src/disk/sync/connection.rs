@@ -200,6 +200,8 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     }
 
     fn greet(&mut self) {
+        // What it lacks it says itself: it may have been killed, and know less than it had.
+        self.own.compares |= self.own.phases.phase() == Phase::Rest;
         for (number, image) in self.own.images.iter().enumerate() {
             let block = self.own.mirror.disks()[number].dirty.block().bytes();
             let length = image.length().unwrap_or(0);
@@ -288,7 +290,9 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         let Some(image) = self.own.images.get(number).map(Arc::clone) else { return };
         if frame.payload.is_empty() {
             // What is longer here than there, and how far the versions were.
-            self.own.mirror.disks()[number].dirty.mark(&(frame.offset..u64::MAX));
+            if self.own.phases.phase() != Phase::Rest {
+                self.own.mirror.disks()[number].dirty.mark(&(frame.offset..u64::MAX));
+            }
             self.own.mirror.ledger().continue_after(frame.version);
             if number + 1 == self.own.images.len() {
                 self.own.compares = false;
@@ -297,6 +301,9 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
             return;
         }
         let (mirror, frame) = (Arc::clone(&self.own.mirror), frame.clone());
+        if self.own.phases.phase() == Phase::Rest {
+            return mark_missing(&mirror.disks()[number], &frame);
+        }
         tasks::blocking(move || mark_different(&mirror, &image, &frame)).await;
     }
 
@@ -422,6 +429,18 @@ fn mark_different(mirror: &Mirror, image: &Image, frame: &Frame) {
         let read = image.read(false, range.start, &mut content);
         if read.is_err() || block_hash(&content).to_be_bytes() != *theirs {
             disk.dirty.mark(&range);
+        }
+    }
+}
+
+/// Marks the blocks of which the destination of a VM that runs there says that they are missing.
+fn mark_missing(disk: &super::mirror::Disk, frame: &Frame) {
+    let size = disk.dirty.block();
+    let first = frame.offset / size.bytes();
+    for (index, theirs) in frame.payload.chunks_exact(8).enumerate() {
+        let at = first.saturating_add(index as u64).saturating_mul(size.bytes());
+        if *theirs == [0; 8] {
+            disk.dirty.mark(&(at..at.saturating_add(1)));
         }
     }
 }

@@ -179,6 +179,12 @@ impl Incoming {
         self.asked.clear();
     }
 
+    /// Whether `block` is missing.
+    #[must_use]
+    pub fn lacks(&self, block: u64) -> bool {
+        self.missing.contains(block)
+    }
+
     /// How many blocks are missing.
     #[must_use]
     pub fn missing(&self) -> u64 {

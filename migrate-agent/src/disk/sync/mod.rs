@@ -15,6 +15,7 @@
 //! | `mirror` | the hook in the FUSE layer: marks, or sends and waits |
 //! | `send` with `connection`, `passes` and `blocks` | the source's driver |
 //! | `receive` | the destination's |
+//! | `kept` | what outlives it, of disks that may follow their VM |
 //! | `arriving` | its hook: a guest that runs before its disk is complete |
 //!
 //! Deliberately not here: memory, COMMIT, QMP.
@@ -24,6 +25,7 @@ pub mod blocks;
 mod connection;
 pub mod frame;
 pub mod incoming;
+pub mod kept;
 pub mod ledger;
 pub mod mirror;
 mod passes;

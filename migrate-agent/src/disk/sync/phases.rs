@@ -199,6 +199,12 @@ impl Phases {
         Self { phase, connected: false, goal, left: u64::MAX }
     }
 
+    /// The way of a disk whose VM is the destination's already: only what is missing there goes.
+    #[must_use]
+    pub fn resting(goal: Goal) -> Self {
+        Self { phase: Phase::Rest, connected: false, goal, left: 0 }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn phase(&self) -> Phase {

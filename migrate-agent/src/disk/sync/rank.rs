@@ -52,6 +52,17 @@ pub enum Strategy {
     },
 }
 
+impl Strategy {
+    /// Hot is what was touched, and at least as often as a segment of all `traffic` on average.
+    #[must_use]
+    pub fn above_average(traffic: &[Traffic], weights: Weights) -> Self {
+        let ranks = traffic.iter().map(|segment| weights.rank(*segment));
+        let average = ranks.sum::<f64>() / traffic.len().max(1) as f64;
+        // What nobody touched is never hot, also where nothing was touched at all.
+        Self::Hot { threshold: average.max(f64::MIN_POSITIVE) }
+    }
+}
+
 /// The segments in the order in which they are sent, and how many of them go before the hand-over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SegmentOrder {
@@ -103,6 +114,17 @@ mod tests {
     fn hot_segments_go_first_when_the_vm_moves_early() {
         let hot = order(&TRAFFIC, Weights::default(), Strategy::Hot { threshold: 15.0 });
         assert_eq!(hot, SegmentOrder { segments: vec![1, 2, 0, 3], before: 2 });
+    }
+
+    #[test]
+    fn what_is_touched_more_than_the_average_is_hot_and_what_nobody_touched_never_is() {
+        let before = |traffic: &[Traffic]| {
+            let weights = Weights::default();
+            order(traffic, weights, Strategy::above_average(traffic, weights)).before
+        };
+        assert_eq!(before(&TRAFFIC), 2);
+        assert_eq!(before(&[TRAFFIC[1], TRAFFIC[0], TRAFFIC[0]]), 1);
+        assert_eq!((before(&[TRAFFIC[0]; 3]), before(&[TRAFFIC[1]; 3]), before(&[])), (0, 3, 0));
     }
 
     #[test]

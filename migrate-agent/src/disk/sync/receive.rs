@@ -8,7 +8,10 @@
 //! what a peer sends beyond the length that it announced is an error. Deliberately not here: giving
 //! the image its final name, which comes after COMMIT.
 
-use std::ffi::OsStr;
+mod files;
+mod maps;
+
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -18,18 +21,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
-use xxhash_rust::xxh3::xxh3_64;
 
-use super::frame::{Frame, FrameError, Kind, MAX_PAYLOAD, decode_runs};
+use super::frame::{Frame, FrameError, Kind, decode_runs};
 use super::incoming::{Incoming, Readiness};
+use super::kept::{Before, Kept};
 use super::stream::{FrameReader, FrameWriter, StreamError};
 use super::versions::Version;
 use crate::disk::track::{BlockSize, GeometryError};
 use crate::tasks;
+use files::{create, map_path, zero};
+use maps::{send_map, send_missing};
+
+pub(super) use files::save;
+pub use maps::block_hash;
 
 /// Both streams of a connection begin within this time of each other, on a busy machine.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(2);
@@ -137,8 +143,14 @@ impl Disk {
 /// The images of one VM at its destination.
 pub struct Received {
     paths: Vec<PathBuf>,
+    /// What the images are called besides, by number.
+    names: Vec<OsString>,
     /// Images that are there already are gone on with.
     seeded: bool,
+    /// Of disks that may follow their VM: what outlives this process.
+    kept: Option<Kept>,
+    /// The VM runs here, or is about to: only what is missing is taken in.
+    owned: AtomicBool,
     disks: Mutex<Vec<Option<Arc<Disk>>>>,
     /// A disk was announced.
     announced: Condvar,
@@ -152,21 +164,47 @@ impl Received {
     /// Disk N will be made at `paths[N]`, where nothing may be yet.
     #[must_use]
     pub fn new(paths: Vec<PathBuf>) -> Arc<Self> {
-        Self::made(paths, false)
+        Arc::new(Self::made(paths, false))
     }
 
     /// As [`Self::new`], but what is at one of the paths is gone on with: a copy of the same image,
     /// however old. The source has to compare hashes.
     #[must_use]
     pub fn going_on(paths: Vec<PathBuf>) -> Arc<Self> {
-        Self::made(paths, true)
+        Arc::new(Self::made(paths, true))
     }
 
-    fn made(paths: Vec<PathBuf>, seeded: bool) -> Arc<Self> {
+    fn made(paths: Vec<PathBuf>, seeded: bool) -> Self {
         let disks = Mutex::new(paths.iter().map(|_| None).collect());
         let arrivals = watch::Sender::new(0);
         let (announced, wants, closed) = Default::default();
-        Arc::new(Self { paths, seeded, disks, announced, wants, arrivals, closed })
+        let (names, kept, owned) = Default::default();
+        Self { paths, names, seeded, kept, owned, disks, announced, wants, arrivals, closed }
+    }
+
+    /// Disks that may follow their VM: disk N is made at `paths[N]`, and called `names[N]` as well. A
+    /// process before this one may have kept something of them: then it is gone on with.
+    ///
+    /// # Errors
+    /// When what was kept does not belong to the images that are there.
+    pub fn following(
+        paths: Vec<PathBuf>,
+        names: Vec<OsString>,
+        kept: Kept,
+        before: Before,
+    ) -> io::Result<Arc<Self>> {
+        let mut own = Self { names, kept: Some(kept), ..Self::made(paths, false) };
+        let maps: Vec<Option<(Vec<u8>, Vec<Range<u64>>)>> = match before {
+            Before::Nothing => return Ok(Arc::new(own)),
+            Before::Whole => own.paths.iter().map(|_| None).collect(),
+            Before::Sealed(maps) => maps.into_iter().map(Some).collect(),
+        };
+        let paths = own.paths.iter().zip(&own.names);
+        let disks = paths.zip(maps).map(|((path, name), map)| found(path, name, map));
+        let disks = disks.map(|disk| disk.map(|disk| Some(Arc::new(disk))));
+        own.disks = Mutex::new(disks.collect::<io::Result<_>>()?);
+        own.owned = AtomicBool::new(true);
+        Ok(Arc::new(own))
     }
 
     fn disks(&self) -> MutexGuard<'_, Vec<Option<Arc<Disk>>>> {
@@ -196,6 +234,47 @@ impl Received {
         self.disks().iter().flatten().for_each(|disk| drop(disk.incoming()));
     }
 
+    /// The VM is about to run here, and what is missing follows it: from now on nothing else is taken
+    /// in.
+    pub fn own(&self) {
+        self.owned.store(true, Ordering::SeqCst);
+        // As in `close`.
+        self.disks().iter().flatten().for_each(|disk| drop(disk.incoming()));
+    }
+
+    /// Whether the VM is this host's.
+    #[must_use]
+    pub fn is_owned(&self) -> bool {
+        self.owned.load(Ordering::SeqCst)
+    }
+
+    /// Nothing is missing any more: makes that durable, and forgets what was kept for the way there.
+    /// `false`: something is missing.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn settle(&self) -> Result<bool, ReceiveError> {
+        if self.missing() > 0 || !self.is_owned() {
+            return Ok(false);
+        }
+        for (number, disk) in self.disks().iter().flatten().enumerate() {
+            let failed = |source| ReceiveError::Write { disk: number as u16, source };
+            disk.file.sync_all().map_err(failed)?;
+        }
+        if let Some(kept) = &self.kept {
+            kept.settle().map_err(|source| ReceiveError::Write { disk: 0, source })?;
+        }
+        Ok(true)
+    }
+
+    /// What only a source says whose VM it is.
+    fn must_not_be_owned(&self, number: u16) -> Result<(), ReceiveError> {
+        match self.is_owned() {
+            true => Err(ReceiveError::Closed(number)),
+            false => Ok(()),
+        }
+    }
+
     fn must_be_open(&self, number: u16) -> Result<(), ReceiveError> {
         match self.closed.load(Ordering::SeqCst) {
             true => Err(ReceiveError::Closed(number)),
@@ -220,7 +299,8 @@ impl Received {
     /// The number of the disk that was made as `name`.
     #[must_use]
     pub fn number_of(&self, name: &OsStr) -> Option<u16> {
-        let number = self.paths.iter().position(|path| path.file_name() == Some(name))?;
+        let number = self.paths.iter().position(|path| path.file_name() == Some(name));
+        let number = number.or_else(|| self.names.iter().position(|own| own == name))?;
         u16::try_from(number).ok()
     }
 
@@ -232,6 +312,14 @@ impl Received {
     pub fn make_durable(&self, number: u16) -> Result<(), ReceiveError> {
         let disk = self.disk(number)?;
         let failed = |source| ReceiveError::Write { disk: number, source };
+        if let Some(kept) = &self.kept {
+            // The map first, as below. One that is kept says that the disk was sealed, so QEMU, which
+            // flushes as it starts, must not make one before that.
+            if disk.sealed.load(Ordering::SeqCst) {
+                kept.save(number, || disk.incoming().save()).map_err(failed)?;
+            }
+            return disk.file.sync_data().map_err(failed);
+        }
         let map = {
             let incoming = disk.incoming();
             (incoming.missing() > 0).then(|| incoming.save())
@@ -277,7 +365,11 @@ impl Received {
     /// # Errors
     /// When there is no such disk.
     pub fn wrote(&self, disk: u16, range: &Range<u64>) -> Result<(), ReceiveError> {
-        self.disk(disk)?.incoming().wrote(range);
+        let own = self.disk(disk)?;
+        if let Some(kept) = &self.kept {
+            kept.note(disk, range).map_err(|source| ReceiveError::Write { disk, source })?;
+        }
+        own.incoming().wrote(range);
         Ok(())
     }
 
@@ -339,40 +431,29 @@ impl Received {
     }
 }
 
-/// Where the map of an image is kept.
-fn map_path(image: &Path) -> PathBuf {
-    let mut name = image.as_os_str().to_owned();
-    name.push(".missing");
-    name.into()
-}
-
-/// Replaces the file at `path` as a whole, durably.
-fn save(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let file = File::create(&new)?;
-    file.write_all_at(content, 0)?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    let directory = path.parent().map_or(Path::new("."), |parent| parent);
-    File::open(directory)?.sync_all()
-}
-
-fn create(path: &Path, length: u64, seeded: bool) -> io::Result<File> {
+/// A disk of which a process before us has kept `map`; without one, all of it is there.
+fn found(path: &Path, name: &OsStr, map: Option<(Vec<u8>, Vec<Range<u64>>)>) -> io::Result<Disk> {
     use std::os::unix::fs::OpenOptionsExt;
+    // It may have its last name only.
+    let path = if path.exists() { path.to_owned() } else { path.with_file_name(name) };
     let mut how = File::options();
-    how.read(true).write(true).mode(0o600);
-    // No link that somebody put there is followed.
-    match seeded {
-        true => how.create(true).custom_flags(libc::O_NOFOLLOW),
-        false => how.create_new(true),
+    let file = how.read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    let length = file.metadata()?.len();
+    let incoming = match map {
+        Some((map, written)) => {
+            let mut incoming = Incoming::load(&map, length).map_err(io::Error::other)?;
+            written.iter().for_each(|range| incoming.wrote(range));
+            incoming
+        }
+        None => {
+            let mut incoming = Incoming::new(BlockSize::default(), length);
+            incoming.seal(&[]);
+            incoming
+        }
     };
-    let file = how.open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    file.set_len(length)?;
-    Ok(file)
+    let (sealed, compared) = (AtomicBool::new(true), AtomicBool::new(true));
+    let held = Default::default();
+    Ok(Disk { held, file, incoming: Mutex::new(incoming), sealed, compared })
 }
 
 /// Receives on one stream until its end.
@@ -426,9 +507,11 @@ impl Received {
         let failed = |source| ReceiveError::Write { disk: frame.disk, source };
         match frame.kind {
             Kind::Hello => {
+                // First: what is asked for once the questions are forgotten has to go out.
+                *self.wants.lock().unwrap_or_else(PoisonError::into_inner) = Some(answers.clone());
                 self.announce(frame)?;
-                let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-                *wants = Some(answers.clone());
+                // Whoever waits for a block asks again.
+                self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
                 return Ok(());
             }
             Kind::Alive => {
@@ -444,19 +527,33 @@ impl Received {
             Kind::Resize => self.resize(&disk, frame)?,
             Kind::Flush => disk.file.sync_data().map_err(failed)?,
             Kind::Seal => {
+                self.must_not_be_owned(frame.disk)?;
                 if !disk.compared.load(Ordering::SeqCst) {
                     return Err(ReceiveError::NotCompared(frame.disk));
                 }
                 let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
                 disk.incoming().seal(&runs);
                 disk.file.sync_all().map_err(failed)?;
+                if let Some(kept) = &self.kept {
+                    kept.save(frame.disk, || disk.incoming().save()).map_err(failed)?;
+                }
                 disk.sealed.store(true, Ordering::SeqCst);
             }
             Kind::Unseal => {
-                let mut incoming = disk.incoming();
-                self.must_be_open(frame.disk)?;
-                disk.sealed.store(false, Ordering::SeqCst);
-                incoming.unseal();
+                {
+                    let mut incoming = disk.incoming();
+                    self.must_be_open(frame.disk)?;
+                    self.must_not_be_owned(frame.disk)?;
+                    disk.sealed.store(false, Ordering::SeqCst);
+                    incoming.unseal();
+                }
+                if let Some(kept) = &self.kept {
+                    kept.unseal(frame.disk).map_err(failed)?;
+                }
+            }
+            Kind::AskMap if self.is_owned() => {
+                send_missing(&disk, frame.disk, answers);
+                return Ok(());
             }
             Kind::AskMap => {
                 send_map(&disk, frame.disk, answers).map_err(failed)?;
@@ -481,6 +578,7 @@ impl Received {
         self.must_be_open(frame.disk)?;
         if range.end > incoming.length() {
             // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
+            self.must_not_be_owned(frame.disk)?;
             if range.end > LONGEST {
                 return Err(ReceiveError::BeyondEnd(frame.disk));
             }
@@ -508,6 +606,7 @@ impl Received {
         }
         let mut incoming = disk.incoming();
         self.must_be_open(frame.disk)?;
+        self.must_not_be_owned(frame.disk)?;
         if length != incoming.length() {
             let failed = |source| ReceiveError::Write { disk: frame.disk, source };
             disk.file.set_len(length).map_err(failed)?;
@@ -515,58 +614,4 @@ impl Received {
         }
         Ok(())
     }
-}
-
-/// Makes a hole; where the file system has none, zeroes.
-fn zero(file: &File, part: &Range<u64>) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, part.start, part.end - part.start) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-            let zeroes = vec![0; MAX_PAYLOAD];
-            let mut at = part.start;
-            while at < part.end {
-                let length = (part.end - at).min(MAX_PAYLOAD as u64);
-                file.write_all_at(&zeroes[..length as usize], at)?;
-                at += length;
-            }
-            Ok(())
-        }
-        outcome => outcome.map_err(io::Error::from),
-    }
-}
-
-/// The hash of a block as both sides compute it; never 0, which stands for "not there".
-#[must_use]
-pub fn block_hash(content: &[u8]) -> u64 {
-    xxh3_64(content).max(1)
-}
-
-/// Hashes of all blocks, as many frames as it takes. Each is also a sign of life, and so is at most
-/// what a slow disk reads in a second.
-fn send_map(disk: &Disk, number: u16, answers: &Answers) -> io::Result<()> {
-    const AT_A_TIME: u64 = 64 << 20;
-    let (size, length) = {
-        let incoming = disk.incoming();
-        (incoming.block(), incoming.length())
-    };
-    let at_a_time = (AT_A_TIME / size.bytes()).clamp(1, MAX_PAYLOAD as u64 / 8);
-    let mut first = 0;
-    while first < size.count(length) {
-        let until = (first + at_a_time).min(size.count(length));
-        let mut hashes = Vec::new();
-        for block in first..until {
-            let range = size.range(block, length);
-            let mut content = vec![0; (range.end - range.start) as usize];
-            disk.file.read_exact_at(&mut content, range.start)?;
-            hashes.extend_from_slice(&block_hash(&content).to_be_bytes());
-        }
-        let (offset, length) = (first * size.bytes(), (until - first) * size.bytes());
-        let payload = hashes.into();
-        let _ = answers.send(Frame { offset, length, payload, ..Frame::new(Kind::Map, number) });
-        first = until;
-    }
-    // The end of the map: an empty one, with the version to go on after.
-    let version = disk.incoming().newest();
-    let _ = answers.send(Frame { offset: length, version, ..Frame::new(Kind::Map, number) });
-    Ok(())
 }

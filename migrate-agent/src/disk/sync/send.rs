@@ -143,6 +143,18 @@ impl Outgoing {
         Ok(own)
     }
 
+    /// The way of `images` whose VM is the destination's already, by a process that knows nothing of
+    /// what went before: the destination says what it lacks, each time that it is connected.
+    #[must_use]
+    pub fn resting(mirror: Arc<Mirror>, images: Vec<Arc<Image>>, choice: Choice) -> Self {
+        // Nothing may change here any more.
+        mirror.seal();
+        let phases = Phases::resting(choice.goal);
+        let mut own = Self { mirror, images, choice, phases, orders: vec![], compares: false };
+        own.rank();
+        own
+    }
+
     /// Orders the segments by what was seen so far.
     pub(super) fn rank(&mut self) {
         let of = |disk: &super::mirror::Disk| {
@@ -162,6 +174,19 @@ impl Outgoing {
         if self.phases.apply(Event::Unseal).contains(&Action::Mirror(false)) {
             self.mirror.disarm();
         }
+    }
+
+    /// The VM is the destination's, and there is no connection: what is missing there goes over the
+    /// next one.
+    pub fn cede(&mut self) {
+        let missing = self.mirror.disks().iter().map(|disk| disk.dirty.count()).sum();
+        self.phases.apply(Event::Ceded { missing });
+    }
+
+    /// All was sent. A destination that was killed may have forgotten that it arrived: it is asked
+    /// again over the next connection.
+    pub fn rest_again(&mut self) {
+        self.phases = Phases::resting(self.choice.goal);
     }
 
     /// Goes on over these two streams, until everything is there or the connection ends. The guest

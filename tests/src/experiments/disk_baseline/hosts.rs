@@ -106,6 +106,7 @@ impl Hosts {
             kernel_arguments: self.kernel_arguments(case),
             nics: vec![],
             disks: vec![DiskSpec {
+                mounted: None,
                 path: image.to_owned(),
                 format: "raw",
                 read_only: false,

@@ -1,0 +1,238 @@
+//! A VM runs at its destination before its disk is there (`--disk on-demand`): what it reads is fetched,
+//! what it writes is kept, all of it arrives, and QEMU goes back to the image itself. Meanwhile links are
+//! cut and processes killed.
+//!
+//! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s guest,
+//! which writes anywhere in its disk and checks what it wrote.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use lifeboat_tests::clock;
+use lifeboat_tests::rig::private;
+use lifeboat_tests::world::{Busy, Disk, Host, World, inside, relay};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Long enough for a build beside us.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Four segments, of which the busier ones go before their VM.
+const DISK: Disk =
+    Disk::Busy(Busy { image: 256 << 20, block: 64 << 10, rate: 4 << 20, check_percent: 100 });
+/// What a link carries, in bit/s: the rest takes some seconds.
+const LINK: u64 = 80_000_000;
+/// And where something happens meanwhile.
+const SLOW: u64 = 40_000_000;
+/// Blocks that the guest has written before it moves: about a third of the image.
+const WRITTEN: u64 = 1500;
+/// One round of checks.
+const ROUND: u64 = 400;
+const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch 2s --yes";
+
+/// Made once: two tests at a time would take each other's files away.
+static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let made = Command::new(root.join("lab/image")).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    root.join("lab/build")
+});
+
+/// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
+fn in_a_world(name: &str, (number, link): (usize, u64), disk: Disk, play: impl FnOnce(&mut World)) {
+    if !inside::is_inside() {
+        assert!(IMAGES.is_dir());
+        assert!(inside::run_inside(name).unwrap().success(), "see above");
+        return;
+    }
+    private::settle().unwrap();
+    let mut world = World::make_on(number, &IMAGES, disk, link).unwrap();
+    world.control.await_sight(0).unwrap();
+    let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
+    if let Err(panic) = played {
+        println!("{}the world is kept in {}", world.story(), world.keep().display());
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// The newest `key=N` that the guest has said at a host.
+fn said(world: &World, host: Host, key: &str) -> u64 {
+    let seen = world.witness.look();
+    let lines = seen.lives().iter().filter(|life| life.host == host).flat_map(|l| l.said().lines());
+    let ticks = lines.filter(|line| line.starts_with("LIFEBOAT-TICK"));
+    let number = |line: &str| {
+        let words = line.split_whitespace();
+        words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok()).next()
+    };
+    ticks.filter_map(number).next_back().unwrap_or(0)
+}
+
+fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
+    let more = || Some(said(world, host, key)).filter(|now| *now > than);
+    clock::wait_for(PATIENCE, more).unwrap_or_else(|| {
+        panic!("no more {key} than {than} at host {}: {:?}", host + 1, said(world, host, key))
+    })
+}
+
+/// It runs there, its disk fits its memory, and it goes on writing.
+fn assert_at(world: &World, host: Host) {
+    assert_eq!(world.witness.look().running(), [host]);
+    let checked = await_more(world, host, "disk_checks", 0);
+    await_more(world, host, "disk_checks", checked + ROUND);
+    assert_eq!(world.witness.look().offences(), Vec::<String>::new());
+}
+
+/// Begins to move it, and waits until it runs there without all of its disk.
+fn move_and_await_rest(world: &World) -> String {
+    await_more(world, 0, "disk_writes", WRITTEN);
+    let id = world.control.detached(MOVE).unwrap();
+    let rests = || {
+        let status = world.control.status(&id).unwrap();
+        let migration = &status["migrations"][0];
+        let rests = migration["phase"] == "disk rest" && world.witness.look().running() == [1];
+        assert!(rests || status["state"] == "running", "it is over already: {status}");
+        (rests && migration["disk_bytes_left"].as_u64().unwrap_or(0) > 8 << 20).then_some(())
+    };
+    let rests = clock::wait_for(PATIENCE, rests);
+    assert!(rests.is_some(), "{:?}", world.control.status(&id));
+    // The other copy is there still, and its images with it.
+    assert!(world.agents[0].has_qemu());
+    id
+}
+
+/// The evacuation has come to its end, and the VM has moved.
+fn await_moved(world: &World, id: &str) {
+    let over = || world.control.status(id).ok().filter(|status| status["state"] != "running");
+    let status = clock::wait_for(PATIENCE, over);
+    let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(id)));
+    assert_eq!(status["migrations"][0]["phase"], "moved", "{status}");
+}
+
+/// The files that the VM's QEMU at a host has open.
+fn open_files(world: &World, host: Host) -> Vec<PathBuf> {
+    let pid = world.agents[host].vm().unwrap().unwrap().qemu_pid;
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect()
+}
+
+/// What is in the directory of a host's disks.
+fn files(world: &World, host: Host) -> Vec<String> {
+    let disk = world.agents[host].disk();
+    let entries = std::fs::read_dir(disk.parent().unwrap()).unwrap().flatten();
+    let mut names: Vec<_> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// What the processes of arriving disks have left at the destination.
+fn arrival_leftovers(world: &World) -> Vec<PathBuf> {
+    let folder = world.agents[1].folder();
+    let below = |path: &str| std::fs::read_dir(folder.join(path)).into_iter().flatten().flatten();
+    let all = below("qemu/.arriving/.disks").chain(below("state/left-disks/arriving"));
+    all.map(|entry| entry.path()).collect()
+}
+
+/// All of it is there: on the image itself, with nothing left of the way there.
+fn assert_whole(world: &World) {
+    let settled = || arrival_leftovers(world).is_empty().then_some(());
+    assert!(clock::wait_for(PATIENCE, settled).is_some(), "{:?}", arrival_leftovers(world));
+    let (disk, open) = (world.agents[1].disk(), open_files(world, 1));
+    assert!(open.contains(&disk), "{open:?}");
+    let on_mount = |path: &&PathBuf| path.to_string_lossy().contains(".arriving");
+    assert_eq!(open.iter().find(on_mount), None);
+    assert_eq!(files(world, 1), ["disk"]);
+    let gone = || (!world.agents[0].has_qemu()).then_some(());
+    assert!(clock::wait_for(PATIENCE, gone).is_some(), "the source's QEMU stays");
+    let left = || (files(world, 0).len() == 1).then(|| files(world, 0).remove(0));
+    let left = clock::wait_for(PATIENCE, left).unwrap_or_default();
+    assert!(left.starts_with("disk.left-"), "{left}");
+    assert_at(world, 1);
+}
+
+/// The process that does this with the VM's disks at a host.
+fn process(world: &World, host: Host, does: &str) -> Pid {
+    let folder = world.agents[host].folder().display().to_string();
+    let is_it = |pid: i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(&format!("lifeboat-disk {does}")) && line.contains(&folder)
+    };
+    let find = || {
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let mut pids = entries.filter_map(|e| e.file_name().to_str()?.parse().ok());
+        Pid::from_raw(pids.find(|pid| is_it(*pid))?)
+    };
+    clock::wait_for(PATIENCE, find).expect("a process")
+}
+
+#[test]
+fn a_guest_runs_before_its_disk_is_there_and_all_of_it_arrives() {
+    let name = "a_guest_runs_before_its_disk_is_there_and_all_of_it_arrives";
+    in_a_world(name, (20, LINK), DISK, |world| {
+        let id = move_and_await_rest(world);
+        // It goes on at once: what it reads is fetched before the rest.
+        let checked = await_more(world, 1, "disk_checks", 0);
+        await_more(world, 1, "disk_checks", checked);
+        await_moved(world, &id);
+        assert_whole(world);
+        // And back, as any disk.
+        world.control.await_sight(1).unwrap();
+        world.control.order("migrate vm --to h1 --urgency 0 --yes").unwrap();
+        assert_at(world, 0);
+    });
+}
+
+#[test]
+fn a_link_that_is_cut_while_the_rest_comes_costs_a_wait() {
+    let name = "a_link_that_is_cut_while_the_rest_comes_costs_a_wait";
+    in_a_world(name, (21, SLOW), DISK, |world| {
+        let id = move_and_await_rest(world);
+        for state in [relay::State::Closed, relay::State::Silent] {
+            world.link(0, 1, state);
+            clock::rest(Duration::from_secs(2));
+            world.link(0, 1, relay::State::Whole);
+            clock::rest(Duration::from_millis(500));
+        }
+        await_moved(world, &id);
+        assert_whole(world);
+    });
+}
+
+#[test]
+fn whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost() {
+    let name = "whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost";
+    in_a_world(name, (22, SLOW), DISK, |world| {
+        let id = move_and_await_rest(world);
+        // Who takes the blocks in: what the guest wrote there since is kept.
+        kill_process(process(world, 1, "arrive"), Signal::KILL).unwrap();
+        clock::rest(Duration::from_millis(1500));
+        // Who has them.
+        kill_process(process(world, 0, "move"), Signal::KILL).unwrap();
+        clock::rest(Duration::from_millis(1500));
+        // Both agents; what they steer goes on.
+        for host in [1, 0] {
+            world.agents[host].kill();
+            world.agents[host].start(None).unwrap();
+        }
+        await_moved(world, &id);
+        assert_whole(world);
+    });
+}
+
+#[test]
+fn disks_that_cannot_follow_their_vm_are_refused_by_the_plan() {
+    let name = "disks_that_cannot_follow_their_vm_are_refused_by_the_plan";
+    in_a_world(name, (23, LINK), Disk::Overlay, |world| {
+        let refused = |line: &str, why: &str| {
+            let refused = world.control.order(line).unwrap_err().to_string();
+            assert!(refused.contains(why), "{line}: {refused}");
+        };
+        refused("plan h1 --disk on-demand --reason failing", "--reason failing");
+        refused("plan h1 --disk on-demand --by 5m", "leave out --by");
+        refused("plan h1 --disk on-demand --mode post-copy", "pre-copy only");
+        refused("plan h1 --disk on-demand --mode scatter-gather", "pre-copy only");
+        refused("plan h1 --disk later", "on-demand");
+        let plan = world.control.ask("plan h1 --to h2 --urgency 0 --disk on-demand").unwrap();
+        assert!(plan.to_string().contains("one of its disks is not raw"), "{plan}");
+    });
+}
