@@ -1,6 +1,6 @@
 //! A VM runs at its destination before its disk is there (`--disk on-demand`): what it reads is fetched,
 //! what it writes is kept, all of it arrives, and QEMU goes back to the image itself. Meanwhile links are
-//! cut and processes killed.
+//! cut, processes killed, guests ended; and before, it is given up.
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s guest,
 //! which writes anywhere in its disk and checks what it wrote.
@@ -17,17 +17,17 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// Long enough for a build beside us.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// Four segments, of which the busier ones go before their VM.
+/// A segment and three quarters of one, which the guest writes and reads evenly: so the first is used above
+/// the average and goes before its VM, and the second follows.
 const DISK: Disk =
-    Disk::Busy(Busy { image: 256 << 20, block: 64 << 10, rate: 4 << 20, check_percent: 100 });
+    Disk::Busy(Busy { image: 112 << 20, block: BLOCK, rate: 2 << 20, check_percent: 300 });
+const BLOCK: u64 = 64 << 10;
 /// What a link carries, in bit/s: the rest takes some seconds.
 const LINK: u64 = 80_000_000;
 /// And where something happens meanwhile.
 const SLOW: u64 = 40_000_000;
-/// Blocks that the guest has written before it moves: about a third of the image.
-const WRITTEN: u64 = 1500;
-/// One round of checks.
-const ROUND: u64 = 400;
+/// Of the disk's blocks the guest writes each once before it begins to check them.
+const BLOCKS: u64 = (112 << 20) / BLOCK;
 const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch 2s --yes";
 
 /// Made once: two tests at a time would take each other's files away.
@@ -74,17 +74,17 @@ fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
     })
 }
 
-/// It runs there, its disk fits its memory, and it goes on writing.
+/// It runs there, all of its disk fits its memory, and it goes on writing.
 fn assert_at(world: &World, host: Host) {
     assert_eq!(world.witness.look().running(), [host]);
     let checked = await_more(world, host, "disk_checks", 0);
-    await_more(world, host, "disk_checks", checked + ROUND);
+    await_more(world, host, "disk_checks", checked + BLOCKS);
     assert_eq!(world.witness.look().offences(), Vec::<String>::new());
 }
 
 /// Begins to move it, and waits until it runs there without all of its disk.
 fn move_and_await_rest(world: &World) -> String {
-    await_more(world, 0, "disk_writes", WRITTEN);
+    await_more(world, 0, "disk_writes", BLOCKS);
     let id = world.control.detached(MOVE).unwrap();
     let rests = || {
         let status = world.control.status(&id).unwrap();
@@ -187,9 +187,10 @@ fn a_link_that_is_cut_while_the_rest_comes_costs_a_wait() {
     let name = "a_link_that_is_cut_while_the_rest_comes_costs_a_wait";
     in_a_world(name, (21, SLOW), DISK, |world| {
         let id = move_and_await_rest(world);
-        for state in [relay::State::Closed, relay::State::Silent] {
+        // The second one is noticed by its silence.
+        for (state, seconds) in [(relay::State::Closed, 2), (relay::State::Silent, 8)] {
             world.link(0, 1, state);
-            clock::rest(Duration::from_secs(2));
+            clock::rest(Duration::from_secs(seconds));
             world.link(0, 1, relay::State::Whole);
             clock::rest(Duration::from_millis(500));
         }
@@ -216,6 +217,139 @@ fn whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost() {
         }
         await_moved(world, &id);
         assert_whole(world);
+    });
+}
+
+/// Nothing is left of an attempt that was given up, and the guest runs where it was.
+fn assert_given_up(world: &World) {
+    let cleared = || {
+        let destination = !world.agents[1].has_qemu() && files(world, 1).is_empty();
+        let left =
+            arrival_leftovers(world).is_empty() && world.agents[0].disk_leftovers().is_empty();
+        (destination && left).then_some(())
+    };
+    let left = || (files(world, 1), arrival_leftovers(world), world.agents[0].disk_leftovers());
+    assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", left());
+    assert_eq!(world.witness.look().running(), [0]);
+    assert_eq!(files(world, 0), ["disk"]);
+    let open = open_files(world, 0);
+    assert!(open.contains(&world.agents[0].disk()), "{open:?}");
+}
+
+/// Begins to move it, and waits until blocks come.
+fn move_and_await_blocks(world: &World) -> String {
+    let id = world.control.detached(MOVE).unwrap();
+    let come = || files(world, 1).iter().any(|name| name.contains(".arriving-")).then_some(());
+    assert!(clock::wait_for(PATIENCE, come).is_some(), "{:?}", world.control.status(&id));
+    id
+}
+
+#[test]
+fn what_is_given_up_before_its_guest_runs_there_leaves_nothing_and_can_be_begun_anew() {
+    let name = "what_is_given_up_before_its_guest_runs_there_leaves_nothing_and_can_be_begun_anew";
+    in_a_world(name, (24, SLOW), DISK, |world| {
+        await_more(world, 0, "disk_writes", BLOCKS);
+        // While blocks come, and once a QEMU has the images open there.
+        for with_qemu in [false, true] {
+            let id = move_and_await_blocks(world);
+            let reached = || (!with_qemu || world.agents[1].has_qemu()).then_some(());
+            assert!(clock::wait_for(PATIENCE, reached).is_some(), "no QEMU there");
+            let _reply = world.control.ask(&format!("cancel {id}")).unwrap();
+            let over = || (world.control.status(&id).ok()?["state"] == "cancelled").then_some(());
+            let over = clock::wait_for(PATIENCE, over);
+            assert!(over.is_some(), "{:?}", world.control.status(&id));
+            assert_given_up(world);
+            world.control.await_sight(0).unwrap();
+        }
+        // Who takes the blocks in has lost them when it is killed now, and says so.
+        let id = move_and_await_blocks(world);
+        kill_process(process(world, 1, "arrive"), Signal::KILL).unwrap();
+        let over = || world.control.status(&id).ok().filter(|status| status["state"] != "running");
+        let status = clock::wait_for(PATIENCE, over);
+        let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(&id)));
+        assert_eq!(status["migrations"][0]["phase"], "left-behind", "{status}");
+        assert!(status.to_string().contains("what takes these disks in"), "{status}");
+        assert_given_up(world);
+        assert_at(world, 0);
+    });
+}
+
+/// The blocks of an image.
+fn blocks(image: &Path) -> Vec<Vec<u8>> {
+    std::fs::read(image).unwrap().chunks(BLOCK as usize).map(<[u8]>::to_vec).collect()
+}
+
+/// Why a host does not start the VM.
+fn start_refused(world: &mut World, host: Host) -> String {
+    let refused = world.agents[host].start_vm().expect_err("it was started");
+    std::error::Error::source(&refused).map(ToString::to_string).unwrap_or_default()
+}
+
+#[test]
+fn a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_started() {
+    let name = "a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_started";
+    in_a_world(name, (25, SLOW), DISK, |world| {
+        let id = move_and_await_rest(world);
+        world.agents[1].kill_qemu();
+        let refuses = || start_refused(world, 1).contains("not all here").then_some(());
+        assert!(clock::wait_for(PATIENCE, refuses).is_some(), "{}", start_refused(world, 1));
+        // Neither a new agent nor a link that is cut makes it a guest that died: what it wrote is there.
+        world.agents[1].kill();
+        world.agents[1].start(None).unwrap();
+        await_moved(world, &id);
+        let settled = || arrival_leftovers(world).is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, settled).is_some(), "{:?}", arrival_leftovers(world));
+        assert_eq!(files(world, 1), ["disk"]);
+        let left = || (files(world, 0) != ["disk"]).then(|| files(world, 0).remove(0));
+        let left = clock::wait_for(PATIENCE, left).expect("the source's image is left behind");
+        let left = blocks(&world.agents[0].disk().with_file_name(left));
+        let arrived = blocks(&world.agents[1].disk());
+        // It was all filled; the guest has written some seconds there.
+        let differ = left.iter().zip(&arrived).filter(|(left, arrived)| left != arrived).count();
+        assert!(left.len() == arrived.len() && differ < left.len() / 4, "{differ} differ");
+        let missing = |block: &Vec<u8>| block.iter().all(|byte| *byte == 0);
+        assert!(!left.iter().any(missing) && !arrived.iter().any(missing));
+        // And it is started from that, like any VM that ended.
+        world.witness.forget();
+        world.agents[1].start_vm().unwrap();
+        world.await_guest(0).unwrap();
+        assert_eq!(world.witness.look().running(), [1]);
+    });
+}
+
+#[test]
+fn a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy() {
+    let name = "a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy";
+    in_a_world(name, (26, SLOW), DISK, |world| {
+        let id = move_and_await_rest(world);
+        world.agents[1].kill();
+        world.agents[1].kill_qemu();
+        let mount = world.agents[1].folder().join("qemu/.arriving/.disks/vm/0");
+        for does in ["arrive", "hold"] {
+            kill_process(process(world, 1, does), Signal::KILL).unwrap();
+        }
+        // What a reboot clears is no longer beneath it.
+        assert!(Command::new("umount").arg("-l").arg(&mount).status().unwrap().success());
+        world.agents[1].lose_power().unwrap();
+        world.agents[1].start(None).unwrap();
+        let over = || world.control.status(&id).ok().filter(|status| status["state"] != "running");
+        let status = clock::wait_for(PATIENCE, over);
+        let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(&id)));
+        assert_eq!(status["migrations"][0]["phase"], "lost", "{status}");
+        assert!(status.to_string().contains("claim vm --fenced"), "{status}");
+        // What was not flushed there is gone, so nothing is started from the rest.
+        let refused = start_refused(world, 1);
+        assert!(refused.contains("not all here") && refused.contains("h1"), "{refused}");
+        world.control.order("claim vm --fenced --host h1").unwrap();
+        let checked = said(world, 0, "disk_checks");
+        await_more(world, 0, "disk_checks", checked + BLOCKS);
+        let seen = world.witness.look();
+        assert_eq!(seen.running(), [0]);
+        assert!(!seen.lives().iter().any(|life| life.said().contains("CORRUPT")));
+        drop(seen);
+        let home = || world.agents[0].disk_leftovers().is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, home).is_some());
+        assert_eq!(files(world, 0), ["disk"]);
     });
 }
 
