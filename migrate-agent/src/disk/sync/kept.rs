@@ -24,13 +24,16 @@ use super::receive::save;
 /// Bytes of one entry of `N.own`.
 const ENTRY: usize = 16;
 
+/// A disk's map, and what its guest has written since.
+pub type Mapped = (Vec<u8>, Vec<Range<u64>>);
+
 /// What a process before this one has kept.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Before {
     /// Nothing that counts: not every disk had been sealed.
     Nothing,
     /// The map of each disk, and what its guest wrote since.
-    Sealed(Vec<(Vec<u8>, Vec<Range<u64>>)>),
+    Sealed(Vec<Mapped>),
     /// Everything had arrived.
     Whole,
 }

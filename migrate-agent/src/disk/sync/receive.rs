@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::frame::{Frame, FrameError, Kind, decode_runs};
 use super::incoming::{Incoming, Readiness};
-use super::kept::{Before, Kept};
+use super::kept::{Before, Kept, Mapped};
 use super::stream::{FrameReader, FrameWriter, StreamError};
 use super::versions::Version;
 use crate::disk::track::{BlockSize, GeometryError};
@@ -194,7 +194,7 @@ impl Received {
         before: Before,
     ) -> io::Result<Arc<Self>> {
         let mut own = Self { names, kept: Some(kept), ..Self::made(paths, false) };
-        let maps: Vec<Option<(Vec<u8>, Vec<Range<u64>>)>> = match before {
+        let maps: Vec<Option<Mapped>> = match before {
             Before::Nothing => return Ok(Arc::new(own)),
             Before::Whole => own.paths.iter().map(|_| None).collect(),
             Before::Sealed(maps) => maps.into_iter().map(Some).collect(),
@@ -432,7 +432,7 @@ impl Received {
 }
 
 /// A disk of which a process before us has kept `map`; without one, all of it is there.
-fn found(path: &Path, name: &OsStr, map: Option<(Vec<u8>, Vec<Range<u64>>)>) -> io::Result<Disk> {
+fn found(path: &Path, name: &OsStr, map: Option<Mapped>) -> io::Result<Disk> {
     use std::os::unix::fs::OpenOptionsExt;
     // It may have its last name only.
     let path = if path.exists() { path.to_owned() } else { path.with_file_name(name) };
