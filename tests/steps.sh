@@ -7,6 +7,8 @@ passed=0
 failed=0
 child=
 logs=
+# Given to every test program; tests/full adds those tests that take long.
+test_options=()
 
 begin_checks() {
     # The logs are read by people and by awk, not by a terminal.
@@ -132,16 +134,20 @@ all_checks() {
     step install lab/install || true
     step fmt cargo fmt --all --check || true
     step clippy cargo clippy --workspace --all-targets -- -D warnings || true
-    step doc env RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' cargo doc --workspace --no-deps || true
     if ! step build cargo build --workspace --lib --bins --tests; then
         echo "    what is left cannot run without it, and counts as one failure"
         failed=$((failed + 1))
         return
     fi
     step image lab/image || true
-    tests cargo cargo_results cargo test --workspace --no-fail-fast || true
+    tests cargo cargo_results cargo test --workspace --no-fail-fast -- "${test_options[@]}" || true
     tests mininet unittest_results \
         /usr/bin/python3 -m unittest discover -v -s tests/mininet -p '*_test.py' || true
+}
+
+# What every page of the documentation says of the code has a target.
+documentation() {
+    step doc env RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' cargo doc --workspace --no-deps || true
 }
 
 # The demonstration with its own checks, and a first look at every experiment.

@@ -199,6 +199,7 @@ fn an_overlay_goes_only_to_a_host_whose_base_is_the_same() {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
     let name = "a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind";
     in_a_world(name, 2, Disk::Raw, |world| {
@@ -234,6 +235,7 @@ fn a_disk_that_cannot_go_leaves_its_guest_running_and_nothing_behind() {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_disk_that_was_copied_ahead_sends_only_what_differs() {
     let name = "a_disk_that_was_copied_ahead_sends_only_what_differs";
     in_a_world(name, 10, Disk::Raw, |world| {

@@ -183,6 +183,7 @@ fn a_guest_runs_before_its_disk_is_there_and_all_of_it_arrives() {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_link_that_is_cut_while_the_rest_comes_costs_a_wait() {
     let name = "a_link_that_is_cut_while_the_rest_comes_costs_a_wait";
     in_a_world(name, (21, SLOW), DISK, |world| {
@@ -200,6 +201,7 @@ fn a_link_that_is_cut_while_the_rest_comes_costs_a_wait() {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost() {
     let name = "whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost";
     in_a_world(name, (22, SLOW), DISK, |world| {
@@ -245,6 +247,7 @@ fn move_and_await_blocks(world: &World) -> String {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn what_is_given_up_before_its_guest_runs_there_leaves_nothing_and_can_be_begun_anew() {
     let name = "what_is_given_up_before_its_guest_runs_there_leaves_nothing_and_can_be_begun_anew";
     in_a_world(name, (24, SLOW), DISK, |world| {
@@ -286,6 +289,7 @@ fn start_refused(world: &mut World, host: Host) -> String {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_started() {
     let name = "a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_started";
     in_a_world(name, (25, SLOW), DISK, |world| {
@@ -318,6 +322,7 @@ fn a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_start
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy() {
     let name = "a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy";
     in_a_world(name, (26, SLOW), DISK, |world| {

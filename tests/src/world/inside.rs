@@ -30,6 +30,10 @@ pub fn run_inside(name: &str) -> Result<ExitStatus, RigError> {
     // The shell buries orphans while it waits; without the second command it would become the
     // program instead of starting it.
     command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]).arg(program);
-    command.args(["--exact", name, "--nocapture"]).env(INSIDE, "yes").stdin(Stdio::null());
+    // Also one that `tests/run` leaves out: whoever asked for it has decided that.
+    command
+        .args(["--exact", name, "--include-ignored", "--nocapture"])
+        .env(INSIDE, "yes")
+        .stdin(Stdio::null());
     command.status().map_err(|source| RigError::Start { program: "unshare".to_owned(), source })
 }
