@@ -7,66 +7,19 @@
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use lifeboat_tests::clock;
-use lifeboat_tests::rig::private;
 use lifeboat_tests::rig::userfaultfd::Allowed;
 use lifeboat_tests::world::agent::FRESH_NVRAM;
-use lifeboat_tests::world::{Disk, Host, World, host_name, inside, relay};
-
-/// Long enough for a build beside us.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Made once: two tests at a time would take each other's files away.
-static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let made = Command::new(root.join("lab/image")).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    root.join("lab/build")
-});
+use lifeboat_tests::world::guest::{self, PATIENCE, await_more, files, images, play_in, said};
+use lifeboat_tests::world::{Disk, Host, World, host_name, relay};
 
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
 fn in_a_world(name: &str, number: usize, disk: Disk, play: impl FnOnce(&mut World)) {
-    in_a(name, || World::make_with(number, &IMAGES, disk).unwrap(), play);
-}
-
-fn in_a(name: &str, make: impl FnOnce() -> World, play: impl FnOnce(&mut World)) {
-    if !inside::is_inside() {
-        assert!(IMAGES.is_dir());
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let mut world = make();
-    world.control.await_sight(0).unwrap();
-    let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
-    if let Err(panic) = played {
-        println!("{}the world is kept in {}", world.story(), world.keep().display());
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// The newest `key=N` that the guest has said at a host.
-fn said(world: &World, host: Host, key: &str) -> u64 {
-    let seen = world.witness.look();
-    let lines = seen.lives().iter().filter(|life| life.host == host).flat_map(|l| l.said().lines());
-    let ticks = lines.filter(|line| line.starts_with("LIFEBOAT-TICK"));
-    let number = |line: &str| {
-        let words = line.split_whitespace();
-        words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok()).next()
-    };
-    ticks.filter_map(number).next_back().unwrap_or(0)
-}
-
-fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
-    let more = || Some(said(world, host, key)).filter(|now| *now > than);
-    clock::wait_for(PATIENCE, more).unwrap_or_else(|| {
-        panic!("no more {key} than {than} at host {}: {:?}", host + 1, said(world, host, key))
-    })
+    play_in(name, || World::make_with(number, images(), disk).unwrap(), play);
 }
 
 /// Longer than everything that is sent before them takes.
@@ -79,10 +32,7 @@ const ROUND: u64 = 2048;
 
 /// It runs there, its disk fits its memory, and it goes on writing.
 fn assert_at(world: &World, host: Host) {
-    assert_eq!(world.witness.look().running(), [host]);
-    let checked = await_more(world, host, "disk_checks", 0);
-    await_more(world, host, "disk_checks", checked + ROUND);
-    assert_eq!(world.witness.look().offences(), Vec::<String>::new());
+    guest::assert_at(world, host, ROUND);
 }
 
 fn evacuate(world: &World, from: Host, to: Host) {
@@ -96,15 +46,6 @@ fn await_over(world: &World, id: &str) {
     let over = || world.control.status(id).ok().filter(|status| status["state"] != "running");
     let over = clock::wait_for(PATIENCE, over);
     assert!(over.is_some(), "{:?}", world.control.status(id));
-}
-
-/// What is in the directory of a host's disks.
-fn files(world: &World, host: Host) -> Vec<String> {
-    let disk = world.agents[host].disk();
-    let entries = std::fs::read_dir(disk.parent().unwrap()).unwrap().flatten();
-    let mut names: Vec<_> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 /// No process that moves disks is left at a host, nor anything of one.
@@ -325,8 +266,8 @@ fn a_copy_ahead_ends_with_its_command_and_makes_way_for_a_migration() {
 #[test]
 fn a_disk_goes_ahead_of_pages_that_follow_their_guest() {
     let name = "a_disk_goes_ahead_of_pages_that_follow_their_guest";
-    let make = || World::make_with_stores(7, &IMAGES, Disk::Raw).unwrap();
-    in_a(name, make, |world| {
+    let make = || World::make_with_stores(7, images(), Disk::Raw).unwrap();
+    play_in(name, make, |world| {
         let _allowed = Allowed::now().unwrap();
         assert_at(world, 0);
         let plan = world.control.ask("plan h1 --to h2 --urgency 0 --mode post-copy").unwrap();

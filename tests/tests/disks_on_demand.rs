@@ -7,16 +7,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use lifeboat_tests::clock;
-use lifeboat_tests::rig::private;
-use lifeboat_tests::world::{Busy, Disk, Host, World, inside, relay};
+use lifeboat_tests::world::guest::{self, PATIENCE, await_more, files, said};
+use lifeboat_tests::world::{Busy, Disk, Host, World, relay};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Long enough for a build beside us.
-const PATIENCE: Duration = Duration::from_secs(180);
 /// A segment and three quarters of one, which the guest writes and reads evenly: so the first is used above
 /// the average and goes before its VM, and the second follows.
 const DISK: Disk =
@@ -30,56 +27,14 @@ const SLOW: u64 = 40_000_000;
 const BLOCKS: u64 = (112 << 20) / BLOCK;
 const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch 2s --yes";
 
-/// Made once: two tests at a time would take each other's files away.
-static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let made = Command::new(root.join("lab/image")).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    root.join("lab/build")
-});
-
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
 fn in_a_world(name: &str, (number, link): (usize, u64), disk: Disk, play: impl FnOnce(&mut World)) {
-    if !inside::is_inside() {
-        assert!(IMAGES.is_dir());
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let mut world = World::make_on(number, &IMAGES, disk, link).unwrap();
-    world.control.await_sight(0).unwrap();
-    let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| play(&mut world)));
-    if let Err(panic) = played {
-        println!("{}the world is kept in {}", world.story(), world.keep().display());
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// The newest `key=N` that the guest has said at a host.
-fn said(world: &World, host: Host, key: &str) -> u64 {
-    let seen = world.witness.look();
-    let lines = seen.lives().iter().filter(|life| life.host == host).flat_map(|l| l.said().lines());
-    let ticks = lines.filter(|line| line.starts_with("LIFEBOAT-TICK"));
-    let number = |line: &str| {
-        let words = line.split_whitespace();
-        words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok()).next()
-    };
-    ticks.filter_map(number).next_back().unwrap_or(0)
-}
-
-fn await_more(world: &World, host: Host, key: &str, than: u64) -> u64 {
-    let more = || Some(said(world, host, key)).filter(|now| *now > than);
-    clock::wait_for(PATIENCE, more).unwrap_or_else(|| {
-        panic!("no more {key} than {than} at host {}: {:?}", host + 1, said(world, host, key))
-    })
+    guest::play_in(name, || World::make_on(number, guest::images(), disk, link).unwrap(), play);
 }
 
 /// It runs there, all of its disk fits its memory, and it goes on writing.
 fn assert_at(world: &World, host: Host) {
-    assert_eq!(world.witness.look().running(), [host]);
-    let checked = await_more(world, host, "disk_checks", 0);
-    await_more(world, host, "disk_checks", checked + BLOCKS);
-    assert_eq!(world.witness.look().offences(), Vec::<String>::new());
+    guest::assert_at(world, host, BLOCKS);
 }
 
 /// Begins to move it, and waits until it runs there without all of its disk.
@@ -113,15 +68,6 @@ fn open_files(world: &World, host: Host) -> Vec<PathBuf> {
     let pid = world.agents[host].vm().unwrap().unwrap().qemu_pid;
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect()
-}
-
-/// What is in the directory of a host's disks.
-fn files(world: &World, host: Host) -> Vec<String> {
-    let disk = world.agents[host].disk();
-    let entries = std::fs::read_dir(disk.parent().unwrap()).unwrap().flatten();
-    let mut names: Vec<_> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 /// What the processes of arriving disks have left at the destination.

@@ -115,14 +115,7 @@ impl Store {
     /// # Errors
     /// When it is there and cannot be read or is damaged.
     pub fn gathering(&self, vm: &VmId) -> Result<Option<Gathering>, StoreError> {
-        let path = self.gathering_path(vm);
-        match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
-                .map_err(|source| StoreError::Damaged { path, source }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(StoreError::Io { path, doing: "look into", source }),
-        }
+        self.recall(self.gathering_path(vm))
     }
 
     /// Remembers, durably.
@@ -130,10 +123,7 @@ impl Store {
     /// # Errors
     /// When the disk does not take it.
     pub fn write_gathering(&self, vm: &VmId, gathering: &Gathering) -> Result<(), StoreError> {
-        let path = self.gathering_path(vm);
-        let bytes = serde_json::to_vec(gathering)
-            .map_err(|source| StoreError::Damaged { path: path.clone(), source })?;
-        self.replace(&path, &format!(".{vm}.gathering.new"), &bytes)
+        self.remember(&self.gathering_path(vm), &format!(".{vm}.gathering.new"), gathering)
     }
 
     /// Where what was told of the VM's pages is kept, for as long as something is remembered of it.

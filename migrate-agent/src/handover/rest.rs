@@ -51,14 +51,7 @@ impl Store {
     }
 
     fn read_rest(&self, vm: &VmId) -> Result<Option<Rest>, StoreError> {
-        let path = self.rest_path(vm);
-        match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
-                .map_err(|source| StoreError::Damaged { path, source }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(StoreError::Io { path, doing: "look at", source }),
-        }
+        self.recall(self.rest_path(vm))
     }
 
     /// Remembers, durably.
@@ -66,10 +59,7 @@ impl Store {
     /// # Errors
     /// When the disk does not take it.
     pub fn write_rest(&self, vm: &VmId, rest: &Rest) -> Result<(), StoreError> {
-        let path = self.rest_path(vm);
-        let bytes = serde_json::to_vec(rest)
-            .map_err(|source| StoreError::Damaged { path: path.clone(), source })?;
-        self.replace(&path, &format!(".{vm}.rest.new"), &bytes)
+        self.remember(&self.rest_path(vm), &format!(".{vm}.rest.new"), rest)
     }
 
     /// The VM is not this host's, or arrives anew. No error where nothing was remembered.

@@ -12,6 +12,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use lifeboat_protocol::ids::VmId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::Record;
 
@@ -109,6 +111,32 @@ impl Store {
         let bytes = serde_json::to_vec_pretty(record)
             .map_err(|source| StoreError::Damaged { path: path.clone(), source })?;
         self.replace(&path, &format!(".{vm}.new"), &bytes)
+    }
+
+    /// What a file beside the records says; `None` where it is not there.
+    pub(super) fn recall<T: DeserializeOwned>(
+        &self,
+        path: PathBuf,
+    ) -> Result<Option<T>, StoreError> {
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|source| StoreError::Damaged { path, source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StoreError::Io { path, doing: "look into", source }),
+        }
+    }
+
+    /// Writes such a file, durably.
+    pub(super) fn remember<T: Serialize>(
+        &self,
+        path: &Path,
+        temporary: &str,
+        value: &T,
+    ) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(value)
+            .map_err(|source| StoreError::Damaged { path: path.to_owned(), source })?;
+        self.replace(path, temporary, &bytes)
     }
 
     /// Puts `bytes` in the place of `path` in one step, by way of a file called `temporary`. Both

@@ -242,6 +242,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_offered_fits_with_what_the_server_needs_itself() {
+        for mib in [48, 64, 256, 257, 4000] {
+            let most = Bytes::from_mib(mib);
+            let room = Settings::room_within(most);
+            let needed = |room| Settings { room, ..settings() }.memory();
+            assert!(needed(room) <= most, "{mib} MiB");
+            assert!(needed(room + Bytes(2048)) > most, "{mib} MiB: more would fit");
+        }
+        assert_eq!(Settings::room_within(Bytes::from_mib(1)), Bytes::ZERO);
+    }
+
+    #[test]
     fn a_path_is_one_word_whatever_it_holds() {
         let text = settings().text(None);
         assert!(text.contains("dir \"/run/a \\\"b\\\"\\x0a\"\n"), "{text}");

@@ -17,6 +17,7 @@
 
 pub mod agent;
 pub mod control;
+pub mod guest;
 pub mod inside;
 pub mod relay;
 pub mod rest;
