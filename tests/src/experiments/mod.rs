@@ -41,11 +41,18 @@ pub struct Setting<'a> {
     pub minutes: Option<u64>,
     /// What the contested link carries, in Mbit/s, where that is said: less for a slow machine.
     pub link_mbit: Option<u64>,
+    /// Of its cases those in whose name one of these stands, where that is said; empty: all.
+    pub only: &'a [String],
     /// Where the samples go while it runs, so that a broken run has not been for nothing.
     pub partial: &'a Path,
 }
 
 impl Setting<'_> {
+    /// Whether this case is one of those that are wanted.
+    fn wants(&self, case: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|part| case.contains(part))
+    }
+
     /// Says how far it is (`done` of `of` rounds), and keeps what was sampled.
     fn keep(&self, record: &Record, done: usize, of: usize) {
         eprintln!("{}: {done} of {of} rounds", record.name);

@@ -32,6 +32,9 @@ struct Args {
     /// What the contested link carries, in Mbit/s (`reservation`): less for a slow machine.
     #[arg(long, value_parser = clap::value_parser!(u64).range(4..=10_000))]
     link_mbit: Option<u64>,
+    /// Only the cases in whose name one of these stands (`solive-8`).
+    #[arg(long)]
+    only: Vec<String>,
     /// With `list`: names only.
     #[arg(long)]
     names: bool,
@@ -105,8 +108,8 @@ async fn run(args: &Args) -> anyhow::Result<Record> {
     let partial = args.out.join(format!("{}.partial.json", args.name));
     let (folder, images) = (folder.path(), images.as_path());
     let (runs, minutes, link_mbit) = (args.runs, args.minutes, args.link_mbit);
-    let (quick, partial) = (args.quick, partial.as_path());
-    let setting = Setting { quick, folder, images, runs, minutes, link_mbit, partial };
+    let (quick, only, partial) = (args.quick, args.only.as_slice(), partial.as_path());
+    let setting = Setting { quick, folder, images, runs, minutes, link_mbit, only, partial };
     let outcome = experiments::run(&args.name, setting).await;
     let record = outcome.context("the experiment has no code")?;
     record.with_context(|| format!("{} could not be measured", args.name))

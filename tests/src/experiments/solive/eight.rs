@@ -92,6 +92,7 @@ const QUICK: usize = 3;
 pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let rounds = setting.runs.unwrap_or(if setting.quick { 1 } else { 3 });
     let cases = if setting.quick { &CASES[..QUICK] } else { &CASES[..] };
+    let cases: Vec<&Case> = cases.iter().filter(|case| setting.wants(case.arm.name)).collect();
     let arms: Vec<Arm> = cases.iter().map(|case| case.arm).collect();
     let mut record = blank(&setting, (NAME, NAME), rounds, &arms);
     record.question = "how soon is a host empty whose pages wait at intermediaries?".to_owned();
@@ -109,7 +110,7 @@ pub fn run(setting: Setting<'_>) -> Result<Record, RigError> {
             if end.is_some_and(|end| clock::now() > end) {
                 break;
             }
-            let case = &cases[(turn + round) % cases.len()];
+            let case = cases[(turn + round) % cases.len()];
             let figures = measured(&cloud, case)?;
             record.samples.push(Sample { case: case.arm.name.to_owned(), run: round, figures });
             setting.keep(&record, record.samples.len(), rounds * cases.len());
