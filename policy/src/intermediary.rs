@@ -88,10 +88,12 @@ pub enum NoStoresError {
         refusals: Vec<String>,
     },
     /// Enough could, and have too little memory set aside.
-    #[error("its pages, {pages} with what protects them, find no room{}", list(.refusals))]
+    #[error("its pages find no room: each of {stores} stores needs {memory} for them{}", list(.refusals))]
     NoRoom {
-        /// The pages of the VM.
-        pages: Bytes,
+        /// So many stores could be had.
+        stores: usize,
+        /// What each of them has to take.
+        memory: Bytes,
         /// What speaks against each.
         refusals: Vec<String>,
     },
@@ -147,8 +149,8 @@ pub fn choose(candidates: &[Candidate], wish: &Wish) -> Result<ChosenStores, NoS
         true => Err(NoStoresError::TooFew { wanted: least, found, refusals }),
         false => {
             let redundancy = wish.redundancy.unwrap_or_else(|| Redundancy::of(found));
-            let pages = wish.pages.scale(redundancy.factor(found));
-            Err(NoStoresError::NoRoom { pages, refusals })
+            let memory = memory_of_each(wish, redundancy, found);
+            Err(NoStoresError::NoRoom { stores: found, memory, refusals })
         }
     }
 }
@@ -165,6 +167,14 @@ fn refusal(one: &Candidate, wish: &Wish) -> Option<String> {
     }
 }
 
+/// What each of so many stores has to take.
+fn memory_of_each(wish: &Wish, redundancy: Redundancy, count: usize) -> Bytes {
+    // One alone is filled with just what there is.
+    let uneven = if count > 1 { UNEVEN } else { 1.0 };
+    let share = wish.pages.scale(redundancy.factor(count) * uneven / count as f64);
+    share.max(ROOM_LEAST)
+}
+
 /// These stores with what each has to take, if it can.
 fn fitted(chosen: &[&Candidate], wish: &Wish) -> Option<ChosenStores> {
     let count = chosen.len();
@@ -172,8 +182,7 @@ fn fitted(chosen: &[&Candidate], wish: &Wish) -> Option<ChosenStores> {
         return None;
     }
     let redundancy = wish.redundancy.unwrap_or_else(|| Redundancy::of(count));
-    let share = wish.pages.scale(redundancy.factor(count) * UNEVEN / count as f64);
-    let memory = share.max(ROOM_LEAST);
+    let memory = memory_of_each(wish, redundancy, count);
     if chosen.iter().any(|one| one.room < memory) {
         return None;
     }
@@ -259,7 +268,10 @@ mod tests {
         let all = [busy, silent, small, far];
         assert_eq!(names(&choose(&all, &wish()).unwrap()), "d");
         let full = choose(&all[2..3], &wish()).unwrap_err().to_string();
-        assert!(full.contains("find no room: c: it has 10 MiB for stores"), "{full}");
+        let needs = "each of 1 stores needs 300 MiB for them: c: it has 10 MiB for stores";
+        assert!(full.contains(needs), "{full}");
+        let just = candidate("e", 300, 1000);
+        assert_eq!(names(&choose(&[just], &wish()).unwrap()), "e");
         let rack = Wish { near_only: true, ..wish() };
         let error = choose(&all, &rack).unwrap_err().to_string();
         for part in ["a: its CPUs", "b: its agent", "c: it has", "d: it is in another rack"] {
