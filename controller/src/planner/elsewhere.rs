@@ -119,8 +119,9 @@ impl Planner {
         narrowed(ways.into_iter().zip(rates).collect())
     }
 
-    /// The best way from each store to the destination; each store gives an equal part of what the
-    /// destination's link is entitled to. Empty for a store that no way leads from.
+    /// The best way from each store to the destination. It fetches one pack after the other, from one
+    /// store at a time: so each way carries all that the destination's link is entitled to, and their
+    /// common port no more than that. Empty for a store that no way leads from.
     pub async fn gather_ways(
         &self,
         chosen: &ChosenStores,
@@ -129,16 +130,12 @@ impl Planner {
     ) -> Vec<Vec<Hop>> {
         let pairs = chosen.stores.iter().map(|store| (&store.host, destination));
         let ways = self.best_ways(pairs, urgency).await;
-        let stores = chosen.stores.len().max(1) as u64;
-        let part = |way: &Vec<Hop>| {
-            let least = way.iter().map(|hop| hop.rate.0).min().unwrap_or_default();
-            BitsPerSec(least.div_ceil(stores))
+        let narrow = |mut way: Vec<Hop>| {
+            let least = way.iter().map(|hop| hop.rate).min().unwrap_or_default();
+            way.iter_mut().for_each(|hop| hop.rate = least);
+            way
         };
-        let with_part = |way: Vec<Hop>| {
-            let rate = part(&way);
-            (way, rate)
-        };
-        narrowed(ways.into_iter().map(with_part).collect())
+        ways.into_iter().map(narrow).collect()
     }
 
     async fn best_ways<'a>(
