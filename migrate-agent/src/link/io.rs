@@ -98,7 +98,7 @@ impl FrameReader {
     /// The next frame. Cancel-safe: what was read stays in the buffer.
     ///
     /// # Errors
-    /// [`LinkError`]; `Closed` at the clean end of the stream.
+    /// [`LinkError`]; `Closed` at the end of the stream.
     pub async fn next(&mut self) -> Result<Frame, LinkError> {
         loop {
             if let Some(frame) = frame::decode(&mut self.buffer)? {
@@ -106,7 +106,12 @@ impl FrameReader {
             }
             // Room for a whole read; a chunk whose frames are still in use is not copied.
             self.buffer.reserve(READ_BYTES + HEADER_BYTES);
-            if self.from.read_buf(&mut self.buffer).await? == 0 {
+            let read = match self.from.read_buf(&mut self.buffer).await {
+                // TLS that ends without a farewell: frames say by themselves what is whole.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                read => read?,
+            };
+            if read == 0 {
                 return Err(LinkError::Closed);
             }
         }

@@ -178,6 +178,11 @@ impl Lane {
                 Err(Failure::Ram(error)) => {
                     return tracing::error!(%error, "the guest's memory cannot be served");
                 }
+                // As it does at the end, which this side hears of on the link of the hand-over.
+                Err(Failure::Link(LinkError::Closed)) => {
+                    tracing::info!("the destination closed a connection for pages");
+                    tokio::time::sleep(AGAIN_AFTER).await;
+                }
                 Err(failure) => {
                     tracing::warn!(reason = %failure.line(), "pages wait for a new connection");
                     tokio::time::sleep(AGAIN_AFTER).await;
