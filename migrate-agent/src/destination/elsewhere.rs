@@ -222,9 +222,9 @@ impl DestinationTask {
     async fn until_whole(&mut self) -> End {
         let mut show = tokio::time::interval(SHOW_EVERY);
         let (mut meter, mut acked, mut released) = (RateMeter::default(), clock::now(), false);
-        let Some(mut seen) = self.gathering.as_ref().map(|gathering| gathering.seen.clone()) else {
-            return End::Whole;
-        };
+        let Some(gathering) = &self.gathering else { return End::Whole };
+        let mut seen = gathering.seen.clone();
+        gathering.tell(Order::Runs).await;
         loop {
             tokio::select! {
                 done = is_done(&mut seen) => match done {

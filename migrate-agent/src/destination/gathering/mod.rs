@@ -65,6 +65,8 @@ pub(super) enum Order {
     Lane(Purpose, FrameReader, FrameWriter),
     /// COMMIT is durable. The answer: whether the guest may run.
     Commit(oneshot::Sender<Result<(), GatherError>>),
+    /// The guest has been seen to run: the background may begin.
+    Runs,
     /// The background's pace from now on; `None`: as fast as it goes.
     Limit(Option<BytesPerSec>),
 }
@@ -193,6 +195,9 @@ struct Driver {
     gone: BTreeSet<PageAt>,
     /// There was nothing to do in the background when it was last asked, or enough was under way.
     idle: bool,
+    /// The guest runs. Until it does QEMU's devices touch their pages one after the other, and each would
+    /// wait behind the batches that are on the link.
+    runs: bool,
     waits: Waits,
 }
 
@@ -233,6 +238,7 @@ impl Driver {
             stores: None,
             gone: BTreeSet::new(),
             idle: false,
+            runs: false,
             waits: Waits::default(),
         }
     }
@@ -361,6 +367,10 @@ impl Driver {
                 let _ = answer.send(may);
                 if committed { self.perform(actions).await } else { Ok(()) }
             }
+            Order::Runs => {
+                self.runs = true;
+                Ok(())
+            }
             Order::Limit(limit) => {
                 self.pace.set(self.began.elapsed(), limit);
                 Ok(())
@@ -374,7 +384,7 @@ impl Driver {
         // be empty first.
         let scatters = self.stores.as_ref().is_some_and(|stores| !stores.given_up);
         let something = counts.in_pack > 0 || counts.at_source == 0 || !scatters;
-        self.gather.phase() == Phase::Running && !self.idle && something
+        self.runs && self.gather.phase() == Phase::Running && !self.idle && something
     }
 
     async fn turn(&mut self) -> Result<(), Failure> {
