@@ -25,6 +25,7 @@ mod resting;
 pub mod scattering;
 pub mod seeding;
 mod serving;
+mod slowing;
 
 use std::sync::Arc;
 use std::time::Duration;

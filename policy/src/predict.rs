@@ -122,21 +122,61 @@ pub fn pre_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteria
     Prediction { iterations, total_time, downtime, bytes, converges }
 }
 
-/// How fast an agent takes a guest's memory in, once, before it stops the guest. A careful estimate: 190
-/// MB were absorbed in 60 ms on two cores.
+/// How fast an agent takes a guest's memory in before it stops the guest. A careful estimate: 190 MB were
+/// absorbed in 60 ms on two cores.
 const ABSORBED_AT: BytesPerSec = BytesPerSec(1_000_000_000);
+/// After so many passes over what a guest has dirtied meanwhile there will not be less.
+const ABSORBED_PASSES: u32 = 6;
+/// What it takes to slow a guest down step by step, each tried for two passes of a second.
+const SLOWING: Duration = Duration::from_secs(8);
+
+/// What its own agent's taking it in costs a guest whose pages follow it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Absorption {
+    time: Duration,
+    pause: Duration,
+    fits: bool,
+}
+
+fn absorption(vm: &MeasuredVm, criteria: &StopCriteria) -> Absorption {
+    let rate = ABSORBED_AT.0 as f64;
+    let memory_pages = vm.memory.pages().0.max(vm.non_zero.0);
+    let wanted = criteria.downtime.saturating_sub(criteria.fixed_pause).as_secs_f64();
+    let (mut seconds, mut lasts) = (0.0, vm.non_zero.bytes().0 as f64 / rate);
+    for _ in 0..ABSORBED_PASSES {
+        seconds += lasts;
+        lasts = dirtied(vm, memory_pages, lasts) * PAGE_BYTES as f64 / rate;
+        if lasts <= wanted {
+            break;
+        }
+    }
+    let pause = span(lasts).saturating_add(criteria.fixed_pause);
+    let limit = criteria.downtime_limit.max(criteria.downtime);
+    match pause <= limit {
+        true => Absorption { time: span(seconds), pause, fits: true },
+        false => {
+            Absorption { time: span(seconds).saturating_add(SLOWING), pause: limit, fits: false }
+        }
+    }
+}
+
+/// Whether a guest's own agent takes its memory in as fast as it writes it, so that its pages can follow it
+/// without that it is slowed down.
+#[must_use]
+pub fn is_absorbed(vm: &MeasuredVm, criteria: &StopCriteria) -> bool {
+    absorption(vm, criteria).fits
+}
 
 /// Post-copy at a `bandwidth` on the wire: the source's own agent absorbs the guest at memory speed, the
-/// guest runs at the destination, and every page that is not zero goes once. Nothing depends on how
-/// much the guest writes.
+/// guest runs at the destination, and every page that is not zero goes once. How much the guest writes
+/// matters only where that is more than memory speed: it is counted as slowed down ([`is_absorbed`]).
 #[must_use]
 pub fn post_copy(vm: &MeasuredVm, bandwidth: BytesPerSec, criteria: &StopCriteria) -> Prediction {
     let page_bytes = (PAGE_BYTES + PAGE_HEADER) as f64 * FRAMING;
     let disk = disk_copy(vm, bandwidth);
     let rate = (bandwidth - disk.writes).0.max(1) as f64;
     let pages = vm.non_zero.0 as f64 * page_bytes;
-    let absorbing = vm.non_zero.bytes().time_at(ABSORBED_AT).unwrap_or_default();
-    let downtime = criteria.fixed_pause;
+    let Absorption { time: absorbing, pause: downtime, .. } = absorption(vm, criteria);
     let copying = span(pages / rate).saturating_add(absorbing).saturating_add(downtime);
     Prediction {
         iterations: 1,

@@ -50,6 +50,9 @@ pub struct StopCriteria {
     pub patience: u32,
     /// Weight of the newest bandwidth in the smoothed one, 0 to 1.
     pub smoothing: f64,
+    /// The guest is slowed down for as long as it outruns the copying: neither that nor the number of
+    /// iterations is a reason to give up, only the time is.
+    pub slows: bool,
 }
 
 impl Default for StopCriteria {
@@ -65,6 +68,7 @@ impl Default for StopCriteria {
             margin: 0.04,
             patience: 3,
             smoothing: 0.4,
+            slows: false,
         }
     }
 }
@@ -166,10 +170,12 @@ fn cap_reached(
     criteria: &StopCriteria,
 ) -> Option<GiveUpReason> {
     let outrun = newest.dirty_rate >= newest.bandwidth;
-    if history.len() >= criteria.max_iterations as usize {
-        Some(GiveUpReason::Iterations)
-    } else if newest.elapsed >= criteria.max_time {
+    if newest.elapsed >= criteria.max_time {
         Some(GiveUpReason::Time)
+    } else if criteria.slows {
+        None
+    } else if history.len() >= criteria.max_iterations as usize {
+        Some(GiveUpReason::Iterations)
     } else if outrun && stalled >= criteria.patience.saturating_mul(2).max(1) {
         Some(GiveUpReason::Outrun)
     } else {
@@ -263,6 +269,18 @@ mod tests {
         for (history, wanted) in table {
             assert_eq!(decide(&history, &StopCriteria::default()), wanted, "{history:?}");
         }
+    }
+
+    #[test]
+    fn who_slows_its_guest_gives_up_when_its_time_is_over_and_not_before() {
+        let slows = StopCriteria { slows: true, ..StopCriteria::default() };
+        let mut outrun = left(&[500; 40], 500);
+        assert_eq!(decide(&outrun, &slows), Decision::KeepCopying);
+        outrun.extend(left(&[500, 20], 10));
+        assert!(matches!(decide(&outrun, &slows), Decision::GoNow { .. }));
+        outrun.extend(left(&[500; 600], 500));
+        let late = decide(&outrun, &slows);
+        assert!(matches!(late, Decision::GiveUp { because: GiveUpReason::Time, .. }), "{late:?}");
     }
 
     #[test]

@@ -171,6 +171,9 @@ pub(super) fn migration_line(migration: &MigrationStatus) -> String {
         let limit = migration.disk_limit_bytes_per_sec.saturating_mul(8);
         line = format!("{line}, its writes held to {}", rate(limit));
     }
+    if migration.throttle_percent > 0 {
+        line = format!("{line}, its CPUs slowed by {} %", migration.throttle_percent);
+    }
     if !matches!(migration.phase.as_str(), "moved" | "left-behind" | "lost" | "uncertain") {
         let left = to_go(migration.time_to_go_ms, migration.time_to_go_known);
         line = format!("{line}, {left} to go");

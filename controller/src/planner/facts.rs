@@ -9,6 +9,8 @@ use lifeboat_policy::placement::{
     Bridge, CpuNeed, DiskNeed, DiskRoom, HostFacts, HostState, LocalDisks, NicNeed, Overhead,
     QemuVersion, Unplaced, VmNeeds,
 };
+use lifeboat_policy::predict::is_absorbed;
+use lifeboat_policy::stop::StopCriteria;
 use lifeboat_protocol::agent::{self, HostDescription, VmDefinition, VmMeasurement, VmStatus};
 use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec, Pages, PagesPerSec};
@@ -157,6 +159,23 @@ pub(super) fn disk_promise(definition: &VmDefinition) -> DiskPromise {
     DiskPromise { rate, unthrottled: definition.forbid_throttling }
 }
 
+/// Why a VM's pages cannot follow it that writes faster than its own host takes it in, and may not be slowed
+/// down.
+pub(super) fn outruns(
+    vm: &MeasuredVm,
+    definition: &VmDefinition,
+    criteria: &StopCriteria,
+) -> Option<String> {
+    let outruns = definition.forbid_throttling && !is_absorbed(vm, criteria);
+    outruns.then(|| {
+        format!(
+            "it dirties {}, faster than its own host takes its memory in, and its owner forbids to slow it down \
+             (forbid_throttling)",
+            vm.dirty_rate
+        )
+    })
+}
+
 fn seed(said: &agent::Seed) -> Option<(VmId, Bytes)> {
     Some((VmId::new(said.vm.clone()).ok()?, Bytes(said.bytes)))
 }
@@ -221,6 +240,28 @@ mod tests {
         assert_eq!(version("7.2.22"), (7, 2));
         assert_eq!(version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)"), (10, 0));
         assert_eq!(version("none"), (0, 0));
+    }
+
+    #[test]
+    fn who_outruns_its_host_and_may_not_be_slowed_keeps_its_pages() {
+        let pages = 1 << 19;
+        let said = VmMeasurement {
+            memory_pages: pages,
+            non_zero_pages: pages,
+            working_set_pages: pages,
+            dirty_pages_per_sec: 1 << 20,
+            ..VmMeasurement::default()
+        };
+        let vm = VmId::new("db").unwrap();
+        let fast = measured_vm(&vm, Pages(pages).bytes(), &said);
+        let why = |vm: &MeasuredVm, forbid_throttling| {
+            let definition = VmDefinition { forbid_throttling, ..VmDefinition::default() };
+            outruns(vm, &definition, &StopCriteria::default())
+        };
+        assert!(why(&fast, true).is_some_and(|why| why.contains("forbid_throttling")));
+        assert_eq!(why(&fast, false), None);
+        let slow = MeasuredVm { dirty_rate: PagesPerSec(1000), ..fast };
+        assert_eq!(why(&slow, true), None);
     }
 
     #[test]

@@ -60,12 +60,16 @@ impl Planner {
             let definition = status.definition.clone().unwrap_or_default();
             match measured {
                 Ok(said) => {
-                    if let Some(reason) = told(order.mode, vm, &said, &mut statuses) {
+                    let memory = Bytes(definition.memory_bytes);
+                    let measured = facts::measured_vm(vm, memory, &said);
+                    let outruns = facts::outruns(&measured, &definition, &criteria(order));
+                    let obstacle = Some(said.post_copy_obstacle).filter(|why| !why.is_empty());
+                    if let Some(why) = obstacle.or(outruns)
+                        && let Some(reason) = told(order.mode, vm, &why, &mut statuses)
+                    {
                         stuck.push(stays(source, vm, reason));
                         continue;
                     }
-                    let memory = Bytes(definition.memory_bytes);
-                    let measured = facts::measured_vm(vm, memory, &said);
                     let needs = facts::vm_needs(vm, status, &definition, &description, &measured);
                     promises.insert(VmId::clone(vm), facts::disk_promise(&definition));
                     vms.push(PlannedVm { needs, measured });
@@ -264,16 +268,16 @@ fn cannot_follow(disk: DiskMode, status: &VmStatus) -> Option<String> {
     Some(format!("its disks cannot follow it: {why}; use --disk copy"))
 }
 
-/// Notes what a VM's QEMU said while it was measured, which its definition did not; why it cannot move
-/// in this mode, if that is why.
+/// Notes why a VM's pages cannot follow it, which was found while it was measured and not in its
+/// definition; why it cannot move in this mode, if that is why.
 fn told(
     mode: Mode,
     vm: &VmId,
-    said: &VmMeasurement,
+    obstacle: &str,
     statuses: &mut BTreeMap<VmId, VmStatus>,
 ) -> Option<String> {
-    let status = statuses.get_mut(vm).filter(|_| !said.post_copy_obstacle.is_empty())?;
-    status.post_copy_obstacle.clone_from(&said.post_copy_obstacle);
+    let status = statuses.get_mut(vm)?;
+    obstacle.clone_into(&mut status.post_copy_obstacle);
     unfetchable(mode, status)
 }
 

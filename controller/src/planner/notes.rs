@@ -5,9 +5,11 @@
 
 use std::fmt::Display;
 
+use lifeboat_policy::predict::is_absorbed;
 use lifeboat_protocol::terms::{DiskMode, Mode};
 use lifeboat_protocol::units::BitsPerSec;
 
+use super::measure::criteria;
 use super::{FullPlan, Goes, millis};
 use crate::evacuation::EvacuationOrder;
 
@@ -19,6 +21,14 @@ pub(super) fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
     }
     for goes in &full.goes {
         let likely = &goes.step.predicted.prediction.likely;
+        let pages_follow = matches!(goes.step.mode, Mode::PostCopy | Mode::ScatterGather);
+        if pages_follow && !is_absorbed(&goes.figures, &criteria(order)) {
+            notes.push(format!(
+                "{} dirties {}, faster than its own host takes its memory in: until it stands, its CPUs are slowed \
+                 down step by step",
+                goes.step.vm, goes.figures.dirty_rate
+            ));
+        }
         if !likely.converges {
             notes.push(format!(
                 "{} writes faster than its path carries: its pause is expected to be {} ms, not {} ms",

@@ -206,6 +206,7 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         bytes_sent: progress.bytes_sent,
         disk_bytes_left: progress.disk_bytes_left,
         disk_limit_bytes_per_sec: progress.disk_limit_bytes_per_sec,
+        throttle_percent: progress.throttle_percent,
         rate_bits_per_sec: if moving { progress.rate_bits_per_sec } else { 0 },
         limit_bits_per_sec: progress.limit_bits_per_sec,
         elapsed_ms: match (moving, leg) {

@@ -17,6 +17,7 @@ use tokio::sync::broadcast;
 
 use super::absorbing::absorb;
 use super::disk::DiskFailure;
+use super::slowing::Slowed;
 use super::{Failure, Input, SourceTask};
 use crate::clock;
 use crate::link::io::frame_name;
@@ -49,10 +50,6 @@ const NEARLY_THERE: Duration = Duration::from_secs(1);
 /// A sign of life is sent this often where nothing else is.
 const PING_EVERY: Duration = Duration::from_millis(500);
 
-/// Capabilities that a relayed, plain pre-copy needs; all others are switched off, whatever an
-/// earlier user of this QEMU left on.
-const CAPABILITIES: [&str; 2] = ["events", "pause-before-switchover"];
-
 /// The relay's two tasks. Dropping it ends both.
 struct Pump {
     relay: Relay,
@@ -81,6 +78,7 @@ struct Watch {
     unanswered: u32,
     /// Every write to the disks is on both sides; also where there are none.
     disks_in_step: bool,
+    slowed: Slowed,
 }
 
 impl SourceTask {
@@ -118,7 +116,7 @@ impl SourceTask {
     }
 
     async fn start_copying(&mut self, qmp: &Qmp) -> Result<Pump, Failure> {
-        qmp.migrate_set_only(&CAPABILITIES).await?;
+        self.set_capabilities(qmp).await?;
         qmp.migrate_set_parameters(MigrateParameters {
             downtime_limit_ms: Some(HOLD_MS),
             max_bandwidth_bytes: Some(self.stream_limit()),
@@ -210,6 +208,7 @@ impl SourceTask {
             };
             watch.unanswered = 0;
             self.show(&info, &pump.relay, &mut watch);
+            self.show_slowing(&info, &watch.slowed);
             self.heed_disks(&info, &pump.relay, &mut watch).await?;
             match info.status {
                 MigrationStatus::PreSwitchover => {
@@ -238,6 +237,7 @@ impl SourceTask {
             going: false,
             unanswered: 0,
             disks_in_step: true,
+            slowed: Slowed::default(),
         }
     }
 
@@ -269,6 +269,7 @@ impl SourceTask {
     }
 
     fn stopped(&mut self, event: &QmpEvent, relay: &Relay) {
+        self.progress.update(|progress| progress.throttle_percent = 0);
         // From here on a blocked stream would freeze QEMU's main loop.
         relay.unbound();
         self.stop_seen.get_or_insert_with(clock::now);
@@ -293,8 +294,7 @@ impl SourceTask {
             progress.limit_bits_per_sec = limit;
             progress.dirty_pages_per_sec = ram.dirty_pages_rate;
             progress.time_to_go_known = to_go.is_some();
-            progress.time_to_go_ms =
-                to_go.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+            progress.time_to_go_ms = to_go.map_or(0, millis);
         });
     }
 
@@ -327,7 +327,8 @@ impl SourceTask {
             bandwidth: BytesPerSec((ram.mbps * 1e6 / 8.0) as u64),
             elapsed: watch.began.elapsed(),
         });
-        match stop::decide(&watch.history, &watch.criteria) {
+        let criteria = watch.slowed.judged_by(&watch.criteria, info);
+        match stop::decide(&watch.history, &criteria) {
             Decision::KeepCopying => Ok(()),
             Decision::GoNow { downtime, because } => {
                 tracing::info!(?because, expected_ms = downtime.as_millis() as u64, "go");
@@ -336,7 +337,9 @@ impl SourceTask {
                     MigrateParameters { downtime_limit_ms: Some(GO_MS), max_bandwidth_bytes: None };
                 Ok(qmp.migrate_set_parameters(parameters).await?)
             }
-            Decision::GiveUp { because, .. } => Err(Failure::NotConverging(because)),
+            Decision::GiveUp { because, .. } => {
+                self.slow_down(qmp, &mut watch.slowed, because).await
+            }
         }
     }
 
@@ -353,7 +356,8 @@ impl SourceTask {
         qmp.migrate_set_parameters(unlimited).await?;
         qmp.migrate_continue().await?;
         let mut migration_done = false;
-        let deadline = clock::now() + STREAM_END_LIMIT;
+        let continued = clock::now();
+        let deadline = continued + STREAM_END_LIMIT;
         let mut poll = tokio::time::interval(Duration::from_millis(5));
         while !migration_done {
             tokio::select! {
@@ -377,7 +381,14 @@ impl SourceTask {
                 return Err(Failure::Slow { what: "end its stream", limit });
             }
         }
-        self.drain_rest(pump).await
+        let (qemu_ms, drained) = (millis(continued.elapsed()), clock::now());
+        self.drain_rest(pump).await?;
+        tracing::info!(
+            qemu_ms,
+            link_ms = millis(drained.elapsed()),
+            "the guest stands; its stream has left"
+        );
+        Ok(())
     }
 
     /// The STOP event comes at about the same time as the status that was polled.
@@ -567,10 +578,14 @@ fn qemu_failure(info: &MigrateInfo) -> Failure {
     Failure::Qemu { status: info.status, detail: info.error_desc.clone() }
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// What QEMU may leave for the pause: what is wanted less what else the pause costs.
 fn limit_ms(criteria: &StopCriteria) -> u64 {
     let left = criteria.downtime.saturating_sub(criteria.fixed_pause);
-    u64::try_from(left.as_millis()).unwrap_or(GO_MS).clamp(20, GO_MS)
+    millis(left).clamp(20, GO_MS)
 }
 
 /// What is left divided by what of the rate is gained on the guest; unknown where nothing is.

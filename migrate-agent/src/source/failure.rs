@@ -67,6 +67,15 @@ pub enum Failure {
         "pre-copy does not converge: {0}; retry with less load in the guest, more bandwidth, or `--mode cold`"
     )]
     NotConverging(lifeboat_policy::stop::GiveUpReason),
+    /// Its own host does not follow it.
+    #[error(
+        "the guest writes its memory faster than its host takes it in{}; retry with less load in the guest, or `--mode cold`",
+        if *.slowed { ", also slowed down" } else { ", and its owner forbids to slow it down (forbid_throttling)" }
+    )]
+    Outrun {
+        /// Whether it was slowed down.
+        slowed: bool,
+    },
     /// The disks that leave.
     #[error(transparent)]
     Disk(#[from] DiskFailure),

@@ -45,41 +45,87 @@ use qemus::Qemus;
 ///       mov dx,0x3f8; mov al,'T'; out dx,al
 /// same: jmp next
 /// ```
-const TICKING: [u8; 53] = [
+const TICKING: [u8; 54] = [
     0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0xbb, 0x00, 0x10, 0x8e, 0xc3, 0x26, 0x66, 0xff, 0x06, 0x00, 0x00,
     0x81, 0xc3, 0x00, 0x01, 0x81, 0xfb, 0x00, 0x90, 0x72, 0x1a, 0xbb, 0x00, 0x10, 0x66, 0xff, 0x06,
     0x00, 0x06, 0x66, 0xa1, 0x00, 0x06, 0x66, 0xa9, 0xff, 0x3f, 0x00, 0x00, 0x75, 0x06, 0xba, 0xf8,
-    0x03, 0xb0, 0x54, 0xee, 0xeb,
+    0x03, 0xb0, 0x54, 0xee, 0xeb, 0xd2,
 ];
+
+/// A boot sector that dirties 84 MiB from 40 MiB on, page after page and around and around, and writes `T`
+/// to the serial port after each round, which takes about a tenth of a second. Assembled from:
+///
+/// ```text
+/// cli; xor ax,ax; mov ds,ax; lgdt [table]; mov eax,cr0; or al,1; mov cr0,eax; jmp 8:flat
+/// flat: mov ax,0x10; mov ds,ax
+/// round: mov ebx,0x2800000
+/// next: inc dword [ebx]; mov ecx,1500
+/// same: dec ecx; jnz same; add ebx,0x1000; cmp ebx,0x7c00000; jb next
+///       mov dx,0x3f8; mov al,'T'; out dx,al; jmp round
+/// ```
+///
+/// and, from byte 72 on, a flat descriptor table with what loads it.
+const OUTRUNNING: [u8; 102] = [
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x0f, 0x01, 0x16, 0x60, 0x7c, 0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f,
+    0x22, 0xc0, 0xea, 0x17, 0x7c, 0x08, 0x00, 0x66, 0xb8, 0x10, 0x00, 0x8e, 0xd8, 0xbb, 0x00, 0x00,
+    0x80, 0x02, 0xff, 0x03, 0xb9, 0xdc, 0x05, 0x00, 0x00, 0x49, 0x75, 0xfd, 0x81, 0xc3, 0x00, 0x10,
+    0x00, 0x00, 0x81, 0xfb, 0x00, 0x00, 0xc0, 0x07, 0x72, 0xe8, 0x66, 0xba, 0xf8, 0x03, 0xb0, 0x54,
+    0xee, 0xeb, 0xda, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0xff, 0xff, 0x00, 0x00, 0x00, 0x9a, 0xcf, 0x00, 0xff, 0xff, 0x00, 0x00, 0x00, 0x92, 0xcf, 0x00,
+    0x17, 0x00, 0x48, 0x7c, 0x00, 0x00,
+];
+
+/// What a guest does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Does {
+    /// It dirties little.
+    Tick,
+    /// It dirties two thirds of its memory ten times a second.
+    Outrun {
+        /// Its owner forbids that it is slowed down.
+        unslowed: bool,
+    },
+}
 
 /// Guests that are nothing but QEMU processes of one binary with one machine.
 pub(crate) struct Bare {
     directory: PathBuf,
     program: PathBuf,
     machine: &'static str,
+    does: Does,
     running: Mutex<HashMap<VmId, Child>>,
 }
 
 impl Bare {
-    fn new(directory: &Path, program: &Path, machine: &'static str) -> Self {
-        let mut sector = TICKING.to_vec();
-        sector.push(0xd2);
+    fn new(directory: &Path, program: &Path, machine: &'static str, does: Does) -> Self {
+        let mut sector = match does {
+            Does::Tick => TICKING.to_vec(),
+            Does::Outrun { .. } => OUTRUNNING.to_vec(),
+        };
         sector.resize(510, 0);
         sector.extend([0x55, 0xaa]);
         std::fs::create_dir_all(directory).unwrap();
         std::fs::write(directory.join("boot"), sector).unwrap();
         let (directory, program) = (directory.to_owned(), program.to_owned());
-        Self { directory, program, machine, running: Mutex::default() }
+        Self { directory, program, machine, does, running: Mutex::default() }
+    }
+
+    /// Another way to its QEMU than the agent's.
+    pub(crate) async fn watch(&self) -> Qmp {
+        Qmp::connect(&self.directory.join("watch")).await.unwrap()
     }
 
     pub(crate) fn start(&self, vm: &VmId, extra: &[&str]) {
         let path = |name: &str| self.directory.join(name).display().to_string();
-        let _ = std::fs::remove_file(path("qmp"));
+        for monitor in ["qmp", "watch"] {
+            let _ = std::fs::remove_file(path(monitor));
+        }
         let child = Command::new(&self.program)
             .args(["-accel", "tcg", "-machine", self.machine, "-m", "128", "-nodefaults"])
             .args(["-display", "none", "-serial", &format!("file:{}", path("serial"))])
             .args(["-drive", &format!("file={},format=raw,if=floppy,read-only=on", path("boot"))])
             .args(["-qmp", &format!("unix:{},server,nowait", path("qmp"))])
+            .args(["-qmp", &format!("unix:{},server,nowait", path("watch"))])
             .args(extra)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -111,7 +157,8 @@ impl Drop for Bare {
 
 impl Guests for Bare {
     fn definition(&self, _: &VmId) -> Option<VmDefinition> {
-        None
+        let forbids = self.does == Does::Outrun { unslowed: true };
+        forbids.then(|| VmDefinition { forbid_throttling: true, ..VmDefinition::default() })
     }
 
     fn qmp<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
@@ -226,9 +273,14 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    async fn start(name: &str, directory: &Path, qemu: &Path, machine: &'static str) -> Self {
+    async fn start(
+        name: &str,
+        directory: &Path,
+        (qemu, machine): (&Path, &'static str),
+        does: Does,
+    ) -> Self {
         let directory = directory.join(name);
-        let guests = Arc::new(Bare::new(&directory, qemu, machine));
+        let guests = Arc::new(Bare::new(&directory, qemu, machine, does));
         let store = Store::open(directory.join("ownership")).unwrap();
         let name = HostId::new(name).unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -353,10 +405,17 @@ pub(crate) async fn world() -> World {
 
 /// The same with these QEMUs.
 pub(crate) async fn world_of(qemus: &Qemus) -> World {
+    world_that(qemus, Does::Tick).await
+}
+
+/// The same with a guest that does something else.
+pub(crate) async fn world_that(qemus: &Qemus, does: Does) -> World {
     qemus.announce();
     let directory = tempfile::tempdir().unwrap();
-    let h1 = Host::start("h1", directory.path(), &qemus.source, qemus.machine).await;
-    let h2 = Host::start("h2", directory.path(), &qemus.destination, qemus.machine).await;
+    let (source, destination) =
+        ((&*qemus.source, qemus.machine), (&*qemus.destination, qemus.machine));
+    let h1 = Host::start("h1", directory.path(), source, does).await;
+    let h2 = Host::start("h2", directory.path(), destination, does).await;
     let file = directory.path().join("known");
     std::fs::write(&file, known()).unwrap();
     let loaded = format!("loader,file={},addr={KNOWN_AT:#x},force-raw=on", file.display());

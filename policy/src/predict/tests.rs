@@ -177,11 +177,27 @@ fn post_copy_sends_each_page_once_whatever_is_written() {
     let criteria = StopCriteria::default();
     let idle = post_copy(&vm("idle", 10_000, 0, 0), RATE, &criteria);
     let busy = post_copy(&vm("busy", 10_000, 9_000, 10_000), RATE, &criteria);
-    assert_eq!((idle, busy.converges), (busy, true));
+    assert_eq!((idle.bytes, busy.converges), (busy.bytes, true));
+    // What it dirtied while it was taken in, taken in as well: 361 pages.
+    assert_eq!((busy.downtime - idle.downtime).as_micros(), 1_482);
     // 42.91 MB as above, 41 ms to absorb them, and the pause's fixed 40 ms.
     assert_eq!((idle.bytes.0 / 10_000, idle.total_time.as_millis()), (4_291, 1_797));
     assert_eq!(idle.downtime, Duration::from_millis(40));
     let mut sparse = vm("sparse", 10_000, 0, 0);
     sparse.memory = Pages(110_000).bytes();
     assert_eq!(post_copy(&sparse, RATE, &criteria), idle, "zero pages do not travel");
+}
+
+#[test]
+fn a_guest_that_outruns_its_own_host_is_counted_as_slowed_down() {
+    let criteria = StopCriteria::default();
+    // All of 2 GiB dirtied twice a second, and of 400 MiB: the second's pause is short enough as it is.
+    let (large, small) =
+        (vm("large", 524_288, 1_048_576, 524_288), vm("small", 102_400, 204_800, 102_400));
+    assert_eq!((is_absorbed(&large, &criteria), is_absorbed(&small, &criteria)), (false, true));
+    assert_eq!(post_copy(&large, RATE, &criteria).downtime, criteria.downtime_limit);
+    let slow = vm("slow", 524_288, 26_214, 524_288);
+    assert!(is_absorbed(&slow, &criteria));
+    let took = |vm: &MeasuredVm| post_copy(vm, RATE, &criteria).total_time;
+    assert!(took(&large) > took(&slow) + SLOWING);
 }

@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::types::{
-    BlockStats, CpuModel, CpuThread, MachineType, MigrateInfo, MigrateParameters, StatusInfo,
-    VersionInfo,
+    BlockStats, CpuModel, CpuThread, MachineType, MigrateInfo, MigrateParameters, Slowing,
+    StatusInfo, VersionInfo,
 };
 use super::{DEADLINE, Qmp, QmpError};
 
@@ -178,6 +178,17 @@ impl Qmp {
             arguments.insert("max-bandwidth".to_owned(), rate.into());
         }
         self.order("migrate-set-parameters", Value::Object(arguments)).await
+    }
+
+    /// Sets how a guest is slowed down that outruns its migration.
+    pub async fn migrate_set_slowing(&self, slowing: Slowing) -> Result<(), QmpError> {
+        let arguments = json!({
+            "throttle-trigger-threshold": slowing.threshold,
+            "cpu-throttle-initial": slowing.first,
+            "cpu-throttle-increment": slowing.more,
+            "max-cpu-throttle": slowing.most,
+        });
+        self.order("migrate-set-parameters", arguments).await
     }
 
     /// Begins to migrate away, to `unix:PATH` or `tcp:HOST:PORT`.

@@ -27,7 +27,7 @@ pub use codec::MESSAGE_BYTES_MAX;
 pub use session::{QmpEvent, Refusal};
 pub use types::{
     BlockStats, CpuModel, CpuThread, MachineType, MigrateInfo, MigrateParameters, MigrationStatus,
-    RamInfo, RunState, StatusInfo, VersionInfo,
+    RamInfo, RunState, Slowing, StatusInfo, VersionInfo,
 };
 
 use session::Session;

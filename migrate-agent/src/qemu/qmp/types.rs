@@ -133,6 +133,8 @@ pub struct MigrateInfo {
     pub expected_downtime: u64,
     /// The downtime once completed, in milliseconds, as the source sees it.
     pub downtime: u64,
+    /// By how much the guest's CPUs are slowed down for it, in percent.
+    pub cpu_throttle_percentage: u32,
     /// Why it failed.
     pub error_desc: Option<String>,
 }
@@ -171,6 +173,20 @@ pub struct MigrateParameters {
     pub downtime_limit_ms: Option<u64>,
     /// Bytes/s; 0 is no limit.
     pub max_bandwidth_bytes: Option<u64>,
+}
+
+/// How a guest is slowed down that dirties its memory faster than it is sent (capability `auto-converge`).
+/// QEMU looks at each iteration of a second or more; percentages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slowing {
+    /// It is slowed where it dirties more than this part of what was sent, twice.
+    pub threshold: u32,
+    /// By how much of its CPUs' time at first.
+    pub first: u32,
+    /// And by how much more each time that was not enough.
+    pub more: u32,
+    /// At most.
+    pub most: u32,
 }
 
 /// A virtual CPU (`query-cpus-fast`).
