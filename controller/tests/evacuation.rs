@@ -182,7 +182,8 @@ fn the_ways_to_a_vm_s_stores_are_reserved_and_given_back() {
     assert_eq!(gathered.len(), 12);
     for way in &gathered {
         let rates: Vec<_> = way.hops.iter().map(|hop| hop.rate).collect();
-        assert_eq!(rates, [BitsPerSec::from_mbit(50), BitsPerSec::from_mbit(150)]);
+        // One at a time, so each may have all of what the destination takes in.
+        assert_eq!(rates, [BitsPerSec::from_mbit(150); 2]);
         assert!(way.traffic.served && way.traffic.destination.port() == 7100);
         assert_ne!(way.traffic.source.to_string(), "10.0.0.1");
     }
