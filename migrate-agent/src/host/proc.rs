@@ -30,7 +30,7 @@ pub struct CpuTimes {
     /// Clock ticks, over all CPUs, in which they did something, or were kept from it by a
     /// hypervisor underneath.
     pub busy: u64,
-    /// Clock ticks in which they waited.
+    /// Clock ticks in which they waited, or did what yields to everybody else (nice).
     pub idle: u64,
     /// CPUs that are on line.
     pub cores: u32,
@@ -48,7 +48,7 @@ pub fn cpu_times(stat: &str) -> Result<CpuTimes, HostError> {
     let ticks: Option<Vec<u64>> =
         sum.split_ascii_whitespace().take(8).map(|tick| tick.parse().ok()).collect();
     let ticks = ticks.filter(|ticks| ticks.len() >= 4).ok_or_else(error)?;
-    let waits = |index| index == 3 || index == 4;
+    let waits = |index| matches!(index, 1 | 3 | 4);
     let (mut busy, mut idle) = (0_u64, 0_u64);
     for (index, &tick) in ticks.iter().enumerate() {
         let sum = if waits(index) { &mut idle } else { &mut busy };
@@ -95,11 +95,11 @@ mod tests {
     #[test]
     fn the_load_is_what_was_not_waited() {
         let before =
-            cpu_times("cpu  100 0 50 800 50 0 0 0 70 0\ncpu0 1\ncpu1 1\nintr 5\n").unwrap();
+            cpu_times("cpu  100 9 50 791 50 0 0 0 70 0\ncpu0 1\ncpu1 1\nintr 5\n").unwrap();
         assert_eq!(before, CpuTimes { busy: 150, idle: 850, cores: 2 });
-        // 60 user and 15 stolen of 100 ticks.
+        // 60 user and 15 stolen of 100 ticks; 11 niced ones are there for whoever wants them.
         let after =
-            cpu_times("cpu  160 0 50 820 55 0 0 15 70 0\ncpu0 1\ncpu1 1\nintr 5\n").unwrap();
+            cpu_times("cpu  160 20 50 800 55 0 0 15 70 0\ncpu0 1\ncpu1 1\nintr 5\n").unwrap();
         assert!((cores_in_use(before, after) - 1.5).abs() < 1e-9);
         assert!(cores_in_use(after, after).abs() < 1e-9);
         let back = CpuTimes { idle: before.idle - 1, busy: before.busy + 10, ..before };
