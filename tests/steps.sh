@@ -6,6 +6,10 @@
 passed=0
 failed=0
 child=
+# The step that runs beside the others, if any.
+aside=
+aside_name=
+aside_since=0
 logs=
 # Given to every test program; tests/full adds those tests that take long.
 test_options=()
@@ -29,6 +33,10 @@ interrupted() {
     if [ -n "$child" ]; then
         kill "-$1" -- "-$child" 2>/dev/null || true
         wait "$child" 2>/dev/null || true
+    fi
+    if [ -n "$aside" ]; then
+        kill "-$1" -- "-$aside" 2>/dev/null || true
+        wait "$aside" 2>/dev/null || true
     fi
     echo "interrupted"
     failed=$((failed + 1))
@@ -60,19 +68,51 @@ tail_of() {
     echo "    (all of it: $logs/$1.log)"
 }
 
-# step NAME COMMAND...: counts as one.
-step() {
-    local name=$1 since=$SECONDS
-    shift
-    if run_logged "$name" "$@"; then
+# count_step NAME CODE SECONDS
+count_step() {
+    if [ "$2" -eq 0 ]; then
         passed=$((passed + 1))
-        say "$name" ok $((SECONDS - since))
+        say "$1" ok "$3"
     else
         failed=$((failed + 1))
-        say "$name" FAILED $((SECONDS - since))
-        tail_of "$name"
+        say "$1" FAILED "$3"
+        tail_of "$1"
         return 1
     fi
+}
+
+# step NAME COMMAND...: counts as one.
+step() {
+    local name=$1 since=$SECONDS code=0
+    shift
+    run_logged "$name" "$@" || code=$?
+    count_step "$name" "$code" $((SECONDS - since))
+}
+
+# beside NAME OTHER COMMAND...: a step that runs beside the next ones, with what they leave of the CPUs. It begins
+# when `Running` stands in the log of OTHER: until then that one may build, and would wait for cargo's lock.
+# `rejoin` counts it.
+beside() {
+    local name=$1 log=$logs/$2.log
+    shift 2
+    aside_name=$name aside_since=$SECONDS
+    rm -f "$log" "$logs/rejoined"
+    # shellcheck disable=SC2016
+    setsid bash -c '
+        until [ -e "$1" ] || grep -qs "^ *Running " "$2"; do sleep 1; done
+        shift 2
+        exec nice -n 19 chrt --idle 0 "$@"
+    ' beside "$logs/rejoined" "$log" "$@" >"$logs/$name.log" 2>&1 </dev/null &
+    aside=$!
+}
+
+# Waits for the step that runs beside.
+rejoin() {
+    local code=0
+    : >"$logs/rejoined"
+    wait "$aside" || code=$?
+    aside=
+    count_step "$aside_name" "$code" $((SECONDS - aside_since))
 }
 
 # tests NAME READER COMMAND...: counts each of its tests; READER prints `PASSED FAILED` of its log.
@@ -129,20 +169,22 @@ unittest_results() {
 }
 
 # One build serves the tests and the binaries that they start: with all of these targets in one command,
-# cargo settles the features of each dependency once. Benchmarks are looked at by clippy alone.
+# cargo settles the features of each dependency once. Benchmarks are looked at by clippy alone, which
+# takes its time while tests wait.
 all_checks() {
     step install lab/install || true
     step fmt cargo fmt --all --check || true
-    step clippy cargo clippy --workspace --all-targets -- -D warnings || true
     if ! step build cargo build --workspace --lib --bins --tests; then
         echo "    what is left cannot run without it, and counts as one failure"
         failed=$((failed + 1))
         return
     fi
     step image lab/image || true
+    beside clippy cargo cargo clippy --workspace --all-targets -- -D warnings
     tests cargo cargo_results cargo test --workspace --no-fail-fast -- "${test_options[@]}" || true
     tests mininet unittest_results \
         /usr/bin/python3 -m unittest discover -v -s tests/mininet -p '*_test.py' || true
+    rejoin || true
 }
 
 # What every page of the documentation says of the code has a target.

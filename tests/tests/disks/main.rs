@@ -1,9 +1,11 @@
 //! A VM moves with its local disk: a guest writes patterns to it all the while, checks them, and its
 //! count of writes moves with its memory. Vetoed, it runs on where it was. Processes are killed, links
-//! fall silent.
+//! fall silent. Or its disk follows it ([`on_demand`]).
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
 //! guest.
+
+mod on_demand;
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -29,7 +29,8 @@ const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch
 
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
 fn in_a_world(name: &str, (number, link): (usize, u64), disk: Disk, play: impl FnOnce(&mut World)) {
-    guest::play_in(name, || World::make_on(number, guest::images(), disk, link).unwrap(), play);
+    let name = format!("on_demand::{name}");
+    guest::play_in(&name, || World::make_on(number, guest::images(), disk, link).unwrap(), play);
 }
 
 /// It runs there, all of its disk fits its memory, and it goes on writing.
