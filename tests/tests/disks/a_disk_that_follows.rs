@@ -29,7 +29,7 @@ const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch
 
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
 fn in_a_world(name: &str, (number, link): (usize, u64), disk: Disk, play: impl FnOnce(&mut World)) {
-    let name = format!("on_demand::{name}");
+    let name = format!("a_disk_that_follows::{name}");
     guest::play_in(&name, || World::make_on(number, guest::images(), disk, link).unwrap(), play);
 }
 
@@ -122,10 +122,6 @@ fn a_guest_runs_before_its_disk_is_there_and_all_of_it_arrives() {
         await_more(world, 1, "disk_checks", checked);
         await_moved(world, &id);
         assert_whole(world);
-        // And back, as any disk.
-        world.control.await_sight(1).unwrap();
-        world.control.order("migrate vm --to h1 --urgency 0 --yes").unwrap();
-        assert_at(world, 0);
     });
 }
 
@@ -144,6 +140,10 @@ fn a_link_that_is_cut_while_the_rest_comes_costs_a_wait() {
         }
         await_moved(world, &id);
         assert_whole(world);
+        // And back, as any disk.
+        world.control.await_sight(1).unwrap();
+        world.control.order("migrate vm --to h1 --urgency 0 --yes").unwrap();
+        assert_at(world, 0);
     });
 }
 
