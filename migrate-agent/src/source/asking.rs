@@ -56,6 +56,7 @@ impl SourceTask {
             Event::Heard(Standing::Died) if self.machine.state() != State::DestinationDied => {
                 self.say_died();
             }
+            Event::Heard(Standing::Pending) if !self.disks_follow() => self.serve_who_starts(),
             Event::Heard(Standing::Gathering) if self.disks_follow() => self.rest_on().await,
             Event::Heard(Standing::Gathering) => {
                 self.serve_again();

@@ -16,6 +16,7 @@ use lifeboat_scatter_gather::link::Frame;
 use super::copying::heard;
 use super::{Input, SourceTask};
 use crate::clock;
+use crate::guests::GuestError;
 use crate::handover::source::Event;
 use crate::progress::RateMeter;
 
@@ -112,25 +113,37 @@ impl SourceTask {
 
     /// After a restart: the destination runs the guest and this host has its pages.
     pub(super) fn serve_again(&mut self) {
-        if self.serving.is_none() {
-            match self.context.guests.memory(&self.order.vm) {
-                Ok(memory) => {
-                    tracing::warn!("the guest runs at the destination; its pages are served again");
-                    self.start_serving();
-                    if let Some(serving) = &self.serving {
-                        serving.open(Arc::new(memory));
-                        // What was under way to stores is not known any more.
-                        let reason = "the source's agent was started again".to_owned();
-                        serving.teller().tell(Frame::Abort(reason));
-                    }
-                }
-                Err(error) => return self.say_memory_lost(&error),
-            }
+        match self.open_again() {
+            Ok(()) => self.enter_elsewhere(),
+            Err(error) => self.say_memory_lost(&error),
         }
-        self.enter_elsewhere();
     }
 
-    fn say_memory_lost(&mut self, error: &crate::guests::GuestError) {
+    /// After a restart: the destination has the guest, and is about to let it run. That may wait for a page
+    /// which is here; where pages do not follow, nobody asks for one.
+    pub(super) fn serve_who_starts(&mut self) {
+        if let Err(error) = self.open_again() {
+            tracing::warn!(%error, "pages of a guest that starts at the destination cannot be served");
+        }
+    }
+
+    fn open_again(&mut self) -> Result<(), GuestError> {
+        if self.serving.is_some() {
+            return Ok(());
+        }
+        let memory = self.context.guests.memory(&self.order.vm)?;
+        tracing::warn!("the guest is at the destination; its pages are served again");
+        self.start_serving();
+        if let Some(serving) = &self.serving {
+            serving.open(Arc::new(memory));
+            // What was under way to stores is not known any more.
+            let reason = "the source's agent was started again".to_owned();
+            serving.teller().tell(Frame::Abort(reason));
+        }
+        Ok(())
+    }
+
+    fn say_memory_lost(&mut self, error: &GuestError) {
         let (vm, destination) = (self.order.vm.clone(), self.order.destination.clone());
         let reason = format!(
             "{destination} runs {vm} and still wants pages that were in this host's memory, which cannot be read any \
