@@ -137,9 +137,15 @@ struct Links {
 
 impl Links {
     fn bandwidth(&self, departure: &Departure<'_>, terms: &HostTerms) -> BitsPerSec {
-        let into = self.destinations.get(departure.destination).copied().unwrap_or(self.unused);
+        let mut source = self.source;
+        let mut into = self.destinations.get(departure.destination).copied().unwrap_or(self.unused);
+        // Pages that follow their guest come when it sends and receives at the other end already.
+        if matches!(departure.mode, Mode::PostCopy | Mode::ScatterGather) {
+            source.used = source.used - departure.vm.network_out;
+            into.used += departure.vm.network_in;
+        }
         let of = |link| available(link, terms.urgency, terms.floor);
-        let ends = of(self.source).min(of(into));
+        let ends = of(source).min(of(into));
         departure.between.map_or(ends, |between| between.min(ends))
     }
 

@@ -84,12 +84,15 @@ fn mbit(rate: u64) -> BitsPerSec {
 
 /// A sender of 100 Mbit/s and an idle VM on a link of 200 Mbit/s.
 fn evacuate(sender_first: bool, parallel: usize) -> HostPrediction {
+    evacuate_by(Mode::PreCopy, sender_first, parallel)
+}
+
+fn evacuate_by(mode: Mode, sender_first: bool, parallel: usize) -> HostPrediction {
     let mut sender = vm("sender", 10_000, 0, 0);
     sender.network_out = mbit(100);
     let idle = vm("idle", 40_000, 0, 0);
     let destination = HostId::new("h2").unwrap();
-    let leave =
-        |vm| Departure { vm, mode: Mode::PreCopy, destination: &destination, between: None };
+    let leave = |vm| Departure { vm, mode, destination: &destination, between: None };
     let mut departures = vec![leave(&sender), leave(&idle)];
     if !sender_first {
         departures.reverse();
@@ -115,6 +118,14 @@ fn whoever_sends_leaves_the_link_to_those_that_follow() {
     assert_eq!(good.vms[1].bandwidth, mbit(190));
     assert_eq!(good.vms[1].starts.likely, good.vms[0].prediction.likely.total_time + BETWEEN);
     assert!(good.total_time.likely < evacuate(false, 1).total_time.likely);
+}
+
+#[test]
+fn pages_that_follow_their_guest_have_the_link_that_it_has_left() {
+    for mode in [Mode::PostCopy, Mode::ScatterGather] {
+        let good = evacuate_by(mode, true, 1);
+        assert_eq!(good.vms[0].bandwidth, mbit(190), "{mode}");
+    }
 }
 
 #[test]
