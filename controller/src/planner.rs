@@ -157,6 +157,8 @@ pub struct Goes {
     pub disk_date: Option<DiskDate>,
     /// Where its pages wait; `None`: nowhere.
     pub stores: Option<ChosenStores>,
+    /// They have no room beside the stores of those that go before it.
+    pub after_stores: bool,
     /// What is wanted on each port of the ways to them.
     pub store_hops: Vec<Hop>,
     /// Until all of it is off its host, where that is before all of it has arrived.
@@ -428,6 +430,7 @@ impl FullPlan {
                 seeded,
                 disk_date: None,
                 stores: None,
+                after_stores: false,
                 store_hops: Vec::new(),
                 eviction: None,
             });

@@ -195,6 +195,35 @@ fn the_ways_to_a_vm_s_stores_are_reserved_and_given_back() {
 }
 
 #[test]
+fn who_finds_no_room_in_stores_waits_until_those_before_it_have_been_gathered() {
+    let (_cloud_runtime, cloud, network) = world(5);
+    {
+        // Of the 1.5 * 1.25 / 3 of 240 MiB that the stores of one VM take, one fits and two do not.
+        let mut truth = cloud.truth();
+        (truth.store_room, truth.gathers_on) = (200 << 20, true);
+    }
+    let controller = Controller::start(&cloud, 5, &network);
+    let mut asked = request(&["h1"]);
+    asked.mode = "scatter-gather".to_owned();
+    let plan = controller.runtime.block_on(controller.service.plan(&asked, &caller())).unwrap();
+    let waits = |note: &&String| note.contains("until theirs have been gathered");
+    assert_eq!((plan.vms.len(), plan.notes.iter().filter(waits).count()), (4, 3), "{plan:?}");
+    let id = controller.evacuate(&asked).unwrap();
+    controller.until("the others wait", |service| {
+        let fleet = service.driver.fleet();
+        let said = fleet.all()[0].vms.iter().map(lifeboat_controller::evacuation::VmRecord::said);
+        said.filter(|said| said.contains("no place for it yet: its pages find no room")).count()
+            == 3
+    });
+    cloud.truth().gathers_on = false;
+    let status = controller.to_the_end(&id);
+    assert_eq!((status.state.as_str(), status.left_behind.len()), ("done", 0), "{status:?}");
+    assert_eq!(cloud.truth().migrations.len(), 4, "nothing was tried in vain");
+    controller.until("the stores have gone", |_| cloud.truth().stores.is_empty());
+    nothing_is_left(&cloud, &network);
+}
+
+#[test]
 fn a_failed_move_is_tried_at_another_destination_and_without_one_the_vm_is_left_behind() {
     let (_cloud_runtime, cloud, network) = world(3);
     {

@@ -23,16 +23,16 @@ pub struct StoresOwed {
     pub migration: MigrationId,
     /// Where they are, or may be.
     pub hosts: Vec<HostId>,
-    /// Whether this controller is at it already.
+    /// Since when this controller is at it.
     #[serde(skip)]
-    asked: bool,
+    asked: Option<UnixMs>,
 }
 
 impl StoresOwed {
     pub(super) fn by(leg: &Leg) -> Option<Self> {
         let chosen = leg.stores.as_ref()?;
         let hosts = chosen.stores.iter().map(|store| store.host.clone()).collect();
-        Some(Self { migration: leg.migration.clone(), hosts, asked: false })
+        Some(Self { migration: leg.migration.clone(), hosts, asked: None })
     }
 }
 
@@ -48,7 +48,7 @@ impl Evacuation {
     }
 
     /// Has gatherings followed that nobody follows, and stores released that nobody needs.
-    pub(super) fn see_to_stores(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn see_to_stores(&mut self, now: UnixMs, actions: &mut Vec<Action>) {
         for record in self.vms.iter_mut().filter(|record| record.phase == VmPhase::Gathering) {
             let vm = record.vm.clone();
             let Some(leg) = record.leg.as_mut().filter(|leg| !leg.followed) else { continue };
@@ -60,9 +60,9 @@ impl Evacuation {
         let needed = |migration: &MigrationId| {
             vms.iter().any(|vm| vm.has_leg(migration) && !DONE_WITH.contains(&vm.phase))
         };
-        for owed in self.stores_owed.iter_mut().filter(|owed| !owed.asked) {
+        for owed in self.stores_owed.iter_mut().filter(|owed| owed.asked.is_none()) {
             if !needed(&owed.migration) {
-                owed.asked = true;
+                owed.asked = Some(now);
                 let (migration, hosts) = (owed.migration.clone(), owed.hosts.clone());
                 actions.push(Action::ReleaseStores { migration, hosts });
             }
@@ -75,9 +75,19 @@ impl Evacuation {
             leg.followed = false;
         }
         for owed in &mut self.stores_owed {
-            owed.asked = false;
+            owed.asked = None;
         }
         !self.stores_owed.is_empty()
+    }
+
+    /// Whether stores hold memory now that will be free again: a destination gathers from them, or
+    /// their hosts have been told that they may go. One that has not answered for long is not
+    /// waited for.
+    pub(super) fn stores_will_go(&self, now: UnixMs) -> bool {
+        let gathers = self.vms.iter().any(|record| record.phase == VmPhase::Gathering);
+        let patience = self.limits.stores_ms;
+        let goes = |owed: &StoresOwed| owed.asked.is_some_and(|at| now.since(at) < patience);
+        gathers || self.stores_owed.iter().any(goes)
     }
 
     pub(super) fn gathering(&mut self, said: &MigrationProgress) -> Change {
@@ -127,6 +137,7 @@ impl Evacuation {
 
     pub(super) fn stores_released(&mut self, migration: &MigrationId) -> Change {
         let before = self.stores_owed.len();
+        self.look_again();
         self.stores_owed.retain(|owed| owed.migration != *migration);
         if self.stores_owed.len() == before { Change::Nothing } else { Change::State }
     }

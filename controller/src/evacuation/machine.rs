@@ -69,11 +69,25 @@ pub struct Limits {
     pub attempts: u32,
     /// How long `uncertain` may last before the evacuation goes on without that VM, milliseconds.
     pub uncertain_ms: u64,
+    /// How long a VM waits for stores whose hosts have been told to release them, milliseconds.
+    #[serde(default = "stores_ms")]
+    pub stores_ms: u64,
+    /// Between two looks for a place while there is none, milliseconds.
+    #[serde(default = "look_ms")]
+    pub look_ms: u64,
+}
+
+const fn stores_ms() -> u64 {
+    30_000
+}
+
+const fn look_ms() -> u64 {
+    2_000
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { attempts: 3, uncertain_ms: 60_000 }
+        Self { attempts: 3, uncertain_ms: 60_000, stores_ms: stores_ms(), look_ms: look_ms() }
     }
 }
 
@@ -103,9 +117,12 @@ pub struct Evacuation {
     planned: bool,
     /// Whether an answer to `Choose` is awaited.
     choosing: bool,
+    /// No place was found: it is looked for again then, or when something has ended.
+    #[serde(default)]
+    look_after: UnixMs,
     /// Migrations begun so far; names the next one.
     legs_begun: u32,
-    limits: Limits,
+    pub(super) limits: Limits,
 }
 
 impl Evacuation {
@@ -124,6 +141,7 @@ impl Evacuation {
             stores_owed: Vec::new(),
             planned: false,
             choosing: false,
+            look_after: UnixMs(0),
             legs_begun: 0,
             limits,
         }
@@ -171,7 +189,7 @@ impl Evacuation {
             Event::Tick => self.tick(now, actions),
         };
         if change == Change::State {
-            self.see_to_stores(actions);
+            self.see_to_stores(now, actions);
             self.schedule(now, actions);
         }
         change
@@ -235,8 +253,14 @@ impl Evacuation {
         }
         if let Some(choice) = choice {
             self.begin_leg(now, *choice, actions);
-        } else if self.live().next().is_none() {
-            // Nothing is under way whose end could make room: waiting would be for ever.
+        } else if self.live().next().is_some() || self.stores_will_go(now) {
+            // The end of what is under way may make room.
+            self.look_after = UnixMs(now.0.saturating_add(self.limits.look_ms));
+            for (vm, why) in no_place {
+                let of = |record: &&mut VmRecord| record.vm == vm;
+                self.vms.iter_mut().filter(of).for_each(|record| record.no_place.clone_from(&why));
+            }
+        } else {
             self.leave_behind(&no_place);
         }
         Change::State
@@ -255,6 +279,7 @@ impl Evacuation {
         };
         self.legs_begun += 1;
         record.attempts += 1;
+        record.no_place.clear();
         record.source = choice.source;
         record.phase = VmPhase::Reserving;
         record.done = 0.0;
@@ -431,6 +456,7 @@ impl Evacuation {
     fn released(&mut self, migration: &MigrationId, failures: &[String]) -> Change {
         let cancelling = self.state == EvacuationState::Cancelling;
         let attempts = self.limits.attempts;
+        self.look_again();
         let Some(record) = self.at(migration, &[VmPhase::Releasing]) else {
             return Change::Nothing;
         };
@@ -530,7 +556,8 @@ impl Evacuation {
                 change = change.max(end_leg(record, why, actions));
             }
         }
-        change
+        // A look that is due is a reason to go on.
+        if self.may_choose(now) { Change::State } else { change }
     }
 
     /// Fills free slots, and notices the end.
@@ -538,14 +565,24 @@ impl Evacuation {
         if !self.planned {
             return;
         }
-        let slots = self.order.parallel.max(1) as usize;
-        let wanted = self.vms.iter().any(|record| record.phase == VmPhase::Waiting);
-        if wanted && !self.choosing && self.live().count() < slots {
+        if self.may_choose(now) {
             self.choose(actions);
         }
         if self.vms.iter().all(|record| record.phase.is_final()) {
             self.finish(now, actions);
         }
+    }
+
+    fn may_choose(&self, now: UnixMs) -> bool {
+        let slots = self.order.parallel.max(1) as usize;
+        let wanted = self.vms.iter().any(|record| record.phase == VmPhase::Waiting);
+        let free = self.planned && !self.choosing && self.live().count() < slots;
+        wanted && free && now >= self.look_after
+    }
+
+    /// Something has ended that may have made room.
+    pub(super) fn look_again(&mut self) {
+        self.look_after = UnixMs(0);
     }
 
     fn choose(&mut self, actions: &mut Vec<Action>) {

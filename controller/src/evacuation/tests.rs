@@ -167,6 +167,77 @@ fn stores_of_a_vm_in_doubt_stay_and_those_of_a_failed_leg_go() {
 }
 
 #[test]
+fn who_finds_no_place_waits_for_stores_that_will_be_free_again() {
+    let (mut evacuation, mut actions) = begun(&["a", "b"], order("h1"));
+    let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
+    let reserved = Event::Reserved { migration: migration(1), reserved: Reserved::default() };
+    let ticket = ticket();
+    let events = [
+        chosen,
+        reserved,
+        Event::Prepared { migration: migration(1), ticket },
+        progress(1, Phase::Completed),
+        Event::Released { migration: migration(1), failures: vec![] },
+    ];
+    for event in events {
+        evacuation.apply(UnixMs(1), event, &mut actions);
+    }
+    assert_eq!(evacuation.record(&vm("a")).unwrap().phase, VmPhase::Gathering);
+    let full = || Event::Chosen { choice: None, no_place: vec![(vm("b"), "full".to_owned())] };
+    let asked = |actions: &mut Vec<Action>| {
+        let asked = actions.iter().any(|action| matches!(action, Action::Choose { .. }));
+        actions.clear();
+        asked
+    };
+    assert!(asked(&mut actions));
+    // It is looked for again now and then, and not all the time.
+    evacuation.apply(UnixMs(2), full(), &mut actions);
+    evacuation.apply(UnixMs(3), Event::Tick, &mut actions);
+    assert!(!asked(&mut actions));
+    assert_eq!(evacuation.record(&vm("b")).unwrap().said(), "no place for it yet: full");
+    evacuation.apply(UnixMs(3_000), Event::Tick, &mut actions);
+    assert!(asked(&mut actions));
+    evacuation.apply(UnixMs(3_001), full(), &mut actions);
+    // Gathered: its stores are about to go, and then have gone.
+    let gathered = Event::Gathered { migration: migration(1), lost: None };
+    evacuation.apply(UnixMs(3_002), gathered, &mut actions);
+    assert!(!asked(&mut actions));
+    evacuation.apply(UnixMs(5_100), Event::Tick, &mut actions);
+    assert!(asked(&mut actions));
+    evacuation.apply(UnixMs(5_101), full(), &mut actions);
+    assert!(!evacuation.record(&vm("b")).unwrap().phase.is_final());
+    evacuation.apply(
+        UnixMs(5_102),
+        Event::StoresReleased { migration: migration(1) },
+        &mut actions,
+    );
+    assert!(asked(&mut actions));
+    // Nothing is left whose end could make room.
+    evacuation.apply(UnixMs(5_103), full(), &mut actions);
+    let record = evacuation.record(&vm("b")).unwrap();
+    assert_eq!((record.phase, record.reason.as_str()), (VmPhase::LeftBehind, "full"));
+}
+
+#[test]
+fn a_store_that_nobody_releases_is_not_waited_for_for_ever() {
+    let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
+    let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
+    let failed = Event::ReserveFailed { migration: migration(1), reason: "no".to_owned() };
+    let released = Event::Released { migration: migration(1), failures: vec![] };
+    for event in [chosen, failed, released] {
+        evacuation.apply(UnixMs(1), event, &mut actions);
+    }
+    let mut now = 2;
+    while !evacuation.record(&vm("a")).unwrap().phase.is_final() {
+        let full = Event::Chosen { choice: None, no_place: vec![(vm("a"), "full".to_owned())] };
+        evacuation.apply(UnixMs(now), full, &mut actions);
+        now += 2_000;
+        evacuation.apply(UnixMs(now), Event::Tick, &mut actions);
+        assert!(now < 40_000, "waits on");
+    }
+}
+
+#[test]
 fn what_is_past_commit_arrives_although_it_was_cancelled() {
     let mut evacuation = table::standing_at(VmPhase::Committing);
     let mut actions = Vec::new();

@@ -261,6 +261,9 @@ pub struct VmRecord {
     pub done: f64,
     /// Why it was left behind, is uncertain, is lost; or what went wrong with its last attempt.
     pub reason: String,
+    /// Of one that waits for something to end: why it has no place now.
+    #[serde(default)]
+    pub no_place: String,
 }
 
 impl VmRecord {
@@ -278,6 +281,7 @@ impl VmRecord {
             progress: None,
             done: 0.0,
             reason: String::new(),
+            no_place: String::new(),
         }
     }
 
@@ -286,6 +290,17 @@ impl VmRecord {
     pub fn left_behind(vm: VmId, source: HostId, reason: String) -> Self {
         let phase = VmPhase::LeftBehind;
         Self { phase, reason, ..Self::waiting(vm, source, Prediction::default()) }
+    }
+
+    /// What an operator should know of it now.
+    #[must_use]
+    pub fn said(&self) -> String {
+        match (self.phase, self.no_place.as_str()) {
+            (VmPhase::Waiting | VmPhase::Measuring, why) if !why.is_empty() => {
+                format!("no place for it yet: {why}")
+            }
+            _ => self.reason.clone(),
+        }
     }
 
     /// Whether its leg has this migration id.

@@ -23,6 +23,9 @@ use crate::network::{Hop, PortRef};
 const PACKED: f64 = 1.3;
 const PACKED_LEAST: Bytes = Bytes::from_mib(32);
 
+/// What others that leave will have taken of each host's room.
+type Taken = BTreeMap<HostId, Bytes>;
+
 /// A VM whose pages might wait elsewhere.
 pub(super) struct Leaver<'a> {
     pub(super) source: &'a HostId,
@@ -67,14 +70,20 @@ impl Planner {
             return;
         }
         let topology = self.fresh_topology().await;
-        let mut kept = Vec::new();
+        let (mut kept, mut taken) = (Vec::new(), Taken::new());
         for mut goes in std::mem::take(&mut full.goes) {
             if goes.step.mode != Mode::ScatterGather {
                 kept.push(goes);
                 continue;
             }
-            match self.stores_for(order, &Leaver::of(&goes), &topology) {
+            // Beside the stores of those before it where there is room for both, or after them.
+            let beside = self.stores_beside(order, &Leaver::of(&goes), &topology, &taken);
+            goes.after_stores = beside.is_err();
+            match beside.or_else(|_| self.stores_for(order, &Leaver::of(&goes), &topology)) {
                 Ok(chosen) => {
+                    for store in &chosen.stores {
+                        *taken.entry(store.host.clone()).or_default() += store.memory;
+                    }
                     let sent = sent(&Leaver::of(&goes), &chosen);
                     let (factor, criteria) = (factor(&chosen), criteria(order));
                     let direct = goes.step.predicted.bandwidth.bytes_per_sec();
@@ -102,7 +111,22 @@ impl Planner {
         leaver: &Leaver<'_>,
         topology: &Topology,
     ) -> Result<ChosenStores, NoStoresError> {
-        choose(&self.candidates(order, leaver, topology), &self.wish(order, leaver))
+        self.stores_beside(order, leaver, topology, &Taken::new())
+    }
+
+    /// The same, where others have taken some of the room.
+    fn stores_beside(
+        &self,
+        order: &EvacuationOrder,
+        leaver: &Leaver<'_>,
+        topology: &Topology,
+        taken: &Taken,
+    ) -> Result<ChosenStores, NoStoresError> {
+        let mut candidates = self.candidates(order, leaver, topology);
+        for one in &mut candidates {
+            one.room = one.room - taken.get(&one.host).copied().unwrap_or_default();
+        }
+        choose(&candidates, &self.wish(order, leaver))
     }
 
     /// The best way to each store, with what is wanted on each port: what the stores behind it take
@@ -236,8 +260,15 @@ pub(super) fn note(goes: &Goes) -> Option<String> {
         Redundancy::None => "; the loss of a store before all is gathered is the loss of the VM",
         Redundancy::Mirror | Redundancy::Parity => "",
     };
+    let after = match goes.after_stores {
+        true => {
+            "; they have no room there beside those of the VMs before it, so it waits until theirs have been \
+             gathered, which the forecast does not count"
+        }
+        false => "",
+    };
     Some(format!(
-        "{}'s pages wait at {} until {} has them; redundancy {}{risk}",
+        "{}'s pages wait at {} until {} has them; redundancy {}{risk}{after}",
         goes.step.vm,
         stores.collect::<Vec<_>>().join(", "),
         goes.step.destination,

@@ -216,7 +216,7 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         time_to_go_ms: to_go.unwrap_or(0),
         time_to_go_known: to_go.is_some(),
         predicted_ms: leg_now.map_or(record.prediction, |leg| leg.prediction).total_ms,
-        reason: record.reason.clone(),
+        reason: record.said(),
         attempt: record.attempts,
         done: record.done,
         evicted: matches!(record.phase, VmPhase::Gathering | VmPhase::Moved),

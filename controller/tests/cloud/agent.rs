@@ -76,7 +76,7 @@ impl Agent for FakeAgent {
             bridges: vec![BridgeDescription { name: "br0".to_owned(), mtu: 1500 }],
             page_address: format!("10.0.0.{n}:7000"),
             modes: [Mode::PreCopy, Mode::PostCopy, Mode::ScatterGather].map(i32::from).to_vec(),
-            store_memory_free_bytes: 2 << 30,
+            store_memory_free_bytes: self.cloud.truth().store_room_at(&self.host),
             cpu_cores: 2.0,
             ..HostDescription::default()
         }))
@@ -157,7 +157,12 @@ impl Agent for FakeAgent {
         &self,
         request: Request<QueryMigrationRequest>,
     ) -> Reply<MigrationProgress> {
-        self.known(&request.into_inner().migration).map(Response::new)
+        let mut progress = self.known(&request.into_inner().migration)?;
+        let there = progress.destination_host == self.host;
+        if there && progress.phase() == Phase::Completed && self.cloud.truth().gathers_on {
+            progress.set_phase(Phase::Gather);
+        }
+        Ok(Response::new(progress))
     }
 
     async fn query_completion(
@@ -281,7 +286,12 @@ impl Agent for FakeAgent {
     ) -> Reply<PrepareStoreReply> {
         let request = request.into_inner();
         self.heed(request.command.as_ref())?;
-        self.cloud.truth().stores.insert((self.host.clone(), request.migration));
+        let mut truth = self.cloud.truth();
+        if truth.store_room_at(&self.host) < request.memory_bytes {
+            return Err(Status::resource_exhausted("no room for such a store"));
+        }
+        truth.stores.insert((self.host.clone(), request.migration), request.memory_bytes);
+        drop(truth);
         let n = self.host.trim_start_matches('h');
         let store = PageStore {
             host: self.host.clone(),
@@ -298,7 +308,8 @@ impl Agent for FakeAgent {
     ) -> Reply<ReleaseStoreReply> {
         let request = request.into_inner();
         self.heed(request.command.as_ref())?;
-        let held_pages = self.cloud.truth().stores.remove(&(self.host.clone(), request.migration));
+        let store = (self.host.clone(), request.migration);
+        let held_pages = self.cloud.truth().stores.remove(&store).is_some();
         Ok(Response::new(ReleaseStoreReply { held_pages }))
     }
 }

@@ -37,8 +37,12 @@ pub(crate) struct Truth {
     pub(crate) at: BTreeMap<String, String>,
     /// Every migration that ever began, as its source knows it.
     pub(crate) migrations: BTreeMap<String, MigrationProgress>,
-    /// Stores that are open: host and migration.
-    pub(crate) stores: BTreeSet<(String, String)>,
+    /// Stores that are open, by host and migration, and their bytes.
+    pub(crate) stores: BTreeMap<(String, String), u64>,
+    /// What each host sets aside for stores, bytes.
+    pub(crate) store_room: u64,
+    /// Whether destinations gather on and on.
+    pub(crate) gathers_on: bool,
     /// Hosts that refuse to prepare.
     pub(crate) refusing: BTreeSet<String>,
     /// VMs whose next migration fails half way.
@@ -49,6 +53,14 @@ pub(crate) struct Truth {
     pub(crate) violations: Vec<String>,
     /// Highest term that was seen.
     pub(crate) term: u64,
+}
+
+impl Truth {
+    /// What a host would still set aside for stores, bytes.
+    fn store_room_at(&self, host: &str) -> u64 {
+        let here = self.stores.iter().filter(|((at, _), _)| at == host);
+        self.store_room.saturating_sub(here.map(|(_, bytes)| bytes).sum())
+    }
 }
 
 /// The whole cloud.
@@ -63,6 +75,7 @@ impl Cloud {
     pub(crate) fn new(hosts: usize, vms: &[&str]) -> Self {
         let truth = Truth {
             at: vms.iter().map(|vm| (vm.to_string(), "h1".to_owned())).collect(),
+            store_room: 2 << 30,
             ..Truth::default()
         };
         let cloud = Self {
