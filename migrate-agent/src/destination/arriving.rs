@@ -128,9 +128,7 @@ impl Arriving {
         }
         for told in &self.notes {
             let place = if told.zero { Where::Zero } else { Where::AtSource };
-            for at in told.run.pages() {
-                note(&mut gather, at, place)?;
-            }
+            gather.apply(Event::NotedRun(told.run, place), &mut Vec::new())?;
         }
         let ram = self.notes.first().map_or(0, |note| note.run.block);
         let elsewhere = gather.counts().at_source - in_hand.len() as u64;

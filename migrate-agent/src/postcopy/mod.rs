@@ -23,6 +23,7 @@ pub mod phase;
 pub mod service;
 
 use lifeboat_scatter_gather::ledger::{Counts, Ledger, LedgerError, Where};
+use lifeboat_scatter_gather::link::pages::PageRun;
 use lifeboat_scatter_gather::page::PageAt;
 use thiserror::Error;
 
@@ -51,6 +52,8 @@ pub enum GatherError {
 pub enum Event {
     /// The source says where the newest version of a page is.
     Noted(PageAt, Where),
+    /// The same of many pages: they are zero, or at the source. Only before COMPLETE.
+    NotedRun(PageRun, Where),
     /// The source says that it has told everything.
     Complete,
     /// QEMU has loaded the devices (PONG 3).
@@ -123,6 +126,7 @@ impl Gather {
     pub fn apply(&mut self, event: Event, actions: &mut Vec<Action>) -> Result<(), GatherError> {
         match event {
             Event::Noted(at, place) => self.service.note(at, place, actions)?,
+            Event::NotedRun(run, place) => self.service.note_run(run, place)?,
             Event::Complete => {
                 let next = self.phase.next(Step::Complete)?;
                 self.service.close()?;

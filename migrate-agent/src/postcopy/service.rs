@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use lifeboat_scatter_gather::ledger::{Ledger, LedgerError, Placing, Where};
+use lifeboat_scatter_gather::link::pages::PageRun;
 use lifeboat_scatter_gather::page::{PackId, PageAt};
 
 /// So many batches of the source's are under way at once.
@@ -132,6 +133,15 @@ impl Service {
             self.fault(at, actions)?;
         }
         Ok(())
+    }
+
+    /// The same of many pages, before they are placed.
+    ///
+    /// # Errors
+    /// The ledger's.
+    pub fn note_run(&mut self, run: PageRun, place: Where) -> Result<(), LedgerError> {
+        let pages = run.first..run.first.saturating_add(run.count);
+        self.ledger.note_run(run.block, pages, place)
     }
 
     /// From now on pages are placed.

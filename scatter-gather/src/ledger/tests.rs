@@ -12,6 +12,7 @@ const BLOCKS: [u32; 3] = [5, 1, 7];
 #[derive(Debug, Clone)]
 enum Event {
     Note(PageAt, Where),
+    NoteRun(PageAt, u32, Where),
     Place(PageAt),
     Close,
 }
@@ -33,6 +34,7 @@ fn places() -> impl Strategy<Value = Where> {
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
         6 => (pages(), places()).prop_map(|(at, place)| Event::Note(at, place)),
+        2 => (pages(), 0_u32..8, places()).prop_map(|(at, count, place)| Event::NoteRun(at, count, place)),
         4 => pages().prop_map(Event::Place),
         1 => Just(Event::Close),
     ];
@@ -68,6 +70,18 @@ impl Oracle {
                 }
                 true
             }
+            Event::NoteRun(first, count, place) => {
+                let run = (first.page..first.page + count).map(|page| PageAt { page, ..first });
+                // Of a block that has none of them not even nothing can be noted.
+                let length = BLOCKS.get(usize::from(first.block)).copied();
+                let fits = length.is_some_and(|length| first.page + count <= length);
+                let may = !self.closed && matches!(place, Where::Zero | Where::AtSource);
+                if !fits || !may {
+                    return false;
+                }
+                self.pages.extend(run.map(|at| (at, place)));
+                true
+            }
             Event::Place(at) => {
                 let Some(before) = self.pages.get_mut(&at) else { return false };
                 if self.closed && *before != Where::Placed {
@@ -88,6 +102,10 @@ impl Oracle {
 fn apply(ledger: &mut Ledger, event: &Event) -> (bool, bool) {
     match *event {
         Event::Note(at, place) => (ledger.note(at, place).is_ok(), false),
+        Event::NoteRun(first, count, place) => {
+            let run = first.page..first.page + count;
+            (ledger.note_run(first.block, run, place).is_ok(), false)
+        }
         Event::Place(at) => match ledger.place(at) {
             Ok(placing) => (true, placing != Placing::Late),
             Err(_) => (false, false),

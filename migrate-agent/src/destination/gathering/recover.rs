@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use lifeboat_scatter_gather::ledger::Where;
 use lifeboat_scatter_gather::link::Frame;
+use lifeboat_scatter_gather::link::pages::PageRun;
 use lifeboat_scatter_gather::page::PageAt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -135,14 +136,13 @@ pub(in crate::destination) fn arrived_again(
     let mut ignored = Vec::new();
     for (block, named) in (0_u16..).zip(layout.blocks()) {
         let place = if block == ram { Where::AtSource } else { Where::Zero };
-        for page in 0..named.pages {
-            gather.apply(Event::Noted(PageAt { block, page }, place), &mut ignored)?;
-        }
+        let all = PageRun { block, first: 0, count: named.pages };
+        gather.apply(Event::NotedRun(all, place), &mut ignored)?;
     }
     for frame in told {
         let Frame::Notes(notes) = frame else { continue };
-        for at in notes.iter().filter(|note| note.zero).flat_map(|note| note.run.pages()) {
-            gather.apply(Event::Noted(at, Where::Zero), &mut ignored)?;
+        for note in notes.iter().filter(|note| note.zero) {
+            gather.apply(Event::NotedRun(note.run, Where::Zero), &mut ignored)?;
         }
     }
     gather.apply(Event::Complete, &mut ignored)?;
