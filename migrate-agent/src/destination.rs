@@ -31,6 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::guests::Arrival;
 use crate::handover::destination::{Action, Destination, Event, Outcome, State};
+use crate::laps::Laps;
 use crate::link::{FrameReader, FrameWriter, LinkError};
 use crate::progress::Progress;
 use crate::qemu::qmp::Qmp;
@@ -89,6 +90,8 @@ pub struct DestinationTask {
     /// Of scatter-gather: the stores, and the connections to them until the gather has them.
     plan: Option<Plan>,
     reachable: Option<Reachable>,
+    /// From the stream's end on.
+    pause: Laps,
 }
 
 impl DestinationTask {
@@ -123,6 +126,7 @@ impl DestinationTask {
             gather_limit: None,
             plan: None,
             reachable: None,
+            pause: Laps::default(),
         }
     }
 

@@ -20,6 +20,7 @@ pub mod guests;
 pub mod handover;
 pub mod host;
 pub mod intermediary;
+pub mod laps;
 pub mod link;
 pub mod marks;
 pub mod measure;

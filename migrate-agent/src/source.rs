@@ -17,6 +17,7 @@ mod asking;
 mod copying;
 pub mod disk;
 mod elsewhere;
+mod ending;
 mod failure;
 mod guest;
 mod link;
@@ -44,6 +45,7 @@ use crate::disk::rooms::DiskRooms;
 use crate::guests::Guests;
 use crate::handover::source::{Action, Event, Outcome, Source, State};
 use crate::handover::store::Store;
+use crate::laps::Laps;
 use crate::link::{FrameWriter, LinkError};
 use crate::postcopy::absorb::Absorbed;
 use crate::progress::Progress;
@@ -151,6 +153,7 @@ pub struct SourceTask {
     /// What the link's reader passes on.
     words: Option<mpsc::Receiver<Result<Frame, LinkError>>>,
     stop_seen: Option<std::time::Instant>,
+    pause: Laps,
     guest_quit_for_cold: bool,
     /// Its disks, from the swap onto their mount on.
     disks: Option<Leaving>,
@@ -202,6 +205,7 @@ impl SourceTask {
             writer: None,
             words: None,
             stop_seen: None,
+            pause: Laps::default(),
             guest_quit_for_cold: false,
             disks: None,
             memory: None,
@@ -307,12 +311,14 @@ impl SourceTask {
             Mode::PreCopy | Mode::Auto => {
                 self.copy_memory(&qmp).await?;
                 self.seal().await?;
+                self.pause.lap("disks sealed");
             }
             Mode::PostCopy | Mode::ScatterGather => {
                 self.reach_stores().await?;
                 self.memory = Some(Arc::new(self.context.guests.memory(&self.order.vm)?));
                 self.copy_memory(&qmp).await?;
                 self.seal().await?;
+                self.pause.lap("disks sealed");
             }
             Mode::Cold => self.stop_for_cold(&qmp).await?,
         }
@@ -372,6 +378,8 @@ impl SourceTask {
     /// Downtime by one clock, this host's: STOP seen to RUNNING heard.
     fn note_downtime(&mut self) {
         if let Some(stopped) = self.stop_seen {
+            self.pause.lap("until it runs there");
+            tracing::info!(pause = %self.pause, "the guest stood still");
             let micros = u64::try_from(stopped.elapsed().as_micros()).unwrap_or(u64::MAX);
             self.progress.update(|progress| progress.downtime_us = micros);
         }

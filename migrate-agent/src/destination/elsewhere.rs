@@ -52,6 +52,7 @@ impl DestinationTask {
         qemu: UnixStream,
     ) -> Result<(), Failure> {
         let arrived = arriving.finish(BATCH_PAGES)?;
+        self.pause.lap("put together");
         let block = |block: &crate::qemu::stream::RamBlock| kept::Block {
             name: block.name.clone(),
             pages: block.pages,
@@ -63,7 +64,7 @@ impl DestinationTask {
             scattered: self.in_stores(&arrived)?,
             released: false,
         };
-        self.remember(gathering).await?;
+        let remembered = self.remember(gathering);
         let known = Known { journal: self.begin_journal(&arrived)?, again: None, committed: false };
         let reachable = self.reachable.take();
         let limit = self.gather_limit;
@@ -71,6 +72,9 @@ impl DestinationTask {
         for (purpose, reader, writer) in std::mem::take(&mut self.lanes) {
             self.take_lane(purpose, reader, writer).await;
         }
+        // While QEMU loads: nothing is promised before both are done.
+        self.while_loading(remembered).await?;
+        self.pause.lap("remembered");
         Ok(())
     }
 
@@ -83,9 +87,12 @@ impl DestinationTask {
         Ok(journal)
     }
 
-    async fn remember(&self, gathering: kept::Gathering) -> Result<(), Failure> {
+    fn remember(
+        &self,
+        gathering: kept::Gathering,
+    ) -> impl Future<Output = Result<(), Failure>> + use<> {
         let (store, vm) = (self.context.store.clone(), self.vm.clone());
-        Ok(crate::tasks::blocking(move || store.write_gathering(&vm, &gathering)).await?)
+        async move { Ok(crate::tasks::blocking(move || store.write_gathering(&vm, &gathering)).await?) }
     }
 
     /// Where the pages of a scattered guest will be, and what opens them.

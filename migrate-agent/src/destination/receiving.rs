@@ -80,6 +80,7 @@ impl DestinationTask {
             // A cold one with disks: they are all here now.
             self.bring_up_late(writer).await?;
         }
+        self.pause.begin();
         self.show(&mut arrived);
         self.progress.enter(Phase::Switchover);
         let whole = Ended { total: arrived.bytes, digest: arrived.digest.digest() };
@@ -95,6 +96,7 @@ impl DestinationTask {
             Sink::Read(arriving, socket) => {
                 // QEMU takes a guest whose pages follow for begun at once, and its images for whole.
                 self.until_sealed(writer).await?;
+                self.pause.lap("disks sealed");
                 self.begin_gathering(*arriving, socket).await?;
             }
             Sink::Nowhere => {}
@@ -276,6 +278,7 @@ impl DestinationTask {
             // Memory and disks: whoever says LOADED may be told to run with both.
             let sealed = self.disks.as_ref().is_none_or(ArrivingDisks::are_sealed);
             if sealed && self.is_loaded(&qmp).await? {
+                self.pause.lap("qemu loads");
                 return Ok(());
             }
             since_word += 1;

@@ -60,7 +60,10 @@ impl DestinationTask {
 
     async fn word(&mut self, word: Result<Frame, LinkError>) -> Option<Event> {
         match word {
-            Ok(Frame::Commit(generation)) => Some(Event::Commit(generation)),
+            Ok(Frame::Commit(generation)) => {
+                self.pause.lap("COMMIT comes");
+                Some(Event::Commit(generation))
+            }
             Ok(Frame::Abort(reason)) => {
                 self.progress.update(|progress| progress.reason = reason);
                 Some(Event::Abort)
@@ -223,6 +226,7 @@ impl DestinationTask {
             Action::Persist(record) => {
                 let (store, vm) = (self.context.store.clone(), self.vm.clone());
                 crate::tasks::blocking(move || store.write(&vm, &record)).await?;
+                self.pause.lap("recorded");
             }
             Action::SendLoaded(generation) => {
                 if let Some(writer) = &mut self.writer {
@@ -286,6 +290,7 @@ impl DestinationTask {
             tracing::error!(error = crate::vms::chain(&error), "its disks cannot be kept");
             return Event::NotStarted;
         }
+        self.pause.lap("disks kept");
         let mut events = qmp.events();
         let deadline = clock::now() + RESUME_LIMIT;
         loop {
@@ -309,9 +314,12 @@ impl DestinationTask {
                 }
             }
         }
+        self.pause.lap("resumed");
         if !self.runs(&qmp).await {
             return Event::GuestDied;
         }
+        self.pause.lap("runs");
+        tracing::info!(pause = %self.pause, "the guest runs");
         while let Ok(event) = events.try_recv() {
             if event.name == "RESUME" {
                 let micros =

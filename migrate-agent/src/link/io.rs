@@ -163,6 +163,29 @@ impl FrameWriter {
         Ok(())
     }
 
+    /// Writes one frame in pieces of `piece` bytes, each after what `wait` says of its length.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub async fn send_in_pieces(
+        &mut self,
+        frame: &Frame,
+        piece: usize,
+        mut wait: impl FnMut(usize) -> Duration,
+    ) -> Result<(), LinkError> {
+        self.buffer.clear();
+        frame::encode(frame, &mut self.buffer);
+        for piece in self.buffer.chunks(piece.max(1)) {
+            let wait = wait(piece.len());
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            self.to.write_all(piece).await?;
+            self.to.flush().await?;
+        }
+        Ok(())
+    }
+
     /// Writes a STREAM frame of `payload` without copying it.
     ///
     /// # Errors
@@ -181,5 +204,26 @@ impl FrameWriter {
     pub async fn close(&mut self) {
         // The other side notices the end either way.
         let _ = self.to.shutdown().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_frame_in_pieces_is_the_same_frame_and_each_piece_is_paid_for() {
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let (mut writer, mut reader) = (FrameWriter::new(near), FrameReader::new(far));
+        let frame = Frame::Stream(vec![7; 100_000].into());
+        let mut paid = Vec::new();
+        let pay = |bytes| {
+            paid.push(bytes);
+            Duration::ZERO
+        };
+        writer.send_in_pieces(&frame, 16 << 10, pay).await.unwrap();
+        assert_eq!(reader.next().await.unwrap(), frame);
+        assert_eq!(paid.iter().sum::<usize>(), HEADER_BYTES + 100_000);
+        assert!(paid.len() == 7 && paid.iter().all(|bytes| *bytes <= 16 << 10), "{paid:?}");
     }
 }

@@ -1,4 +1,5 @@
-//! Pre-copy at the source: QEMU into the relay until it is time to go, the pause, and the tail.
+//! Pre-copy at the source: QEMU into the relay until it is time to go, and the pause. What follows it is
+//! in `ending`.
 //!
 //! QEMU is held at a downtime limit of 1 ms (0 would mean "now") while it copies. The limit is
 //! then raised to what is wanted, and QEMU itself switches over at the first moment at which
@@ -9,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use lifeboat_policy::stop::{self, Decision, Iteration, StopCriteria};
 use lifeboat_protocol::agent::Phase;
-use lifeboat_protocol::ids::Generation;
 use lifeboat_protocol::units::{Bytes, BytesPerSec};
 use lifeboat_scatter_gather::link::{Ended, Frame};
 use tokio::net::UnixListener;
@@ -36,26 +36,25 @@ const POLL: Duration = Duration::from_millis(100);
 /// A QEMU that emulates may hold its main loop for seconds while it looks for dirty pages; that its
 /// stream moves is seen elsewhere. So often in a row it may leave the question unanswered (5 s each).
 const UNANSWERED_MOST: u32 = 5;
-/// From "go" to the pause, and from there to the end of QEMU's stream.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
-const STREAM_END_LIMIT: Duration = Duration::from_secs(30);
-/// LOADED may take this long besides the time that the rest takes on the wire.
-const LOADED_LIMIT: Duration = Duration::from_secs(20);
+/// QEMU connects its stream within this time.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Memory keeps at least this part of the limit beside the guest's writes to its disks.
 const MEMORY_SHARE_LEAST: u64 = 4;
 /// Memory and those writes together take at most this part of it.
 const MEMORY_SHARE_MOST: f64 = 0.9;
+/// Of a stream whose pages are absorbed so much may wait for the link when the guest is paused.
+const BACKLOG_MOST: u64 = 32 << 10;
+/// A guest that goes on painting keeps it filled: that is no reason to stay.
+const BACKLOG_PATIENCE: Duration = Duration::from_secs(3);
 /// So near its end the first pass may be the last.
 const NEARLY_THERE: Duration = Duration::from_secs(1);
-/// A sign of life is sent this often where nothing else is.
-const PING_EVERY: Duration = Duration::from_millis(500);
 
 /// The relay's two tasks. Dropping it ends both.
-struct Pump {
-    relay: Relay,
+pub(super) struct Pump {
+    pub(super) relay: Relay,
     /// `None` once its result has been taken.
-    fill: Option<tokio::task::JoinHandle<Result<Option<Absorbed>, Failure>>>,
-    drain: tokio::task::JoinHandle<(FrameWriter, Result<Ended, LinkError>)>,
+    pub(super) fill: Option<tokio::task::JoinHandle<Result<Option<Absorbed>, Failure>>>,
+    pub(super) drain: tokio::task::JoinHandle<(FrameWriter, Result<Ended, LinkError>)>,
 }
 
 impl Drop for Pump {
@@ -79,12 +78,21 @@ struct Watch {
     /// Every write to the disks is on both sides; also where there are none.
     disks_in_step: bool,
     slowed: Slowed,
+    /// Since when what is absorbed has waited for a backlog to leave.
+    backlog_since: Option<Instant>,
 }
 
 impl SourceTask {
     /// Pre-copy, from the first page to the last byte of the stream.
     pub(super) async fn copy_memory(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         let mut events = qmp.events();
+        if self.has_disks() {
+            self.await_arrival().await?;
+        }
+        if self.memory.is_some() {
+            // Now, and not at the pause: a lost packet costs a new connection a second.
+            self.start_serving();
+        }
         let mut pump = self.start_copying(qmp).await?;
         self.progress.enter(Phase::MemoryCopy);
         match self.copy_with(qmp, &mut events, &mut pump).await {
@@ -101,9 +109,6 @@ impl SourceTask {
     ) -> Result<(), Failure> {
         self.iterate(qmp, events, pump).await?;
         self.progress.enter(Phase::Switchover);
-        if self.memory.is_some() {
-            self.start_serving();
-        }
         self.finish_stream(qmp, events, pump).await
     }
 
@@ -128,9 +133,9 @@ impl SourceTask {
         let listener = UnixListener::bind(&path).map_err(Failure::Socket)?;
         self.context.guests.grant(vm, &path)?;
         qmp.migrate(&format!("unix:{}", path.display())).await?;
-        let accepted = tokio::time::timeout(PAUSE_LIMIT, listener.accept()).await;
+        let accepted = tokio::time::timeout(CONNECT_LIMIT, listener.accept()).await;
         let _ = std::fs::remove_file(&path);
-        let slow = || Failure::Slow { what: "connect its stream", limit: PAUSE_LIMIT };
+        let slow = || Failure::Slow { what: "connect its stream", limit: CONNECT_LIMIT };
         let (socket, _) = accepted.map_err(|_| slow())?.map_err(Failure::Socket)?;
         let relay = Relay::new(self.limit);
         let writer = self.writer.take().ok_or(LinkError::Closed)?;
@@ -217,7 +222,7 @@ impl SourceTask {
                 MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::Device => {}
                 _ => return Err(qemu_failure(&info)),
             }
-            self.decide(qmp, &info, &mut watch).await?;
+            self.decide(qmp, &info, &pump.relay, &mut watch).await?;
         }
     }
 
@@ -238,6 +243,7 @@ impl SourceTask {
             unanswered: 0,
             disks_in_step: true,
             slowed: Slowed::default(),
+            backlog_since: None,
         }
     }
 
@@ -268,11 +274,12 @@ impl SourceTask {
         Ok(())
     }
 
-    fn stopped(&mut self, event: &QmpEvent, relay: &Relay) {
+    pub(super) fn stopped(&mut self, event: &QmpEvent, relay: &Relay) {
         self.progress.update(|progress| progress.throttle_percent = 0);
         // From here on a blocked stream would freeze QEMU's main loop.
         relay.unbound();
         self.stop_seen.get_or_insert_with(clock::now);
+        self.pause.begin();
         let micros = event.seconds.saturating_mul(1_000_000).saturating_add(event.microseconds);
         self.progress.update(|progress| progress.stop_unix_us = micros);
     }
@@ -303,11 +310,19 @@ impl SourceTask {
         &mut self,
         qmp: &Qmp,
         info: &MigrateInfo,
+        relay: &Relay,
         watch: &mut Watch,
     ) -> Result<(), Failure> {
         let Some(ram) = &info.ram else { return Ok(()) };
         if ram.dirty_sync_count == watch.pass || watch.going {
             return Ok(());
+        }
+        if self.memory.is_some() && relay.queued() > BACKLOG_MOST {
+            // QEMU does not know of it, and the guest would stand still while it leaves.
+            let since = *watch.backlog_since.get_or_insert_with(clock::now);
+            if since.elapsed() < BACKLOG_PATIENCE {
+                return Ok(());
+            }
         }
         if !watch.disks_in_step {
             if watch.began.elapsed() > watch.criteria.max_time {
@@ -340,137 +355,6 @@ impl SourceTask {
             Decision::GiveUp { because, .. } => {
                 self.slow_down(qmp, &mut watch.slowed, because).await
             }
-        }
-    }
-
-    /// The guest is paused and QEMU waits: the last cheap veto has passed. The tail, END.
-    async fn finish_stream(
-        &mut self,
-        qmp: &Qmp,
-        events: &mut broadcast::Receiver<QmpEvent>,
-        pump: &mut Pump,
-    ) -> Result<(), Failure> {
-        self.catch_stop(events, &pump.relay);
-        pump.relay.unbound();
-        let unlimited = MigrateParameters { downtime_limit_ms: None, max_bandwidth_bytes: Some(0) };
-        qmp.migrate_set_parameters(unlimited).await?;
-        qmp.migrate_continue().await?;
-        let mut migration_done = false;
-        let continued = clock::now();
-        let deadline = continued + STREAM_END_LIMIT;
-        let mut poll = tokio::time::interval(Duration::from_millis(5));
-        while !migration_done {
-            tokio::select! {
-                _ = poll.tick() => {}
-                word = heard(&mut self.words) => return Err(unwelcome(word)),
-                input = self.inputs.recv() => {
-                    self.take_input(input, Some((qmp, &pump.relay))).await?;
-                    continue;
-                }
-            }
-            let info = qmp.query_migrate().await?;
-            match info.status {
-                MigrationStatus::Completed => migration_done = true,
-                MigrationStatus::Active
-                | MigrationStatus::Device
-                | MigrationStatus::PreSwitchover => {}
-                _ => return Err(qemu_failure(&info)),
-            }
-            if clock::now() > deadline {
-                let limit = STREAM_END_LIMIT;
-                return Err(Failure::Slow { what: "end its stream", limit });
-            }
-        }
-        let (qemu_ms, drained) = (millis(continued.elapsed()), clock::now());
-        self.drain_rest(pump).await?;
-        tracing::info!(
-            qemu_ms,
-            link_ms = millis(drained.elapsed()),
-            "the guest stands; its stream has left"
-        );
-        Ok(())
-    }
-
-    /// The STOP event comes at about the same time as the status that was polled.
-    fn catch_stop(&mut self, events: &mut broadcast::Receiver<QmpEvent>, relay: &Relay) {
-        while let Ok(event) = events.try_recv() {
-            if event.name == "STOP" {
-                self.stopped(&event, relay);
-            }
-        }
-        self.stop_seen.get_or_insert_with(clock::now);
-    }
-
-    async fn drain_rest(&mut self, pump: &mut Pump) -> Result<(), Failure> {
-        let (writer, ended) = loop {
-            tokio::select! {
-                drained = &mut pump.drain => break drained.map_err(|_| LinkError::Closed)?,
-                word = heard(&mut self.words) => return Err(unwelcome(word)),
-                input = self.inputs.recv() => {
-                    self.take_input_paused(input, &pump.relay)?;
-                }
-            }
-        };
-        self.writer = Some(writer);
-        let ended = ended?;
-        self.progress.update(|progress| {
-            progress.bytes_sent = ended.total;
-            progress.bytes_remaining = 0;
-        });
-        let fill = pump.fill.take().ok_or(LinkError::Closed)?;
-        let filled = fill.await.map_err(|_| LinkError::Closed)?;
-        if let Some(absorbed) = filled? {
-            self.tell_pages(absorbed).await?;
-        }
-        if let Some(writer) = &mut self.writer {
-            writer.send(&Frame::End(ended)).await?;
-        }
-        Ok(())
-    }
-
-    /// Waits for LOADED, showing that this side is alive.
-    pub(super) async fn await_loaded(&mut self, qmp: &Qmp) -> Result<Generation, Failure> {
-        let deadline = clock::now() + LOADED_LIMIT;
-        loop {
-            let until = deadline.min(clock::now() + PING_EVERY);
-            tokio::select! {
-                word = self.next_word_or_ping(until) => match word? {
-                    Some(Frame::Loaded(generation)) => return self.last_veto(qmp, generation),
-                    Some(other) => return Err(unwelcome(Ok(other))),
-                    None => {}
-                },
-            }
-            if clock::now() >= deadline {
-                return Err(LinkError::Silent(LOADED_LIMIT).into());
-            }
-        }
-    }
-
-    /// LOADED is here. Whoever cancels must have done so by now; a guest that died meanwhile, or
-    /// runs, must not be ceded.
-    fn last_veto(&mut self, qmp: &Qmp, generation: Generation) -> Result<Generation, Failure> {
-        if qmp.is_closed() && !self.guest_quit_for_cold {
-            return Err(Failure::GuestGone);
-        }
-        while let Ok(input) = self.inputs.try_recv() {
-            if let Input::Cancel { reason, answer } = input {
-                let _ = answer.send(true);
-                return Err(Failure::Cancelled(reason));
-            }
-        }
-        Ok(generation)
-    }
-
-    async fn next_word_or_ping(&mut self, until: Instant) -> Result<Option<Frame>, Failure> {
-        match self.next_word(until).await {
-            Ok(word) => Ok(Some(word)),
-            Err(LinkError::Silent(_)) => {
-                if let Some(writer) = &mut self.writer {
-                    writer.send(&Frame::Ping(0)).await?;
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -509,29 +393,6 @@ impl SourceTask {
                 tokio::time::sleep(POLL).await;
                 Ok(())
             }
-        }
-    }
-
-    /// An input while the guest is paused and QEMU's part is over.
-    fn take_input_paused(&mut self, input: Option<Input>, relay: &Relay) -> Result<(), Failure> {
-        match input {
-            Some(Input::Cancel { reason, answer }) => {
-                let _ = answer.send(true);
-                Err(Failure::Cancelled(reason))
-            }
-            Some(Input::Limit(limit)) => {
-                self.limit = limit;
-                relay.set_limit(limit);
-                self.limit_serving(limit);
-                Ok(())
-            }
-            // Nothing is written any more that it could hold back.
-            Some(Input::DiskLimit(_)) => Ok(()),
-            Some(Input::Claim(answer)) => {
-                let _ = answer.send(false);
-                Ok(())
-            }
-            None => Ok(()),
         }
     }
 }
@@ -574,7 +435,7 @@ fn drain_failure(
     }
 }
 
-fn qemu_failure(info: &MigrateInfo) -> Failure {
+pub(super) fn qemu_failure(info: &MigrateInfo) -> Failure {
     Failure::Qemu { status: info.status, detail: info.error_desc.clone() }
 }
 

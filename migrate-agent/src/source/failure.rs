@@ -48,6 +48,9 @@ pub enum Failure {
         /// What it said.
         detail: Option<String>,
     },
+    /// The destination's QEMU did not come up in time, with the disks there.
+    #[error("the destination did not bring its QEMU up within {} s; see the log of its agent", .0.as_secs())]
+    NoArrival(Duration),
     /// QEMU did not do something in time.
     #[error("QEMU did not {what} within {} ms", .limit.as_millis())]
     Slow {

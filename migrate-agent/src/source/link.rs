@@ -7,6 +7,7 @@ use std::time::Duration;
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose};
 use tokio::sync::mpsc;
 
+use super::copying::{heard, unwelcome};
 use super::{Failure, SourceTask};
 use crate::clock;
 use crate::link::io::frame_name;
@@ -14,6 +15,10 @@ use crate::link::{FrameReader, LinkError};
 
 /// How long the destination may take to say WELCOME: its QEMU is already up.
 const WELCOME_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to bring its QEMU up once the disks are there.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
+/// The PING that asks whether it is up; signs of life have the number 0.
+const ARRIVAL: u64 = 1;
 
 impl SourceTask {
     /// Opens it.
@@ -47,6 +52,28 @@ impl SourceTask {
         }
     }
 
+    /// Has the destination bring its QEMU up, and waits for it. With disks it does that only when memory
+    /// begins to come, because they may take hours; a guest whose memory takes no time would stand still
+    /// for it.
+    pub(super) async fn await_arrival(&mut self) -> Result<(), Failure> {
+        let writer = self.writer.as_mut().ok_or(LinkError::Closed)?;
+        writer.send_stream(&[]).await?;
+        // Frames are taken in order: the answer means that the one before it is behind it.
+        writer.send(&Frame::Ping(ARRIVAL)).await?;
+        let late = tokio::time::sleep(ARRIVAL_LIMIT);
+        tokio::pin!(late);
+        loop {
+            tokio::select! {
+                word = heard(&mut self.words) => return match word {
+                    Ok(Frame::Pong(ARRIVAL)) => Ok(()),
+                    other => Err(unwelcome(other)),
+                },
+                input = self.inputs.recv() => self.take_input(input, None).await?,
+                () = &mut late => return Err(Failure::NoArrival(ARRIVAL_LIMIT)),
+            }
+        }
+    }
+
     /// The next word of the destination before `deadline`.
     pub(super) async fn next_word(
         &mut self,
@@ -72,7 +99,7 @@ fn listen(mut reader: FrameReader) -> mpsc::Receiver<Result<Frame, LinkError>> {
         loop {
             let word = reader.next_within(SILENCE_LIMIT).await;
             let last = word.is_err();
-            if matches!(word, Ok(Frame::Ack(_) | Frame::Pong(_))) {
+            if matches!(word, Ok(Frame::Ack(_) | Frame::Pong(0))) {
                 continue;
             }
             if to.send(word).await.is_err() || last {

@@ -67,6 +67,7 @@ impl SourceTask {
                 Action::Persist(record) => {
                     let (store, vm) = (self.context.store.clone(), self.order.vm.clone());
                     crate::tasks::blocking(move || store.write(&vm, &record)).await?;
+                    self.pause.lap("recorded");
                 }
                 Action::SendCommit(generation) => self.send_commit(generation).await,
                 Action::SendAbort => {

@@ -44,6 +44,12 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 /// compresses about twice as fast.
 const COMPRESS_BELOW: BytesPerSec = BytesPerSec(300_000_000);
 
+/// The background goes in pieces that take so long on the way, and not by whole batches: what a guest waits
+/// for comes over the same links, and has to wait behind what stands in their queues.
+const PIECE: Duration = Duration::from_millis(2);
+/// Smaller pieces cost more than they are worth.
+const PIECE_LEAST: usize = 16 << 10;
+
 /// Everything that the source sends of one migration, at one pace.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -122,7 +128,7 @@ impl Drop for Serving {
 }
 
 impl Serving {
-    /// Opens the connections. Nothing is served before [`Self::open`].
+    /// Opens the connections. Nothing is served, and nothing heard, before [`Self::open`].
     pub(super) fn start(calling: Calling, limit: Option<BytesPerSec>) -> Self {
         let (memory, seen) = watch::channel(None);
         let (tell, told) = watch::channel(Arc::<Mutex<Vec<Frame>>>::default());
@@ -215,6 +221,10 @@ impl Lane {
                     continue;
                 }
                 () = ping => {
+                    if self.memory.borrow().is_none() {
+                        // Nobody over there has a reason to say anything yet.
+                        talk.heard_at = clock::now();
+                    }
                     if talk.heard_at.elapsed() > SILENCE_LIMIT {
                         return Err(LinkError::Silent(SILENCE_LIMIT).into());
                     }
@@ -273,13 +283,9 @@ impl Lane {
         let began = clock::now();
         let shorter = talk.compress.then(|| compressed(&pages)).flatten();
         let plain = pages.len() * PAGE_BYTES;
-        let length = shorter.as_ref().map_or(plain, Bytes::len);
         let frame = shorter.map_or_else(|| Frame::Pages(pages), Frame::Compressed);
-        let wait = self.pace.book(length);
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
-        }
-        talk.writer.send(&frame).await?;
+        let piece = self.pace.limit().map_or(usize::MAX, piece_at);
+        talk.writer.send_in_pieces(&frame, piece, |bytes| self.pace.book(bytes)).await?;
         talk.compress = COMPRESS_BELOW.over(began.elapsed()).0 > plain as u64;
         Ok(())
     }
@@ -294,6 +300,11 @@ struct Talk {
     told: usize,
     /// The last answer was slow to go.
     compress: bool,
+}
+
+/// What of the background may go at once.
+fn piece_at(limit: BytesPerSec) -> usize {
+    usize::try_from(limit.over(PIECE).0).unwrap_or(usize::MAX).max(PIECE_LEAST)
 }
 
 fn unexpected(frame: &Frame, wanted: &'static str) -> Failure {

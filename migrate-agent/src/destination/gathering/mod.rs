@@ -19,6 +19,7 @@ mod pace;
 pub(super) mod recover;
 mod stores;
 mod waits;
+mod words;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
@@ -26,8 +27,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::ledger::Where;
-use lifeboat_scatter_gather::link::pages::decompressed;
-use lifeboat_scatter_gather::link::{Frame, FrameError, Purpose};
+use lifeboat_scatter_gather::link::{Frame, Purpose};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PageAt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -37,7 +37,7 @@ use tokio::task::JoinHandle;
 
 use super::arriving::Arrived;
 use crate::clock;
-use crate::link::{FrameReader, FrameWriter, LinkError};
+use crate::link::{FrameReader, FrameWriter};
 use crate::postcopy::phase::Phase;
 use crate::postcopy::service::{Action, Batch};
 use crate::postcopy::{Event, Gather, GatherError};
@@ -199,6 +199,8 @@ struct Driver {
     /// wait behind the batches that are on the link.
     runs: bool,
     waits: Waits,
+    /// The same for pages that were at the source.
+    source_waits: Waits,
 }
 
 impl Driver {
@@ -240,6 +242,7 @@ impl Driver {
             idle: false,
             runs: false,
             waits: Waits::default(),
+            source_waits: Waits::default(),
         }
     }
 
@@ -294,6 +297,8 @@ impl Driver {
             }
             self.show_counts();
         }
+        let (of_stores, of_source) = (self.waits.waited(), self.source_waits.waited());
+        tracing::info!(?of_stores, ?of_source, "what the guest waited for its pages");
         self.show.send_modify(|seen| seen.done = true);
         Ok(())
     }
@@ -332,8 +337,10 @@ impl Driver {
                     self.show.send_modify(|seen| seen.faults += u64::from(range.count));
                     for page in range.first..range.first + range.count {
                         let at = PageAt { block, page };
-                        if let Ok(Where::InPack { .. }) = self.gather.ledger().find(at) {
-                            self.waits.asked(at, now);
+                        match self.gather.ledger().find(at) {
+                            Ok(Where::InPack { .. }) => self.waits.asked(at, now),
+                            Ok(Where::AtSource) => self.source_waits.asked(at, now),
+                            _ => {}
                         }
                         self.apply(Event::Fault(at)).await?;
                     }
@@ -420,9 +427,12 @@ impl Driver {
             }
         }
         self.flush().await?;
-        if self.waits.any() {
+        if self.waits.any() || self.source_waits.any() {
             let now = clock::now();
-            placed.into_iter().for_each(|at| self.waits.written(at, now));
+            for at in placed {
+                self.waits.written(at, now);
+                self.source_waits.written(at, now);
+            }
         }
         Ok(())
     }
@@ -527,80 +537,5 @@ impl Driver {
             (seen.arrived, seen.stored, seen.stuck, seen.released) = now;
             changed
         });
-    }
-
-    /// The source tells what is in stores.
-    async fn take_told(&mut self, told: Frame) -> Result<(), Failure> {
-        match told {
-            Frame::Pack(note) => self.take_pack(note).await,
-            Frame::Parity { stripe, store } => {
-                self.take_parity(stripe, store);
-                self.seek_the_gone().await
-            }
-            Frame::Scattered => {
-                if let Some(stores) = &mut self.stores {
-                    stores.complete = true;
-                }
-                self.idle = false;
-                self.ask_stores().await
-            }
-            _ => Ok(()),
-        }
-    }
-
-    async fn take_word(
-        &mut self,
-        from: Purpose,
-        word: Result<Frame, LinkError>,
-    ) -> Result<(), Failure> {
-        match word {
-            Ok(Frame::Pages(pages)) => match from {
-                Purpose::ServeBackground => {
-                    let wire = (pages.len() * PAGE_BYTES) as u64;
-                    self.take_batch(Came { pages, wire }).await
-                }
-                _ => self.take_demanded(pages).await,
-            },
-            Ok(Frame::Compressed(payload)) if from == Purpose::ServeBackground => {
-                let wire = payload.len() as u64;
-                match decompressed(payload) {
-                    Some(pages) => self.take_batch(Came { pages, wire }).await,
-                    None => {
-                        let error = LinkError::from(FrameError::Malformed("COMPRESSED"));
-                        self.lose_lane(from, &error).await
-                    }
-                }
-            }
-            Ok(told @ (Frame::Pack(_) | Frame::Parity { .. } | Frame::Scattered)) => {
-                // Without it an agent that takes over asks the source again, if that is still there.
-                if let Err(error) = self.known.journal.add(&told) {
-                    tracing::error!(%error, "what was told of the guest's pages is not kept");
-                }
-                self.take_told(told).await
-            }
-            Ok(Frame::Abort(reason)) => {
-                tracing::warn!(reason, "the rest is fetched from the source");
-                if let Some(stores) = &mut self.stores {
-                    stores.given_up = true;
-                }
-                self.idle = false;
-                Ok(())
-            }
-            Ok(Frame::Ping(number)) => {
-                self.answer_ping(from, number).await;
-                Ok(())
-            }
-            Ok(other) => {
-                tracing::warn!(frame = crate::link::io::frame_name(&other), "has no place here");
-                Ok(())
-            }
-            Err(error) => self.lose_lane(from, &error).await,
-        }
-    }
-
-    async fn lose_lane(&mut self, from: Purpose, error: &LinkError) -> Result<(), Failure> {
-        tracing::warn!(%error, "a connection for pages broke; the source opens another");
-        *self.lane(from) = None;
-        self.ask_stores().await
     }
 }

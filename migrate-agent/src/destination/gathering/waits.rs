@@ -1,5 +1,5 @@
-//! How long a guest waits for a page that is in a store: from its request, read off QEMU, to the page,
-//! written to QEMU. Kept by the gather's driver, told in a migration's progress.
+//! How long a guest waits for a page that is in a store, or at the source: from its request, read off QEMU,
+//! to the page, written to QEMU. Kept by the gather's driver, told in a migration's progress.
 //!
 //! Times are counted in steps of a sixteenth of an octave (4.4 %), so that a guest's many thousands of
 //! waits take one small table. A percentile is the upper edge of its step. Pure: who calls has a clock.
@@ -17,7 +17,7 @@ const STEPS_MOST: usize = 36 * 16;
 /// What was seen so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in crate::destination) struct Waited {
-    /// Pages that were in a store when the guest asked for them, and have come.
+    /// Pages that were there when the guest asked for them, and have come.
     pub(in crate::destination) served: u64,
     /// What half of them waited at most.
     pub(in crate::destination) p50_us: u64,
@@ -57,7 +57,7 @@ impl Default for Waits {
 }
 
 impl Waits {
-    /// The guest waits for this page, which is in a store. It may say so more than once.
+    /// The guest waits for this page. It may say so more than once.
     pub(super) fn asked(&mut self, at: PageAt, now: Instant) {
         let begun = self.begun;
         self.waiting.entry(at).or_insert(Waiting { since: now, begun });

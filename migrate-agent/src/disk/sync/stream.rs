@@ -43,7 +43,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             if let Some(frame) = decode(&mut self.buffer)? {
                 return Ok(Some(frame));
             }
-            if self.stream.read_buf(&mut self.buffer).await? > 0 {
+            let read = match self.stream.read_buf(&mut self.buffer).await {
+                // TLS that ends without a farewell: frames say by themselves what is whole.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                read => read?,
+            };
+            if read > 0 {
                 continue;
             }
             return match self.buffer.is_empty() {
