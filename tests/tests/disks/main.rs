@@ -26,7 +26,7 @@ fn in_a_world(name: &str, number: usize, disk: Disk, play: impl FnOnce(&mut Worl
 }
 
 /// Longer than everything that is sent before them takes.
-const LATE: Duration = Duration::from_millis(1500);
+const LATE: Duration = Duration::from_secs(3);
 /// Beyond what the guest writes.
 const STILL_AT: u64 = 32 << 20;
 const STILL: u32 = 28 << 20;

@@ -21,8 +21,9 @@ use cases::{CASES, Case};
 use lifeboat_tests::chance::Chance;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
-use lifeboat_tests::world::World;
-use lifeboat_tests::world::inside;
+use lifeboat_tests::rig::userfaultfd::Allowed;
+use lifeboat_tests::world::guest::{self, PATIENCE};
+use lifeboat_tests::world::{World, inside};
 
 /// So many are played where nobody says otherwise.
 const DEFAULT: usize = 20;
@@ -49,6 +50,33 @@ fn a_vm_never_runs_twice_and_is_never_lost_whatever_is_killed() {
     let failures = play_side_by_side(&chosen, seed);
     println!("{} kill points, {} failed", chosen.len(), failures.len());
     assert!(failures.is_empty(), "LIFEBOAT_SEED={seed}:\n{}", failures.join("\n"));
+}
+
+/// QEMU's devices touch pages before it says that the guest runs, and the source may have died meanwhile:
+/// the one that comes back does not wait for that word.
+#[test]
+fn a_source_that_was_killed_serves_a_guest_that_does_not_run_yet() {
+    let name = "a_source_that_was_killed_serves_a_guest_that_does_not_run_yet";
+    guest::play_in(
+        name,
+        || World::make(0, guest::images()).unwrap(),
+        |world| {
+            let _allowed = Allowed::now().unwrap();
+            world.agents[1].start(Some("destination/before/start-guest")).unwrap();
+            world.control.await_sight(0).unwrap();
+            let id =
+                world.control.detached("migrate vm --to h2 --urgency 0 --mode post-copy --yes");
+            let held = || world.agents[1].holds().then_some(());
+            assert!(clock::wait_for(PATIENCE, held).is_some(), "it does not get to the hand-over");
+            world.agents[0].kill();
+            world.agents[0].start(None).unwrap();
+            let serves = || world.agents[0].said("its pages are served again").then_some(());
+            assert!(clock::wait_for(PATIENCE, serves).is_some(), "no page is served");
+            assert!(!world.agents[1].said("going on"), "that proves nothing");
+            world.agents[1].let_go();
+            assert_eq!(world.at_rest(PATIENCE).unwrap(), 1, "{id:?}");
+        },
+    );
 }
 
 /// Several worlds at once: most of a kill point's time is waiting.
