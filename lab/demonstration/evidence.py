@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional, Sequence
 from .gaps import Span, move_window
 from .leftovers import Look
 from .serial import Account
-from .waiting import Wait
+from .waiting import Waits
 
 Json = Mapping[str, Any]
 ORDER_MS = 500.0
@@ -71,7 +71,7 @@ class Evidence:
     # After it, by host: the images in its directory for disks, and what their files take, bytes.
     disks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     held: Sequence[Held] = ()
-    waits: Sequence[Wait] = ()
+    waits: Waits = field(default_factory=Waits)
     # When the host's uplink dropped packets that had no reserved queue (uplink.py).
     full: Sequence[Span] = ()
     # Whether the plan was to reserve at all (an urgency of 0 reserves nothing).

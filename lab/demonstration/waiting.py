@@ -13,9 +13,10 @@ import os
 import re
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
 from cloud.state import RUN
 
@@ -52,10 +53,30 @@ class Wait:
         return max(end - self.length_ms, gap.start), min(end, gap.end)
 
 
-def waited(waits: Sequence[Wait], who: Sequence[str], gap: Span) -> float:
+class Waits:
+    """Waits in the order in which they were seen. Some minutes have a hundred thousand of them and
+    hundreds of gaps: a gap looks only at those near it."""
+
+    def __init__(self, waits: Iterable[Wait] = ()) -> None:
+        self._waits = sorted(waits, key=lambda wait: wait.until_ms)
+        self._until = [wait.until_ms for wait in self._waits]
+        # How much earlier than it was seen a wait can have been.
+        self._reach = max((wait.until_ms - wait.since_ms + wait.length_ms for wait in self._waits),
+                          default=0.0)
+
+    def __iter__(self) -> Iterator[Wait]:
+        return iter(self._waits)
+
+    def near(self, gap: Span) -> Sequence[Wait]:
+        """All that can have been in it, and perhaps others."""
+        return self._waits[bisect_right(self._until, gap.start):
+                           bisect_left(self._until, gap.end + self._reach)]
+
+
+def waited(waits: Waits, who: Sequence[str], gap: Span) -> float:
     """How many milliseconds of a gap some thread of `who` waited for a processor. When two wait at
     the same time, that time counts once."""
-    possible = (wait.stretch_in(gap) for wait in waits if wait.who in who)
+    possible = (wait.stretch_in(gap) for wait in waits.near(gap) if wait.who in who)
     stretches = sorted((start, end) for start, end in possible if start < end)
     total, reached = 0.0, gap.start
     for start, end in stretches:
@@ -121,11 +142,11 @@ class Waiting(threading.Thread):
         if length >= LEAST_MS:
             self.waits.append(Wait(STOLEN, self._looked_ms, now_ms, length))
 
-    def finish(self) -> list[Wait]:
+    def finish(self) -> Waits:
         """Ends it and returns what it has seen."""
         self._over.set()
         self.join(timeout=10)
-        return self.waits
+        return Waits(self.waits)
 
 
 def _threads() -> Iterator[tuple[Path, str]]:
@@ -171,7 +192,7 @@ def on_the_way(guest: str, host: str) -> tuple[str, ...]:
             STOLEN)
 
 
-def as_record(waits: Sequence[Wait]) -> Mapping[str, float]:
+def as_record(waits: Waits) -> Mapping[str, float]:
     """The sum of all waits, by whom; milliseconds."""
     sums: dict[str, float] = {}
     for wait in waits:

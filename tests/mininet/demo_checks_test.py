@@ -25,7 +25,7 @@ from demonstration.evidence import Evidence, Guest, Held  # noqa: E402
 from demonstration.gaps import Span, left_of  # noqa: E402
 from demonstration.serial import Account, Tick  # noqa: E402
 from demonstration.uplink import dropped, drops  # noqa: E402
-from demonstration.waiting import Wait, owner_of, waited  # noqa: E402
+from demonstration.waiting import Wait, Waits, owner_of, waited  # noqa: E402
 
 SAMPLE = json.loads((Path(__file__).parent / "testdata/evacuation.json").read_text())
 (RUNS, EMPTY, BYTES, READ, DISK, BASE, LIFE, GAPS, TCP, PAUSE, SHARE, LEFT) = (
@@ -51,7 +51,7 @@ def evidence(record: Any) -> Evidence:
         before=record["looks"]["before"],
         after=record["looks"]["after"],
         held=[Held(**one) for one in record["reserved"]],
-        waits=[Wait(**one) for one in record.get("waits", [])],
+        waits=Waits(Wait(**one) for one in record.get("waits", [])),
         full=[Span(**one) for one in record.get("uplink_full", [])],
     )
 
@@ -302,9 +302,18 @@ class Silence(Spoilt):
             (205, 215, 30, 25), (240, 250, 30, 0), (90, 300, 150, 100),
         ):
             with self.subTest(since=since, until=until):
-                self.assertEqual(waited([Wait("x", since, until, length)], "x", gap), expected)
-        twice = [Wait("x", 110, 120, 20), Wait("x", 110, 120, 15)]
+                self.assertEqual(waited(Waits([Wait("x", since, until, length)]), "x", gap),
+                                 expected)
+        twice = Waits([Wait("x", 110, 120, 20), Wait("x", 110, 120, 15)])
         self.assertEqual(waited(twice, "x", gap), 20)
+
+    def test_no_wait_that_counts_is_passed_over(self) -> None:
+        waits = [Wait("x", 10 * n, 10 * n + 5 + n % 7, 1 + n * 37 % 90) for n in range(100)]
+        for start in range(-100, 1100, 13):
+            gap = Span(start, start + 29)
+            alone = [wait for wait in waits if waited(Waits([wait]), "x", gap) > 0]
+            self.assertEqual(waited(Waits(waits), "x", gap), waited(Waits(alone), "x", gap))
+            self.assertLessEqual(set(alone), set(Waits(waits).near(gap)))
 
     def test_a_qemu_is_known_by_its_own_folder(self) -> None:
         disk = f"-blockdev\0driver=file,filename={RUN}/h1/disks/web.qcow2,read-only=off"
