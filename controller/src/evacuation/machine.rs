@@ -261,6 +261,7 @@ impl Evacuation {
                 self.vms.iter_mut().filter(of).for_each(|record| record.no_place.clone_from(&why));
             }
         } else {
+            // Nothing is left whose end could make room: waiting would be for ever.
             self.leave_behind(&no_place);
         }
         Change::State
