@@ -83,7 +83,7 @@ impl SourceTask {
                 drained = &mut pump.drain => break drained.map_err(|_| LinkError::Closed)?,
                 word = heard(&mut self.words) => return Err(unwelcome(word)),
                 input = self.inputs.recv() => {
-                    self.take_input_paused(input, &pump.relay)?;
+                    self.take_input_paused(input, &pump.relay).await?;
                 }
             }
         };
@@ -154,12 +154,12 @@ impl SourceTask {
     }
 
     /// An input while the guest is paused and QEMU's part is over.
-    fn take_input_paused(&mut self, input: Option<Input>, relay: &Relay) -> Result<(), Failure> {
+    async fn take_input_paused(
+        &mut self,
+        input: Option<Input>,
+        relay: &Relay,
+    ) -> Result<(), Failure> {
         match input {
-            Some(Input::Cancel { reason, answer }) => {
-                let _ = answer.send(true);
-                Err(Failure::Cancelled(reason))
-            }
             Some(Input::Limit(limit)) => {
                 self.limit = limit;
                 relay.set_limit(limit);
@@ -167,12 +167,8 @@ impl SourceTask {
                 Ok(())
             }
             // Nothing is written any more that it could hold back.
-            Some(Input::DiskLimit(_)) => Ok(()),
-            Some(Input::Claim(answer)) => {
-                let _ = answer.send(false);
-                Ok(())
-            }
-            None => Ok(()),
+            Some(Input::DiskLimit(_)) | None => Ok(()),
+            other => self.take_input(other, None).await,
         }
     }
 }
