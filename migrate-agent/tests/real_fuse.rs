@@ -10,9 +10,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bare_qemu::BareQemu;
-use disk_lab::{Mounted, qemu_io, run, try_run};
+use disk_lab::{Folders, Mounted, qemu_io, run, try_run};
 use lifeboat_agent::clock;
 use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, PassThrough, Request};
+use lifeboat_agent::disk::local::LocalDisk;
+use lifeboat_agent::disk::process::client::Movers;
+use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
 
 fn pass_through() -> Mounted {
@@ -209,4 +212,24 @@ fn a_request_that_a_hook_keeps_is_answered_by_its_deadline_and_others_pass() {
     std::fs::File::open(mount.through("a.raw")).unwrap().read_exact(&mut text).unwrap();
     assert_eq!(&text, b"kept");
     hook.kept.lock().unwrap().clear();
+}
+
+/// What a copy ahead of a migration does to the migration that ends it: the process before has just been
+/// told to finish.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_process_starts_when_the_one_before_it_has_just_finished() {
+    let folders = Folders::new();
+    let path = folders.images().join("disk");
+    std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+    let disks =
+        [LocalDisk { number: 0, path: path.clone(), format: "raw".into(), read_only: false }];
+    let program = env!("CARGO_BIN_EXE_lifeboat-disk").into();
+    let movers = Movers { run_dir: folders.path("run"), program, tls_dir: None };
+    let vm = VmId::new("vm").unwrap();
+    for round in 0..20 {
+        let mover = movers.start(&vm, &disks).await.unwrap_or_else(|e| panic!("{round}: {e:#}"));
+        mover.finish().await.unwrap();
+        assert!(!movers.knows(&vm));
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1 << 20]);
 }

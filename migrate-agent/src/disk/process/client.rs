@@ -27,6 +27,8 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 /// An answer that waits for nothing but the process comes within this time.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// One that has finished has nothing left to do and ends within this time.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a mover cannot be had, or does not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -361,7 +363,13 @@ impl Movers {
 }
 
 /// Whether somebody listens there, by the kernel's list of sockets: asking costs no connection.
+///
+/// The list still has the path of one that is ending when its file has gone, or is another's by now.
 fn is_listening(path: &Path) -> bool {
+    path.exists() && is_listed(path)
+}
+
+fn is_listed(path: &Path) -> bool {
     const ACCEPTS: &str = "00010000";
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let ends = path.to_string_lossy();
@@ -447,12 +455,21 @@ impl Mover {
         }
     }
 
-    /// Ends it: nobody uses its mounts any more. Its files are gone then, too.
+    /// Ends it: nobody uses its mounts any more. Its files are gone then, and both processes, so that
+    /// others can be started at once.
     ///
     /// # Errors
     /// When a mount is still used; it serves on then.
     pub async fn finish(mut self) -> Result<(), MoverClientError> {
         self.ask(&Request::Finish, ANSWER_LIMIT).await?;
+        let deadline = clock::now() + END_LIMIT;
+        while [self.folder.control(), self.folder.holder()].iter().any(|path| is_listed(path)) {
+            if clock::now() > deadline {
+                tracing::warn!(vm = %self.vm, "its disk process has finished and does not end");
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
         Ok(self.folder.remove()?)
     }
 }
