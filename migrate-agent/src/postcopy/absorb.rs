@@ -25,8 +25,9 @@ use crate::qemu::stream::{
 /// is always missed.
 const SAMPLE_EVERY: u32 = 61;
 /// Of the remembered pages so many per cent may differ. Under TCG a store may come after QEMU has
-/// copied its page (docs/decisions/0006); the memory that is read later is then the right one.
-const DIFFER_MOST_PERCENT: usize = 2;
+/// copied its page (docs/decisions/0006), on a saturated machine in 3 of 91 pages; the memory that is
+/// read later is then the right one. Of another mapping nearly every page differs.
+const DIFFER_MOST_PERCENT: usize = 20;
 
 /// So many pages are compared at most: two milliseconds.
 const COMPARED_MOST: usize = 1000;
