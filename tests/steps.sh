@@ -155,7 +155,7 @@ unittest_results() {
 # Whatever allows userfaultfd on this machine is among them, and no test that wants it refused.
 worlds=(disks handover_on_qemu kill_points modes pages_elsewhere real_elsewhere soak storage)
 # These compare rates and times, or wait no longer than a guest would, and have the machine to themselves.
-alone=(adaptive disk_swap disk_sync kernel_datapath links network paced real_fuse reroute reservation)
+alone=(adaptive disk_swap disk_sync kernel_datapath links network outrun paced real_fuse reroute reservation)
 
 # named OPTION NAME...: each name behind the option.
 named() {
