@@ -132,7 +132,7 @@ pub enum GiveUpReason {
     /// `max_time` has passed.
     #[error("too much was still dirty after the time that is allowed")]
     Time,
-    /// The VM dirties at least as fast as the link sends, without progress for twice the patience.
+    /// The VM dirties about as fast as the link sends, without progress for twice the patience.
     #[error("the guest dirties its memory at least as fast as the link carries it")]
     Outrun,
 }
@@ -169,7 +169,9 @@ fn cap_reached(
     stalled: u32,
     criteria: &StopCriteria,
 ) -> Option<GiveUpReason> {
-    let outrun = newest.dirty_rate >= newest.bandwidth;
+    // Pages are counted once a pass, however often they are dirtied: a guest that dirties all that a pass
+    // sends shows what the pass sends and no more, give or take what both figures are off by.
+    let outrun = newest.dirty_rate >= newest.bandwidth.scale(1.0 - criteria.margin);
     if newest.elapsed >= criteria.max_time {
         Some(GiveUpReason::Time)
     } else if criteria.slows {
@@ -260,7 +262,8 @@ mod tests {
             // The dip is too deep a pause even then.
             (left(&[500, 90, 95, 96, 90], 10), Decision::KeepCopying),
             (left(&[500, 90, 95, 96, 90, 95, 94, 96], 100), give_up(1000, GiveUpReason::Outrun)),
-            (left(&[500, 90, 95, 96, 90, 95, 94, 96], 99), Decision::KeepCopying),
+            (left(&[500, 90, 95, 96, 90, 95, 94, 96], 96), give_up(1000, GiveUpReason::Outrun)),
+            (left(&[500, 90, 95, 96, 90, 95, 94, 96], 95), Decision::KeepCopying),
             (left(&long, 10), give_up(2140, GiveUpReason::Iterations)),
             (late, give_up(4040, GiveUpReason::Time)),
             (late_but_small, go(640, GoReason::AtCap)),

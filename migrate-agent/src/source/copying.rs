@@ -342,7 +342,16 @@ impl SourceTask {
             bandwidth: BytesPerSec((ram.mbps * 1e6 / 8.0) as u64),
             elapsed: watch.began.elapsed(),
         });
-        let criteria = watch.slowed.judged_by(&watch.criteria, info);
+        tracing::debug!(
+            pass = watch.pass,
+            mebibytes_left = ram.remaining >> 20,
+            dirty_pages_per_sec = ram.dirty_pages_rate,
+            mbit_per_sec = ram.mbps as u64,
+            slowed_percent = info.cpu_throttle_percentage,
+            "a pass is over"
+        );
+        let percent = info.cpu_throttle_percentage;
+        let criteria = watch.slowed.judged_by(&watch.criteria, percent, ram.remaining);
         match stop::decide(&watch.history, &criteria) {
             Decision::KeepCopying => Ok(()),
             Decision::GoNow { downtime, because } => {

@@ -75,6 +75,7 @@ impl SourceTask {
             }
         }
         self.stop_seen.get_or_insert_with(clock::now);
+        self.progress.update(|progress| progress.throttle_percent = 0);
     }
 
     async fn drain_rest(&mut self, pump: &mut Pump) -> Result<(), Failure> {

@@ -22,26 +22,37 @@ const HELD: Slowing = Slowing { threshold: 100, first: 1, more: 1, most: 1 };
 /// Large steps: each is tried for two passes of a second, and the host may be failing. A guest that dirties
 /// less than the threshold leaves less after each pass.
 const STEPS: Slowing = Slowing { threshold: 80, first: 40, more: 20, most: 99 };
-/// Passes that may show that the last step is enough.
+/// So many passes at the last step in a row that leave no less than those before show that it is not
+/// enough.
 const LAST_PASSES: u32 = 4;
 
 /// How far a guest is slowed down.
 #[derive(Debug, Default)]
 pub(super) struct Slowed {
     begun: bool,
-    /// Passes at the last step.
-    last: u32,
+    /// The least that a pass at the last step left, bytes; `None` before the first one.
+    least: Option<u64>,
+    /// Passes since then.
+    in_vain: u32,
 }
 
 impl Slowed {
-    /// The criteria by which the pass before is judged.
+    /// The criteria by which a pass is judged that was slowed down so far, and left so much.
     pub(super) fn judged_by(
         &mut self,
         criteria: &StopCriteria,
-        info: &MigrateInfo,
+        percent: u32,
+        left: u64,
     ) -> StopCriteria {
-        self.last += u32::from(info.cpu_throttle_percentage >= STEPS.most);
-        StopCriteria { slows: self.begun && self.last < LAST_PASSES, ..*criteria }
+        if percent >= STEPS.most {
+            let progress = |least| (left as f64) < least as f64 * (1.0 - criteria.margin);
+            if self.least.is_none_or(progress) {
+                (self.least, self.in_vain) = (Some(left), 0);
+            } else {
+                self.in_vain += 1;
+            }
+        }
+        StopCriteria { slows: self.begun && self.in_vain < LAST_PASSES, ..*criteria }
     }
 }
 
@@ -85,11 +96,30 @@ impl SourceTask {
         }
     }
 
-    /// By how much, for whoever watches.
+    /// By how much, for whoever watches. QEMU tells a paused guest's last step on and on.
     pub(super) fn show_slowing(&mut self, info: &MigrateInfo, slowed: &Slowed) {
-        let percent = if slowed.begun { info.cpu_throttle_percentage } else { 0 };
+        let slows = slowed.begun && self.stop_seen.is_none();
+        let percent = if slows { info.cpu_throttle_percentage } else { 0 };
         if percent != self.progress.now().throttle_percent {
             self.progress.update(|progress| progress.throttle_percent = percent);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_step_is_given_up_when_it_brings_nothing_and_not_while_it_does() {
+        let criteria = StopCriteria::default();
+        let mut slowed = Slowed::default();
+        assert!(!slowed.judged_by(&criteria, 0, 80 << 20).slows, "it is at its own speed");
+        slowed.begun = true;
+        let mut slows = |percent, mib: u64| slowed.judged_by(&criteria, percent, mib << 20).slows;
+        assert!((0..9).all(|_| slows(80, 80)), "there is a step left");
+        // The first one that is seen at the last step ran at the step before it.
+        assert!([80, 40, 20, 10, 5, 4, 4, 4].into_iter().all(|mib| slows(99, mib)));
+        assert!(!slows(99, 4), "four brought nothing");
     }
 }
