@@ -119,7 +119,7 @@ mod tests {
         let mut slows = |percent, mib: u64| slowed.judged_by(&criteria, percent, mib << 20).slows;
         assert!((0..9).all(|_| slows(80, 80)), "there is a step left");
         // The first one that is seen at the last step ran at the step before it.
-        assert!([80, 40, 20, 10, 5, 4, 4, 4].into_iter().all(|mib| slows(99, mib)));
+        assert!([80, 40, 20, 10, 5, 4, 4, 4, 4].into_iter().all(|mib| slows(99, mib)));
         assert!(!slows(99, 4), "four brought nothing");
     }
 }
