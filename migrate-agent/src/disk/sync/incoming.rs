@@ -115,10 +115,17 @@ impl Incoming {
     /// An update of `range` has arrived; returns the parts that are to be written, in order.
     pub fn arrived(&mut self, range: &Range<u64>, version: Version) -> Vec<Range<u64>> {
         self.newest = self.newest.max(version);
-        let mut parts = self.versions.admit(range.clone(), version);
-        if self.sealed {
-            // A block that was there may have been changed by this side's guest since.
-            parts = parts.iter().flat_map(|part| self.within_missing(part)).collect();
+        let parts = match self.sealed {
+            // A block that was there may have been changed by this side's guest since. What is missing has one
+            // content, whoever sends it.
+            true => {
+                let open = self.versions.open(range, version);
+                open.iter().flat_map(|part| self.within_missing(part)).collect()
+            }
+            false => self.versions.admit(range.clone(), version),
+        };
+        if self.sealed && self.versions.is_repetition(version) {
+            return parts;
         }
         for block in self.block.touched(range) {
             let whole = self.block.range(block, self.length);
@@ -144,11 +151,14 @@ impl Incoming {
         self.missing.within(self.block.touched(part)).map(clipped).collect()
     }
 
-    /// Every update up to `version` is applied.
+    /// Every update up to `version` is applied. Once it is sealed that is no news: more than one may send
+    /// what is missing, each with versions of its own, and none is a repetition for another one's.
     pub fn settle(&mut self, version: Version) {
         self.newest = self.newest.max(version);
-        // The guest's own writes stay: what they are newer than may come until nothing is missing.
-        self.versions.settle(version.min(Version(u64::MAX - 1)));
+        if !self.sealed {
+            // The guest's own writes stay: what they are newer than may come until nothing is missing.
+            self.versions.settle(version.min(Version(u64::MAX - 1)));
+        }
     }
 
     /// This side's guest has written `range`, or is about to. Beyond the image nothing is missing.
@@ -312,6 +322,31 @@ mod tests {
         incoming.seal(&[1..2]);
         incoming.arrived(&(K..K + 5), Version(1));
         assert_eq!(incoming.missing(), 0);
+    }
+
+    #[test]
+    fn two_may_send_what_is_missing_each_with_versions_of_its_own() {
+        let mut incoming = with_missing();
+        incoming.wrote(&(3 * K + 10..3 * K + 20));
+        // The source is far ahead of the intermediary, which began when it was at 50.
+        assert_eq!(incoming.arrived(&(2 * K..3 * K), Version(90)).len(), 1);
+        incoming.settle(Version(90));
+        let parts = incoming.arrived(&(3 * K..4 * K), Version(51));
+        assert_eq!(parts, [3 * K..3 * K + 10, 3 * K + 20..4 * K]);
+        // What both send is applied once.
+        assert!(incoming.arrived(&(2 * K..3 * K), Version(52)).is_empty());
+        assert!(incoming.arrived(&(3 * K..4 * K), Version(91)).is_empty());
+        assert_eq!(incoming.missing(), 2);
+    }
+
+    #[test]
+    fn what_a_lost_connection_still_brings_after_the_seal_is_older_than_it() {
+        let mut incoming = Incoming::new(BlockSize::new(K).unwrap(), 10 * K);
+        incoming.settle(Version(30));
+        incoming.seal(&[2..4]);
+        assert!(incoming.arrived(&(2 * K..3 * K), Version(30)).is_empty());
+        assert!(incoming.lacks(2), "it has not come");
+        assert_eq!(incoming.arrived(&(2 * K..3 * K), Version(31)), [2 * K..3 * K]);
     }
 
     #[test]

@@ -154,7 +154,8 @@ pub struct Received {
     disks: Mutex<Vec<Option<Arc<Disk>>>>,
     /// A disk was announced.
     announced: Condvar,
-    wants: Mutex<Option<mpsc::UnboundedSender<Frame>>>,
+    /// Who is asked for a block that somebody waits for: the last one, while it is connected.
+    wants: Mutex<Vec<mpsc::UnboundedSender<Frame>>>,
     /// Counts what has arrived, for whoever waits for a block.
     arrivals: watch::Sender<u64>,
     closed: AtomicBool,
@@ -349,7 +350,7 @@ impl Received {
                 let length = range.end - range.start;
                 let want = Frame { offset: range.start, length, ..Frame::new(Kind::Want, disk) };
                 // Without a connection it is asked for again once there is one.
-                let _ = wants.as_ref().map(|wants| wants.send(want));
+                let _ = wants.last().map(|wants| wants.send(want));
             }
         }
         Ok(readiness)
@@ -390,10 +391,17 @@ impl Received {
         Ok(Held { disk })
     }
 
-    /// The connection of `answers` is gone. A newer one may have taken its place already.
+    /// The connection of `answers` is gone. What it was asked for is asked of another one, if there is one.
     fn stop_wanting(&self, answers: &Answers) {
-        let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-        wants.take_if(|wants| wants.same_channel(answers));
+        let others = {
+            let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+            wants.retain(|wants| !wants.same_channel(answers));
+            !wants.is_empty()
+        };
+        if others {
+            self.ask_again();
+            self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
+        }
     }
 
     fn announce(&self, frame: &Frame) -> Result<(), ReceiveError> {
@@ -508,7 +516,11 @@ impl Received {
         match frame.kind {
             Kind::Hello => {
                 // First: what is asked for once the questions are forgotten has to go out.
-                *self.wants.lock().unwrap_or_else(PoisonError::into_inner) = Some(answers.clone());
+                {
+                    let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+                    wants.retain(|wants| !wants.same_channel(answers));
+                    wants.push(answers.clone());
+                }
                 self.announce(frame)?;
                 // Whoever waits for a block asks again.
                 self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
@@ -532,7 +544,12 @@ impl Received {
                     return Err(ReceiveError::NotCompared(frame.disk));
                 }
                 let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
-                disk.incoming().seal(&runs);
+                {
+                    let mut incoming = disk.incoming();
+                    // Before: what comes after a seal settles nothing.
+                    incoming.settle(frame.settled);
+                    incoming.seal(&runs);
+                }
                 disk.file.sync_all().map_err(failed)?;
                 if let Some(kept) = &self.kept {
                     kept.save(frame.disk, || disk.incoming().save()).map_err(failed)?;

@@ -33,12 +33,23 @@ impl Versions {
     /// Notes an update of `range` and returns the parts of it that may be applied, in order: those
     /// that nothing newer has changed. An update at or below what is settled is a repetition.
     pub fn admit(&mut self, range: Range<u64>, version: Version) -> Vec<Range<u64>> {
-        if version <= self.settled || range.is_empty() {
+        let parts = self.open(&range, version);
+        for part in &parts {
+            self.cut(part);
+            self.newest.insert(part.start, (part.end, version));
+        }
+        parts
+    }
+
+    /// The same parts, and nothing is noted.
+    #[must_use]
+    pub fn open(&self, range: &Range<u64>, version: Version) -> Vec<Range<u64>> {
+        if self.is_repetition(version) || range.is_empty() {
             return Vec::new();
         }
         let mut parts = vec![];
         let mut from = range.start;
-        for (start, (end, _)) in self.newer_within(&range, version) {
+        for (start, (end, _)) in self.newer_within(range, version) {
             if from < start {
                 parts.push(from..start.min(range.end));
             }
@@ -46,10 +57,6 @@ impl Versions {
         }
         if from < range.end {
             parts.push(from..range.end);
-        }
-        for part in &parts {
-            self.cut(part);
-            self.newest.insert(part.start, (part.end, version));
         }
         parts
     }
@@ -88,6 +95,12 @@ impl Versions {
             self.settled = version;
             self.newest.retain(|_, (_, newest)| *newest > version);
         }
+    }
+
+    /// Whether an update of this version has been applied, whatever its range.
+    #[must_use]
+    pub fn is_repetition(&self, version: Version) -> bool {
+        version <= self.settled
     }
 
     /// Ranges that are remembered.
