@@ -19,10 +19,11 @@ use lifeboat_protocol::agent::{
     BaseChain, ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
     ForgetSeedRequest, HashBasesRequest, HostDescription, ListMigrationsRequest, ListVmsRequest,
     MeasureVmRequest, MigrationProgress, PortClassifier, PrepareDestinationReply,
-    PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply,
-    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
-    ReceiveSeedReply, ReceiveSeedRequest, ReleaseStoreRequest, SeedProgress, SendSeedRequest,
-    SetLimitRequest, StartMigrationRequest, VmMeasurement, VmStatus,
+    PrepareDestinationRequest, PrepareDiskStoreReply, PrepareDiskStoreRequest, PrepareStoreReply,
+    PrepareStoreRequest, ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply,
+    ProbeStorageRequest, QueryMigrationRequest, ReceiveSeedReply, ReceiveSeedRequest,
+    ReleaseStoreRequest, SeedProgress, SendSeedRequest, SetLimitRequest, StartMigrationRequest,
+    VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
 use lifeboat_protocol::units::BitsPerSec;
@@ -241,7 +242,21 @@ impl Agents {
         call(host, "open a store", WORK, client.prepare_store(request)).await
     }
 
-    /// Has an intermediary end a store, and says whether that held pages.
+    /// Has an intermediary make room for a VM's disks.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn prepare_disk_store(
+        &self,
+        host: &HostId,
+        mut request: PrepareDiskStoreRequest,
+    ) -> Result<PrepareDiskStoreReply, AgentError> {
+        request.command = self.command(&request.migration, "disk-store");
+        let mut client = self.client(host)?;
+        call(host, "make room for disks", WORK, client.prepare_disk_store(request)).await
+    }
+
+    /// Has an intermediary end a migration's stores, and says whether they held anything.
     ///
     /// # Errors
     /// As [`AgentError`] says.
@@ -254,7 +269,7 @@ impl Agents {
         let request = ReleaseStoreRequest { command, migration: migration.to_string() };
         let mut client = self.client(host)?;
         let reply = call(host, "release a store", WORK, client.release_store(request)).await?;
-        Ok(reply.held_pages)
+        Ok(reply.held_pages || reply.held_disks)
     }
 
     /// Tells a source to send.

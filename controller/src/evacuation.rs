@@ -58,7 +58,9 @@ pub use fleet::{AdmissionError, Fleet};
 pub use machine::{Evacuation, EvacuationState, Limits};
 pub use order::EvacuationOrder;
 pub use progress::{done_share, time_to_go, vm_time_to_go};
-pub use vm::{DiskDate, Leg, Outcome, Prediction, VmPhase, VmRecord, gather_names};
+pub use vm::{
+    ChosenDiskStore, DiskDate, Leg, Outcome, Prediction, VmPhase, VmRecord, gather_names,
+};
 
 #[cfg(test)]
 pub(crate) mod testing;

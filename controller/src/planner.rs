@@ -8,6 +8,7 @@
 
 mod bases;
 mod deadline;
+mod disks_elsewhere;
 mod elsewhere;
 mod experience;
 mod facts;
@@ -33,7 +34,7 @@ use crate::agents::Agents;
 use crate::clock::{self, UnixMs};
 use crate::config::Site;
 use crate::evacuation::{
-    Choice, DiskDate, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord,
+    Choice, ChosenDiskStore, DiskDate, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord,
 };
 use crate::inventory::Inventory;
 use crate::network::{Hop, Network};
@@ -157,6 +158,8 @@ pub struct Goes {
     pub disk_date: Option<DiskDate>,
     /// Where its pages wait; `None`: nowhere.
     pub stores: Option<ChosenStores>,
+    /// Where its disks go on to; `None`: nowhere.
+    pub disk_store: Option<ChosenDiskStore>,
     /// They have no room beside the stores of those that go before it.
     pub after_stores: bool,
     /// What is wanted on each port of the ways to them.
@@ -263,6 +266,7 @@ impl Planner {
             full.add(self, source, made);
         }
         self.choose_stores(order, &mut full).await;
+        self.choose_disk_stores(order, &mut full).await;
         let held_back = full.keep_date(order);
         full.notes = notes::notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
@@ -299,6 +303,7 @@ impl Planner {
             let mut full = FullPlan::default();
             full.add(self, source, made);
             self.choose_stores(order, &mut full).await;
+            self.choose_disk_stores(order, &mut full).await;
             full.keep_date(order);
             for goes in &full.goes {
                 let tried = here.get(&goes.step.vm).map_or(&[][..], |tried| tried.as_slice());
@@ -341,6 +346,7 @@ impl Planner {
         let mut full = FullPlan::default();
         full.add(self, source, made.map_err(|error| error.to_string())?);
         self.choose_stores(order, &mut full).await;
+        self.choose_disk_stores(order, &mut full).await;
         full.keep_date(order);
         let stays = full.stays.first().map(Stays::sentence);
         full.goes.into_iter().next().ok_or_else(|| stays.unwrap_or_default())
@@ -430,6 +436,7 @@ impl FullPlan {
                 seeded,
                 disk_date: None,
                 stores: None,
+                disk_store: None,
                 after_stores: false,
                 store_hops: Vec::new(),
                 eviction: None,
@@ -465,6 +472,7 @@ fn chosen(goes: &Goes) -> Choice {
         prediction: goes.prediction(),
         disk_date: goes.disk_date,
         stores: goes.stores.clone(),
+        disk_store: goes.disk_store.clone(),
     };
     Choice { vm: goes.step.vm.clone(), source: goes.source.clone(), leg }
 }

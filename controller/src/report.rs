@@ -69,7 +69,9 @@ fn vm_report(record: &VmRecord) -> VmReport {
         resume_unix_us: progress.resume_unix_us,
         network_downtime_us: 0,
         network_downtime_known: false,
-        stores: leg.map_or_else(Vec::new, Leg::store_hosts),
+        stores: leg.map_or_else(Vec::new, |leg| {
+            leg.store_hosts().iter().map(ToString::to_string).collect()
+        }),
         redundancy: leg.map_or_else(String::new, Leg::redundancy_word),
     }
 }
@@ -115,8 +117,8 @@ mod tests {
         let record = VmRecord::waiting(VmId::new("a").unwrap(), source.clone(), prediction);
         let stays = VmRecord::left_behind(VmId::new("b").unwrap(), source, "no room".to_owned());
         let migration = MigrationId::new("e1-m1").unwrap();
-        let (address, token, disks_there) = Default::default();
-        let ticket = PageTicket { address, token, seeded: false, disks_there, scatter: None };
+        let (address, token, seeded, disks_there, scatter, disk_store) = Default::default();
+        let ticket = PageTicket { address, token, seeded, disks_there, scatter, disk_store };
         let progress = MigrationProgress {
             migration: "e1-m1".to_owned(),
             phase: Phase::Completed.into(),

@@ -23,7 +23,7 @@ mod taking_up;
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase, VmDefinition};
-use lifeboat_protocol::ids::{Generation, VmId};
+use lifeboat_protocol::ids::{Generation, HostId, VmId};
 use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::link::{Frame, Purpose};
@@ -52,6 +52,8 @@ pub enum Input {
     Commit(Generation, oneshot::Sender<Frame>),
     /// The source offers pages on a connection of their own; it has been welcomed.
     Lane(Purpose, FrameReader, FrameWriter),
+    /// The intermediary that the source sends its disks to has all of them, and connects.
+    Stored,
     /// What is fetched in the background keeps to this from now on; `None`: no limit.
     Limit(Option<BytesPerSec>),
     /// The controller gives up before the source has come. The answer: whether it could be.
@@ -83,6 +85,10 @@ pub struct DestinationTask {
     disks: Option<ArrivingDisks>,
     /// They may follow it.
     follow: bool,
+    /// By way of this host; whether that has all of them; and whether that is durably noted here.
+    disk_store: Option<HostId>,
+    store_has_all: bool,
+    stored: bool,
     /// Of a guest whose pages follow it: who brings them, and connections that came before it began.
     gathering: Option<Gathering>,
     lanes: Vec<(Purpose, FrameReader, FrameWriter)>,
@@ -121,6 +127,9 @@ impl DestinationTask {
             waiting: None,
             disks,
             follow: false,
+            disk_store: None,
+            store_has_all: false,
+            stored: false,
             gathering: None,
             lanes: Vec::new(),
             gather_limit: None,
@@ -140,6 +149,13 @@ impl DestinationTask {
     #[must_use]
     pub fn let_disks_follow(mut self, follow: bool) -> Self {
         self.follow = follow;
+        self
+    }
+
+    /// What follows it comes from this host, once that has all.
+    #[must_use]
+    pub fn by_way_of(mut self, store: Option<HostId>) -> Self {
+        self.disk_store = store;
         self
     }
 
@@ -323,6 +339,7 @@ impl DestinationTask {
                         self.lanes.push((purpose, reader, writer));
                     }
                     Some(Input::Limit(limit)) => self.gather_limit = limit,
+                    Some(Input::Stored) => {}
                     None => return Err(Failure::Cancelled("the agent is stopping".into())),
                 }
             }

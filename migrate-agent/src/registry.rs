@@ -5,6 +5,7 @@
 //! itself: it asks the records.
 
 mod answer;
+mod disk_stores;
 mod links;
 mod recover;
 mod seeds;
@@ -26,9 +27,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::destination::disk::TakenBy;
 use crate::destination::{self, DestinationTask};
 use crate::disk::rooms::Room;
+use crate::disk::store::DiskStoreError;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::store::StoreError;
+use crate::handover::storing::Storing;
 use crate::progress::Progress;
 use crate::source::{self, Context, Failure, Order, SourceTask};
 use crate::stores::{Plan, PlanError};
@@ -97,6 +100,9 @@ pub enum RegistryError {
     /// It could not be begun.
     #[error("{}", .0.line())]
     Failed(Failure),
+    /// Disks of a VM between two other hosts.
+    #[error(transparent)]
+    DiskStore(#[from] DiskStoreError),
     /// The records.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -118,6 +124,8 @@ enum Task {
         linked: bool,
         /// Who takes connections about its disks.
         disks: Option<TakenBy>,
+        /// The intermediary that may bring what is missing of them.
+        disk_store: Option<HostId>,
     },
 }
 
@@ -170,6 +178,7 @@ pub struct Registry {
     page_address: Arc<str>,
     entries: Arc<Mutex<Entries>>,
     seeds: Arc<Mutex<seeds::Seeds>>,
+    disk_stores: Arc<Mutex<disk_stores::DiskStores>>,
 }
 
 impl Registry {
@@ -181,6 +190,7 @@ impl Registry {
             page_address: page_address.into(),
             entries: Arc::default(),
             seeds: Arc::default(),
+            disk_stores: Arc::default(),
         }
     }
 
@@ -235,6 +245,10 @@ impl Registry {
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
         let disk = disk_mode(request.disk, mode)?;
+        let disk_store = match disk {
+            DiskMode::Scatter => Some(HostId::new(request.disk_store_host.as_str())?),
+            DiskMode::Copy | DiskMode::OnDemand => None,
+        };
         self.must_be_idle(&vm)?;
         self.end_seeds_of(&vm).await;
         let plan = scatter_plan(mode, request.scatter.as_ref())?;
@@ -272,14 +286,22 @@ impl Registry {
         )
         .gather_from(plan)
         .gather_at(gather_limit(request.gather_limit_bits_per_sec))
-        .let_disks_follow(disk == DiskMode::OnDemand);
+        .let_disks_follow(disk.follows())
+        .by_way_of(disk_store.clone());
         task.prepare().await?;
         let (disks, seeded) = (task.disks_taken_by(), task.has_seeds());
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
         let entry = Entry {
             vm,
             progress: watching,
-            task: Task::Destination { inputs: to, token, generation, linked: false, disks },
+            task: Task::Destination {
+                inputs: to,
+                token,
+                generation,
+                linked: false,
+                disks,
+                disk_store,
+            },
         };
         self.enlist(migration, entry);
         crate::tasks::spawn("migration, destination", async move { task.run().await });
@@ -366,7 +388,8 @@ impl Registry {
             absorb_budget: lifeboat_protocol::units::Bytes(request.absorb_budget_bytes),
             deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms)),
             generation,
-            disks_follow: disk == DiskMode::OnDemand,
+            disks_follow: disk.follows(),
+            disk_store: disk_store(disk, request)?,
             handover_size: lifeboat_protocol::units::Bytes(request.handover_size_bytes),
             disk_watch: if watch.is_zero() { WATCH_DEFAULT } else { watch.min(WATCH_LONGEST) },
         })
@@ -515,11 +538,34 @@ fn disk_mode(asked: i32, mode: Mode) -> Result<DiskMode, RegistryError> {
     let invalid = |problem| RegistryError::Invalid { field: "disk", problem };
     let asked = lifeboat_protocol::agent::DiskMode::try_from(asked);
     match asked.map_err(|_| invalid("is a way to move that this agent does not know"))?.known() {
-        Some(DiskMode::OnDemand) if mode != Mode::PreCopy => {
-            Err(invalid("is on-demand, which goes with pre-copy of the memory only"))
+        Some(disk) if disk.follows() && mode != Mode::PreCopy => {
+            Err(invalid("is on-demand or scatter, which go with pre-copy of the memory only"))
         }
         disk => Ok(disk.unwrap_or(DiskMode::Copy)),
     }
+}
+
+/// Where its disks go on to.
+fn disk_store(
+    disk: DiskMode,
+    request: &StartMigrationRequest,
+) -> Result<Option<Storing>, RegistryError> {
+    if disk != DiskMode::Scatter {
+        return Ok(None);
+    }
+    let invalid = |problem| RegistryError::Invalid { field: "disk_store", problem };
+    let store = request.disk_store.as_ref().ok_or(invalid("is missing"))?;
+    if store.token.len() != TOKEN_BYTES {
+        return Err(invalid("has a token that is not 32 bytes long"));
+    }
+    let limit = BitsPerSec(store.rate_bits_per_sec).bytes_per_sec();
+    Ok(Some(Storing {
+        migration: MigrationId::new(request.migration.as_str())?,
+        host: HostId::new(store.host.as_str())?,
+        page_address: store.page_address.clone(),
+        token: store.token.clone(),
+        limit: Some(limit).filter(|limit| limit.0 > 0),
+    }))
 }
 
 /// The stores of a migration that scatters.

@@ -27,6 +27,7 @@ pub mod scattering;
 pub mod seeding;
 mod serving;
 mod slowing;
+mod storing;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,7 @@ use crate::disk::rooms::DiskRooms;
 use crate::guests::Guests;
 use crate::handover::source::{Action, Event, Outcome, Source, State};
 use crate::handover::store::Store;
+use crate::handover::storing::Storing;
 use crate::laps::Laps;
 use crate::link::{FrameWriter, LinkError};
 use crate::postcopy::absorb::Absorbed;
@@ -99,6 +101,8 @@ pub struct Order {
     pub scatter: Option<Plan>,
     /// Its guest may run at the destination before its disks are complete there.
     pub disks_follow: bool,
+    /// They go on to this intermediary then.
+    pub disk_store: Option<Storing>,
     /// So much of what goes before may be left then; zero: the mover's default.
     pub handover_size: Bytes,
     /// For so long it is watched before that which of its disks is busy.
@@ -163,6 +167,10 @@ pub struct SourceTask {
     serving: Option<Serving>,
     stores: Option<Stores>,
     scattering: Option<Scattering>,
+    /// Of disks that go on to an intermediary: who sends them there.
+    going_on: Option<storing::GoingOn>,
+    /// An agent before this one began it.
+    taken_up: bool,
 }
 
 impl SourceTask {
@@ -213,6 +221,8 @@ impl SourceTask {
             serving: None,
             stores: None,
             scattering: None,
+            going_on: None,
+            taken_up: false,
         }
     }
 
@@ -243,6 +253,7 @@ impl SourceTask {
 
     /// Goes on with a hand-over that a restart found: performs what the record calls for.
     pub async fn take_up(mut self, actions: Vec<Action>) -> MigrationProgress {
+        self.taken_up = true;
         self.perform_all(actions).await;
         self.finish().await
     }
@@ -253,6 +264,7 @@ impl SourceTask {
             self.ask_once().await;
         }
         if let State::Over(outcome) = self.machine.state() {
+            self.end_storing().await;
             match outcome {
                 Outcome::Confirmed => self.settle_disks_away().await,
                 _ => self.settle_disks_here().await,
@@ -296,6 +308,7 @@ impl SourceTask {
 
     async fn settle_failure(&mut self, cancelled: bool) {
         self.tell(Event::GiveUp).await;
+        self.end_storing().await;
         self.settle_disks_here().await;
         self.progress.enter(if cancelled { Phase::Cancelled } else { Phase::Failed });
     }

@@ -38,6 +38,7 @@ impl From<DiskMode> for agent::DiskMode {
         match mode {
             DiskMode::Copy => Self::Copy,
             DiskMode::OnDemand => Self::OnDemand,
+            DiskMode::Scatter => Self::Scatter,
         }
     }
 }
@@ -50,6 +51,7 @@ impl agent::DiskMode {
             Self::Unspecified => None,
             Self::Copy => Some(DiskMode::Copy),
             Self::OnDemand => Some(DiskMode::OnDemand),
+            Self::Scatter => Some(DiskMode::Scatter),
         }
     }
 }

@@ -82,6 +82,9 @@ pub enum DiskMode {
     Copy,
     /// What is busy before the VM, the rest after it: eagerly, and what its guest reads first.
     OnDemand,
+    /// The same, and meanwhile all of it to an intermediary, from which the destination then has the
+    /// rest: the source is rid of the VM as soon as its own link allows.
+    Scatter,
 }
 
 impl DiskMode {
@@ -91,7 +94,14 @@ impl DiskMode {
         match self {
             Self::Copy => "copy",
             Self::OnDemand => "on-demand",
+            Self::Scatter => "scatter",
         }
+    }
+
+    /// Whether the VM runs at its destination before all of its disks is there.
+    #[must_use]
+    pub const fn follows(self) -> bool {
+        matches!(self, Self::OnDemand | Self::Scatter)
     }
 }
 
@@ -104,11 +114,11 @@ impl fmt::Display for DiskMode {
 impl FromStr for DiskMode {
     type Err = UnknownTermError;
     fn from_str(text: &str) -> Result<Self, UnknownTermError> {
-        let all = [Self::Copy, Self::OnDemand];
+        let all = [Self::Copy, Self::OnDemand, Self::Scatter];
         all.into_iter().find(|mode| mode.as_str() == text).ok_or_else(|| UnknownTermError {
             given: text.to_owned(),
             kind: "way for disks to move",
-            choices: "copy, on-demand",
+            choices: "copy, on-demand, scatter",
         })
     }
 }
@@ -341,9 +351,10 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_for_disks_read_as_they_print() {
-        for mode in [DiskMode::Copy, DiskMode::OnDemand] {
+    fn all_ways_for_disks_read_as_they_print() {
+        for mode in [DiskMode::Copy, DiskMode::OnDemand, DiskMode::Scatter] {
             assert_eq!(mode.to_string().parse(), Ok(mode));
+            assert_eq!(mode.follows(), mode != DiskMode::Copy);
         }
         assert!("later".parse::<DiskMode>().unwrap_err().to_string().contains("copy, on-demand"));
     }

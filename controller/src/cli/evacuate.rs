@@ -34,15 +34,17 @@ pub(super) struct Options {
         ["auto", "pre-copy", "post-copy", "scatter-gather", "cold"]))]
     mode: String,
     /// When local disks move: `copy` has all of a disk at the destination before its VM runs there,
-    /// `on-demand` what is busy; the rest follows, and what the guest reads of it goes first.
+    /// `on-demand` what is busy; the rest follows, and what the guest reads of it goes first. `scatter` is
+    /// the same, and all of it goes on to an intermediary meanwhile, so that the host is rid of the VM
+    /// before the destination has everything.
     #[arg(long, default_value = "copy",
-          value_parser = PossibleValuesParser::new(["copy", "on-demand"]))]
+          value_parser = PossibleValuesParser::new(["copy", "on-demand", "scatter"]))]
     disk: String,
-    /// With `--disk on-demand`: what of the busy part may be left when writes go to both sides, in MiB; by
+    /// With `--disk on-demand` and `scatter`: what of the busy part may be left when writes go to both sides, in MiB; by
     /// default 4.
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "MIB")]
     handover_size: u64,
-    /// With `--disk on-demand`: for how long it is watched which part is busy (3s, at most 30s).
+    /// With `--disk on-demand` and `scatter`: for how long it is watched which part is busy (3s, at most 30s).
     #[arg(long, value_parser = duration, value_name = "TIME")]
     disk_watch: Option<Duration>,
     /// What is reserved: `borrow` guarantees a minimum and lends the rest, `strict` is a ceiling too
@@ -55,7 +57,7 @@ pub(super) struct Options {
     /// The only hosts that may take the VMs.
     #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
     pub(super) to: Vec<String>,
-    /// The only hosts that may keep pages in scatter-gather; by default any that can.
+    /// The only hosts that may keep pages in scatter-gather, or disks; by default any that can.
     #[arg(long, value_delimiter = ',', value_name = "HOST,..")]
     intermediaries: Vec<String>,
     /// How many hosts keep pages in scatter-gather; by default as many as the reservation needs.

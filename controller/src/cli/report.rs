@@ -96,10 +96,10 @@ pub(super) fn text(report: &Report) -> String {
     text.push_str(&table(&["HOST", "EVICTED", "MOVED", "LEFT BEHIND"], &rows));
     for vm in report.vms.iter().filter(|vm| !vm.stores.is_empty()) {
         let (stores, kind) = (vm.stores.join(", "), &vm.redundancy);
-        text.push_str(&clean(&format!(
-            "{}: its pages waited at {stores}; redundancy {kind}",
-            vm.vm
-        )));
+        text.push_str(&clean(&match kind.as_str() {
+            "" => format!("{}: its disks went by way of {stores}", vm.vm),
+            kind => format!("{}: its pages waited at {stores}; redundancy {kind}", vm.vm),
+        }));
         text.push('\n');
     }
     for vm in report.vms.iter().filter(|vm| !vm.reason.is_empty()) {

@@ -3,15 +3,19 @@
 //! Opens them before a leg's destination makes room, follows the gathering, and releases them when
 //! the machine says that nobody needs them: until their hosts have said so, however long that takes.
 
-use lifeboat_protocol::agent::{self, Phase, PrepareStoreRequest, ScatterPlan, VmState, VmStatus};
+use lifeboat_protocol::agent::{
+    self, DiskStore, Phase, PrepareDiskStoreRequest, PrepareStoreRequest, ScatterPlan,
+    VmDefinition, VmState, VmStatus,
+};
 use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
+use lifeboat_protocol::units::BitsPerSec;
 
 use super::hands::{Hands, Wiring};
 use super::settle::Said;
 use super::{lock, report};
 use crate::evacuation::{EvacuationOrder, Event, Leg, gather_names};
 use crate::inventory::is;
-use crate::network::{Hop, PageFlow, ReservationRequest};
+use crate::network::{Hop, PageFlow, ReservationRequest, Reserved};
 use crate::reservations;
 
 impl Hands {
@@ -102,6 +106,74 @@ impl Hands {
                 tracing::warn!(%name, store.host, %error, "nothing is reserved between it and a store");
             }
         }
+    }
+
+    /// Makes room at the intermediary that a leg's disks go on to, and reserves the ways there and on from
+    /// there; `None` for a leg whose disks do not. They go without a reservation, too.
+    pub(super) async fn open_disk_store(
+        &self,
+        wiring: &Wiring,
+        id: &EvacuationId,
+        (source, leg): (&HostId, &Leg),
+        definition: &VmDefinition,
+        generation: u64,
+    ) -> Result<Option<DiskStore>, String> {
+        let Some(chosen) = &leg.disk_store else { return Ok(None) };
+        let order = Self::order(wiring, id).ok_or("the evacuation is gone")?;
+        let there = self.planner.inventory.host(&leg.destination);
+        let there = there.and_then(|entry| entry.description).unwrap_or_default();
+        let (store, to) = (&chosen.host, &leg.destination);
+        let ways = self.planner.disk_store_ways(source, store, to, order.urgency);
+        let [to_store, on] = ways.await;
+        let (first, second) = (leg.store_ways(), leg.gather_ways());
+        let to_store = self.reserve_disk_way(id, &order, &first, (source, store), to_store).await;
+        let on = self.reserve_disk_way(id, &order, &second, (store, to), on).await;
+        let request = PrepareDiskStoreRequest {
+            command: None,
+            migration: leg.migration.to_string(),
+            definition: Some(definition.clone()),
+            bytes: chosen.bytes.0,
+            generation,
+            source_host: source.to_string(),
+            destination_host: to.to_string(),
+            destination_page_address: there.page_address,
+            onward_bits_per_sec: on.0,
+        };
+        let reply = self.planner.agents.prepare_disk_store(store, request).await;
+        let reply = reply.map_err(|error| format!("no room at {store}: {error}"))?;
+        let open = reply.store.ok_or_else(|| format!("{store} names no room"))?;
+        Ok(Some(DiskStore { rate_bits_per_sec: to_store.0, ..open }))
+    }
+
+    /// What may be sent on it; without a reservation what the way carries.
+    async fn reserve_disk_way(
+        &self,
+        id: &EvacuationId,
+        order: &EvacuationOrder,
+        names: &[MigrationId],
+        (from, to): (&HostId, &HostId),
+        hops: Vec<Hop>,
+    ) -> BitsPerSec {
+        let capacity = hops.iter().map(|hop| hop.capacity).min().unwrap_or_default();
+        let Some(name) = names.first() else { return capacity };
+        let reserved = async {
+            let traffic = self.planner.page_flow(from, to).map_err(|error| error.to_string())?;
+            let rates = self.planner.network.rates().await;
+            let request = ReservationRequest {
+                evacuation: id.clone(),
+                migration: name.clone(),
+                urgency: order.urgency,
+                kind: order.reservation,
+                hops: reservations::beside(id, hops, &rates),
+                traffic,
+            };
+            self.planner.network.reserve(request).await.map_err(|error| error.to_string())
+        };
+        let reserved = reserved.await.unwrap_or_else(|error| {
+            tracing::warn!(%name, %from, %to, error, "nothing is reserved for disks between them");
+            Reserved::default()
+        });
+        reservations::sending_limit(order.reservation, &reserved, capacity)
     }
 
     /// What is reserved towards a migration's stores.

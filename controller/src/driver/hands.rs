@@ -43,8 +43,8 @@ impl Default for Patience {
     }
 }
 
-/// Why nothing is prepared at an agent that knows no disks on demand.
-const OLDER: &str = "its agent is older than disks on demand; upgrade it, or use --disk copy";
+/// Why nothing is prepared at an agent that knows no disks that follow.
+const OLDER: &str = "its agent is older than disks that follow their VM in this way; upgrade it, or use --disk copy";
 /// Tries of a release before it is left to the next start's sweep.
 const RELEASE_TRIES: u32 = 5;
 
@@ -268,6 +268,12 @@ impl Hands {
             self.reserve_store_ways(wiring, id, source, leg, scatter).await;
             self.reserve_gather_ways(wiring, id, leg, scatter).await;
         }
+        let from = (source, leg);
+        let opened = self.open_disk_store(wiring, id, from, &definition, status.generation).await;
+        let disk_store = match opened {
+            Ok(store) => store,
+            Err(reason) => return Event::PrepareFailed { migration, reason },
+        };
         let source_entry = self.planner.inventory.host(source);
         let disk = Self::order(wiring, id).map_or(DiskMode::Copy, |order| order.disk.into());
         let request = PrepareDestinationRequest {
@@ -282,17 +288,19 @@ impl Hands {
             source_host: source.to_string(),
             scatter: scatter.clone(),
             disk: disk.into(),
+            disk_store_host: disk_store.as_ref().map_or_else(String::new, |s| s.host.clone()),
             ..PrepareDestinationRequest::default()
         };
         match self.planner.agents.prepare(&leg.destination, request).await {
             // It would take a disk for whole of which a part is to follow.
-            Ok(reply) if disk == DiskMode::OnDemand && reply.disk() != disk => {
+            Ok(reply) if disk != DiskMode::Copy && reply.disk() != disk => {
                 let _ = self.planner.agents.cancel(&leg.destination, &migration, OLDER).await;
                 Event::PrepareFailed { migration, reason: OLDER.to_owned() }
             }
             Ok(reply) => {
                 let (address, token, seeded) = (reply.page_address, reply.token, reply.seeded);
-                let ticket = PageTicket { address, token, seeded, disks_there, scatter };
+                let ticket =
+                    PageTicket { address, token, seeded, disks_there, scatter, disk_store };
                 Event::Prepared { migration, ticket }
             }
             Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
@@ -347,6 +355,7 @@ impl Hands {
             compare_disks: ticket.seeded,
             disks_there: ticket.disks_there,
             disk: DiskMode::from(disk).into(),
+            disk_store: ticket.disk_store,
             handover_size_bytes: order.as_ref().map_or(0, |order| order.handover_size),
             disk_watch_ms: order.as_ref().map_or(0, |order| order.disk_watch_ms),
             network_limit_bits_per_sec: limit.0,

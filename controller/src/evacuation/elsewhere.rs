@@ -30,9 +30,9 @@ pub struct StoresOwed {
 
 impl StoresOwed {
     pub(super) fn by(leg: &Leg) -> Option<Self> {
-        let chosen = leg.stores.as_ref()?;
-        let hosts = chosen.stores.iter().map(|store| store.host.clone()).collect();
-        Some(Self { migration: leg.migration.clone(), hosts, asked: None })
+        let hosts = leg.store_hosts();
+        let owed = Self { migration: leg.migration.clone(), hosts, asked: None };
+        (!owed.hosts.is_empty()).then_some(owed)
     }
 }
 
@@ -102,6 +102,11 @@ impl Evacuation {
         progress.pages_total = said.pages_total.max(progress.pages_total);
         progress.pages_arrived = said.pages_arrived;
         progress.faults_served = said.faults_served;
+        progress.disk_bytes_left = said.disk_bytes_left;
+        progress.disk_bytes_sent = said.disk_bytes_sent;
+        progress.disk_bytes_per_sec = said.disk_bytes_per_sec;
+        progress.rate_bits_per_sec = said.rate_bits_per_sec;
+        record.reason.clone_from(&said.reason);
         if progress.resume_unix_us == 0 {
             progress.resume_unix_us = said.resume_unix_us;
         }
@@ -123,6 +128,7 @@ impl Evacuation {
             progress.total_ms = now.since(began).max(progress.total_ms);
             if lost.is_none() {
                 progress.pages_arrived = progress.pages_total;
+                progress.disk_bytes_left = 0;
             }
         }
         (record.phase, record.reason) = match lost {

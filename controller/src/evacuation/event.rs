@@ -10,9 +10,9 @@ use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
 
 use lifeboat_policy::intermediary::ChosenStores;
-use lifeboat_protocol::agent::ScatterPlan;
+use lifeboat_protocol::agent::{DiskStore, ScatterPlan};
 
-use super::vm::{DiskDate, Leg, Prediction, VmRecord};
+use super::vm::{ChosenDiskStore, DiskDate, Leg, Prediction, VmRecord};
 use crate::network::{Hop, Reserved};
 
 /// Where the source is to send the pages, and the secret that opens the door. Passed through, never
@@ -30,6 +30,8 @@ pub struct PageTicket {
     pub disks_there: Vec<u32>,
     /// The open stores, with what opens them.
     pub scatter: Option<ScatterPlan>,
+    /// Where its disks go on to, with what opens the door there.
+    pub disk_store: Option<DiskStore>,
 }
 
 impl fmt::Debug for PageTicket {
@@ -64,6 +66,8 @@ pub struct PlannedLeg {
     pub disk_date: Option<DiskDate>,
     /// Where its pages wait; `None`: nowhere.
     pub stores: Option<ChosenStores>,
+    /// Where its disks go on to; `None`: nowhere.
+    pub disk_store: Option<ChosenDiskStore>,
 }
 
 /// What the agents agree to have happened to a migration.

@@ -23,6 +23,7 @@ pub(super) fn new_leg(migration: MigrationId, planned: PlannedLeg, now: UnixMs) 
         prediction: planned.prediction,
         disk_date: planned.disk_date,
         stores: planned.stores,
+        disk_store: planned.disk_store,
         followed: false,
         started: now,
         committed: false,
@@ -110,7 +111,7 @@ pub(super) fn resolve_uncertain(record: &mut VmRecord, settlement: Settlement) -
 
 /// Where a VM stands once its source is rid of it.
 pub(super) fn arrived(record: &mut VmRecord) -> VmPhase {
-    if record.leg.as_ref().is_some_and(|leg| leg.stores.is_some()) {
+    if record.leg.as_ref().is_some_and(Leg::is_gathered) {
         return VmPhase::Gathering;
     }
     record.done = 1.0;

@@ -5,7 +5,6 @@
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::ids::{EvacuationId, MigrationId, VmId};
-use lifeboat_protocol::terms::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::elsewhere::StoresOwed;
@@ -15,7 +14,7 @@ use super::leg::{
     new_way, prove_uncertain, release, resolve_uncertain, settle, watch,
 };
 use super::order::EvacuationOrder;
-use super::progress::done_share;
+use super::progress::leg_share;
 use super::vm::{Leg, Outcome, VmPhase, VmRecord};
 use crate::clock::UnixMs;
 use crate::network::Reserved;
@@ -389,8 +388,7 @@ impl Evacuation {
         if record.phase == VmPhase::Uncertain {
             return prove_uncertain(record, progress);
         }
-        let mode = record.leg.as_ref().map_or(Mode::Auto, |leg| leg.mode);
-        record.done = done_share(mode, &progress, record.done);
+        record.done = leg_share(record.leg.as_ref(), &progress, record.done);
         let reason = progress.reason.clone();
         let before = record.progress.as_ref().map(MigrationProgress::phase);
         record.progress = Some(progress);

@@ -8,7 +8,7 @@ use lifeboat_protocol::agent::{MigrationProgress, Phase};
 use lifeboat_protocol::terms::Mode;
 
 use super::machine::Evacuation;
-use super::vm::{VmPhase, VmRecord};
+use super::vm::{Leg, VmPhase, VmRecord};
 
 /// Share of the bar that disks fill, where there are any; memory goes on from there.
 const DISKS_END: f64 = 0.60;
@@ -43,6 +43,16 @@ pub fn done_share(mode: Mode, progress: &MigrationProgress, before: f64) -> f64 
     now.max(before).clamp(0.0, 1.0)
 }
 
+/// The same of a leg: where its disks go on to an intermediary, its source is rid of it at [`SCATTERED`].
+#[must_use]
+pub(super) fn leg_share(leg: Option<&Leg>, progress: &MigrationProgress, before: f64) -> f64 {
+    let mode = leg.map_or(Mode::Auto, |leg| leg.mode);
+    match leg.is_some_and(|leg| leg.disk_store.is_some()) {
+        true => SCATTERED * done_share(mode, progress, before / SCATTERED),
+        false => done_share(mode, progress, before),
+    }
+}
+
 /// Everything goes before COMMIT.
 fn copied_first(progress: &MigrationProgress) -> f64 {
     match progress.phase() {
@@ -73,7 +83,11 @@ fn pages_follow(progress: &MigrationProgress, end: f64) -> f64 {
 
 /// How much is done of a VM whose source is rid of it, as its destination tells.
 pub(super) fn gathered_share(progress: &MigrationProgress) -> f64 {
-    let have = progress.pages_arrived as f64 / progress.pages_total.max(1) as f64;
+    let have = match progress.pages_total {
+        // Its disks follow it.
+        0 => disks_copied(progress),
+        all => progress.pages_arrived as f64 / all as f64,
+    };
     SCATTERED + (COMMITTED - SCATTERED) * have.clamp(0.0, 1.0)
 }
 
@@ -131,6 +145,11 @@ pub fn vm_time_to_go(record: &VmRecord) -> Option<u64> {
         }
         (VmPhase::Sending | VmPhase::Committing, Some(progress)) => {
             progress.time_to_go_known.then_some(progress.time_to_go_ms)
+        }
+        // Blocks that come from an intermediary; pages that are gathered do not say how long.
+        (VmPhase::Gathering, Some(progress)) if progress.disk_bytes_per_sec > 0 => {
+            let left = progress.disk_bytes_left.saturating_mul(1000);
+            Some(left / progress.disk_bytes_per_sec)
         }
         (VmPhase::Releasing, _) => Some(0),
         _ => None,

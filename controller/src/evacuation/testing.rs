@@ -57,6 +57,7 @@ pub(crate) fn choice(name: &str, to: &str) -> Box<Choice> {
         },
         disk_date: None,
         stores: None,
+        disk_store: None,
     };
     Box::new(Choice { vm: vm(name), source: host("h1"), leg })
 }

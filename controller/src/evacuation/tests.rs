@@ -33,6 +33,7 @@ fn ticket() -> PageTicket {
         seeded: false,
         disks_there: vec![],
         scatter: None,
+        disk_store: None,
     }
 }
 

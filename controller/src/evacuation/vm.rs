@@ -6,7 +6,7 @@ use lifeboat_policy::intermediary::ChosenStores;
 use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
 use lifeboat_protocol::terms::Mode;
-use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
+use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMs;
@@ -132,6 +132,17 @@ pub struct DiskDate {
     pub in_step_by: UnixMs,
 }
 
+/// Where a VM's disks go on to, once it runs at its destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChosenDiskStore {
+    /// The intermediary.
+    pub host: HostId,
+    /// What the disks take at the source.
+    pub bytes: Bytes,
+    /// What its way from the source can give, as far as the urgency goes; 0: not known.
+    pub rate: BitsPerSec,
+}
+
 /// One attempt to move one VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Leg {
@@ -153,6 +164,9 @@ pub struct Leg {
     /// Where its pages wait; `None`: nowhere.
     #[serde(default)]
     pub stores: Option<ChosenStores>,
+    /// Where its disks go on to; `None`: nowhere.
+    #[serde(default)]
+    pub disk_store: Option<ChosenDiskStore>,
     /// Whether this controller follows its gathering.
     #[serde(skip)]
     pub(super) followed: bool,
@@ -169,11 +183,18 @@ pub struct Leg {
 }
 
 impl Leg {
-    /// The hosts that keep its pages.
+    /// The hosts that keep its pages, or its disks.
     #[must_use]
-    pub fn store_hosts(&self) -> Vec<String> {
+    pub fn store_hosts(&self) -> Vec<HostId> {
         let stores = self.stores.iter().flat_map(|chosen| &chosen.stores);
-        stores.map(|store| store.host.to_string()).collect()
+        let disks = self.disk_store.iter().map(|store| &store.host);
+        stores.map(|store| &store.host).chain(disks).cloned().collect()
+    }
+
+    /// Whether its destination has something to gather once its source is rid of it.
+    #[must_use]
+    pub fn is_gathered(&self) -> bool {
+        self.stores.is_some() || self.disk_store.is_some()
     }
 
     /// The names under which the ways to its stores are reserved, one for each: a reservation has one

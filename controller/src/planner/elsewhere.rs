@@ -162,7 +162,7 @@ impl Planner {
         ways.into_iter().map(narrow).collect()
     }
 
-    async fn best_ways<'a>(
+    pub(super) async fn best_ways<'a>(
         &self,
         pairs: impl Iterator<Item = (&'a HostId, &'a HostId)>,
         urgency: Urgency,
@@ -246,7 +246,7 @@ pub(super) fn factor(chosen: &ChosenStores) -> f64 {
 }
 
 /// What the best way between two hosts has to spare at its narrowest.
-fn way_rate(topology: &Topology, from: &HostId, to: &HostId) -> BitsPerSec {
+pub(super) fn way_rate(topology: &Topology, from: &HostId, to: &HostId) -> BitsPerSec {
     let Ok(ways) = topology.ways(from, to, 1) else { return BitsPerSec::ZERO };
     let Some(way) = ways.first() else { return BitsPerSec::ZERO };
     way.hops.iter().map(|hop| hop.spare).min().unwrap_or(BitsPerSec(u64::MAX))

@@ -253,12 +253,15 @@ fn unfetchable(mode: Mode, status: &VmStatus) -> Option<String> {
 
 /// Why a VM's disks cannot follow it, if they are to and cannot.
 fn cannot_follow(disk: DiskMode, status: &VmStatus) -> Option<String> {
-    let definition = status.definition.as_ref().filter(|_| disk == DiskMode::OnDemand)?;
+    let definition = status.definition.as_ref().filter(|_| disk.follows())?;
     let local = || definition.disks.iter().filter(|disk| disk.shared_storage.is_empty());
     let why = match () {
         () if local().next().is_none() => "it has no disk that only its host has",
         () if definition.forbid_post_copy => {
             "its owner forbids that it runs before all of it is there (forbid_post_copy)"
+        }
+        () if disk == DiskMode::Scatter && definition.forbid_intermediaries => {
+            "its owner forbids that it waits at other hosts (forbid_intermediaries)"
         }
         () if local().any(|disk| disk.format != "raw") => "one of its disks is not raw",
         () if local().any(|disk| disk.nvram) => "its firmware's NVRAM has to be there at once",

@@ -39,6 +39,15 @@ pub(super) fn notes(order: &EvacuationOrder, full: &FullPlan) -> Vec<String> {
         }
         notes.extend(narrow_destination(goes));
         notes.extend(super::elsewhere::note(goes));
+        notes.extend(goes.disk_store.as_ref().map(|store| {
+            let (vm, source, destination) = (&goes.step.vm, &goes.source, &goes.step.destination);
+            format!(
+                "{vm} runs at {destination} before its disks are there: all of them ({}) go to {} meanwhile, then \
+                 {source} is rid of it, and what {destination} still lacks is at {} alone: while that is down, \
+                 {vm} waits for it",
+                store.bytes, store.host, store.host
+            )
+        }));
         if order.disk == DiskMode::OnDemand {
             notes.push(format!(
                 "{} runs at {} before its disks are there: until they are it needs {}, which keeps it that long; the \

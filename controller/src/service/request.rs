@@ -36,7 +36,7 @@ impl Service {
             fixed: request.fixed.unwrap_or(!self.site.config.policy.adaptive),
             mode: match mode(&request.mode)? {
                 // The one that goes with it.
-                Mode::Auto if disk == DiskMode::OnDemand => Mode::PreCopy,
+                Mode::Auto if disk.follows() => Mode::PreCopy,
                 mode => mode,
             },
             disk,
@@ -142,7 +142,8 @@ fn mode(text: &str) -> Result<Mode, CommandError> {
     Ok(if text.is_empty() { Mode::Auto } else { text.parse()? })
 }
 
-/// Disks on demand leave the VM without some of its blocks until its source has sent them.
+/// Disks that follow leave the VM without some of its blocks until its source, or an intermediary, has
+/// sent them.
 fn disk(request: &wire::EvacuateRequest, reason: Reason) -> Result<DiskMode, CommandError> {
     let disk: DiskMode = match request.disk.as_str() {
         "" => DiskMode::Copy,
@@ -150,9 +151,9 @@ fn disk(request: &wire::EvacuateRequest, reason: Reason) -> Result<DiskMode, Com
     };
     let why = match mode(&request.mode)? {
         _ if disk == DiskMode::Copy => return Ok(disk),
-        _ if reason == Reason::Failing => {
+        _ if reason == Reason::Failing && disk == DiskMode::OnDemand => {
             "with --reason failing nothing may depend on the source after its eviction, and the rest of the disks \
-             would; use --disk copy"
+             would; use --disk copy, or --disk scatter"
         }
         _ if request.deadline_ms > 0 => {
             "a date is kept for the whole of a VM, and its disks are whole later than it; leave out --by, or use \

@@ -11,8 +11,10 @@ use lifeboat_protocol::units::{Bytes, Pages};
 
 use crate::clock::UnixMs;
 use crate::config::HostConfig;
-use crate::evacuation::{Evacuation, EvacuationOrder, Fleet, Leg, StoresOwed, VmPhase, VmRecord};
-use crate::evacuation::{time_to_go, vm_time_to_go};
+use crate::evacuation::{
+    ChosenDiskStore, Evacuation, EvacuationOrder, Fleet, Leg, StoresOwed, VmPhase, VmRecord,
+    time_to_go, vm_time_to_go,
+};
 use crate::inventory::{HostEntry, Inventory, name_of};
 use crate::network::{Hop, PortRate, PortRef, SwitchStatus};
 use crate::planner::{FullPlan, Goes, millis};
@@ -223,7 +225,9 @@ fn migration(record: &VmRecord, now: UnixMs) -> wire::MigrationStatus {
         pages_total: progress.pages_total,
         pages_arrived: progress.pages_arrived,
         pages_stored: progress.pages_stored,
-        stores: leg_now.map_or_else(Vec::new, Leg::store_hosts),
+        stores: leg_now.map_or_else(Vec::new, |leg| {
+            leg.store_hosts().iter().map(ToString::to_string).collect()
+        }),
         redundancy: leg_now.map_or_else(String::new, Leg::redundancy_word),
         eviction_ms: progress.eviction_ms,
     }
@@ -317,6 +321,7 @@ fn planned_vm(wave: u32, goes: &Goes) -> wire::PlannedVm {
             .stores
             .iter()
             .flat_map(|chosen| chosen.stores.iter().map(planned_store))
+            .chain(goes.disk_store.iter().map(planned_disk_store))
             .collect(),
         redundancy: goes.stores.as_ref().map_or_else(String::new, |s| s.redundancy.to_string()),
     }
@@ -331,6 +336,16 @@ fn planned_store(store: &ChosenStore) -> wire::PlannedStore {
         host: store.host.to_string(),
         memory_bytes: store.memory.0,
         rate_bits_per_sec: store.rate.0,
+        ..wire::PlannedStore::default()
+    }
+}
+
+fn planned_disk_store(store: &ChosenDiskStore) -> wire::PlannedStore {
+    wire::PlannedStore {
+        host: store.host.to_string(),
+        disk_bytes: store.bytes.0,
+        rate_bits_per_sec: store.rate.0,
+        ..wire::PlannedStore::default()
     }
 }
 

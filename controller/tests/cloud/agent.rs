@@ -302,6 +302,13 @@ impl Agent for FakeAgent {
         Ok(Response::new(PrepareStoreReply { store: Some(store) }))
     }
 
+    async fn prepare_disk_store(
+        &self,
+        _: Request<PrepareDiskStoreRequest>,
+    ) -> Reply<PrepareDiskStoreReply> {
+        Err(Status::unimplemented("the fake cloud's VMs have no disks"))
+    }
+
     async fn release_store(
         &self,
         request: Request<ReleaseStoreRequest>,
@@ -310,6 +317,6 @@ impl Agent for FakeAgent {
         self.heed(request.command.as_ref())?;
         let store = (self.host.clone(), request.migration);
         let held_pages = self.cloud.truth().stores.remove(&store).is_some();
-        Ok(Response::new(ReleaseStoreReply { held_pages }))
+        Ok(Response::new(ReleaseStoreReply { held_pages, held_disks: false }))
     }
 }

@@ -177,7 +177,7 @@ impl DestinationTask {
                 let refused = Frame::Refused("not everything is loaded yet".into());
                 let _ = answer.send(refused);
             }
-            Input::Link(..) => {}
+            Input::Link(..) | Input::Stored => {}
         }
     }
 
@@ -303,6 +303,7 @@ impl DestinationTask {
                 let _ = answer.send(false);
             }
             Some(Input::Link(..)) => {}
+            Some(Input::Stored) => self.source_may_go().await,
             None => tokio::time::sleep(SHOW_EVERY).await,
         }
     }

@@ -257,6 +257,7 @@ impl DestinationTask {
                 self.lanes.push((purpose, reader, writer));
                 Ok(())
             }
+            Some(Input::Stored) => Ok(()),
             Some(Input::Limit(limit)) => {
                 self.gather_limit = limit;
                 Ok(())

@@ -4,6 +4,7 @@
 //! ```text
 //!   remember_rest   before LOADED: the source stays until that says that all is here
 //!   rest_on         RUNNING said: blocks come; a process that was killed is started again
+//!   source_may_go   (--disk scatter) an intermediary has all of them: RELEASED, blocks come from there
 //!   settle_rest     nothing is missing, durably: images named, RELEASED, QEMU swapped, process ended
 //! ```
 //!
@@ -56,8 +57,9 @@ impl DestinationTask {
     /// What an agent before this one began.
     pub(super) fn follow_again(&mut self) {
         let rest = self.context.store.rest(&self.vm).ok().flatten();
-        if let (Some(_), Some(disks)) = (rest, &mut self.disks) {
+        if let (Some(rest), Some(disks)) = (rest, &mut self.disks) {
             disks.follow_again(&self.context.movers);
+            (self.disk_store, self.stored) = (rest.store, rest.stored);
         }
     }
 
@@ -70,8 +72,27 @@ impl DestinationTask {
         self.note_rest(source.clone(), false).await
     }
 
+    /// Where the disks go by way of an intermediary: it has all, and brings the rest from now on.
+    pub(super) async fn source_may_go(&mut self) {
+        if self.stored || self.disk_store.is_none() || !self.disks_follow() {
+            return;
+        }
+        (self.store_has_all, self.stored) = (true, true);
+        let (source, _) = self.machine.source();
+        if let Err(failure) = self.note_rest(source.clone(), false).await {
+            // It is tried again.
+            tracing::error!(reason = %failure.line(), "the source has to wait");
+            self.stored = false;
+            return;
+        }
+        tracing::info!(vm = %self.vm, "what is missing of its disks comes from elsewhere: the source may go");
+        self.say_released().await;
+    }
+
     async fn note_rest(&self, source: HostId, whole: bool) -> Result<(), Failure> {
-        let rest = Rest { migration: self.machine.migration().clone(), source, whole };
+        let migration = self.machine.migration().clone();
+        let (store, stored) = (self.disk_store.clone(), self.stored);
+        let rest = Rest { migration, source, whole, store, stored };
         let (store, vm) = (self.context.store.clone(), self.vm.clone());
         Ok(crate::tasks::blocking(move || store.write_rest(&vm, &rest)).await?)
     }
@@ -143,6 +164,9 @@ impl DestinationTask {
     }
 
     async fn tend(&mut self) {
+        if self.store_has_all {
+            self.source_may_go().await;
+        }
         if let Some(writer) = &mut self.writer
             && writer.send(&Frame::Ack(0)).await.is_err()
         {

@@ -104,7 +104,7 @@ impl DestinationTask {
                 let _ = answer.send(false);
                 None
             }
-            Some(Input::Link(..)) => None,
+            Some(Input::Link(..) | Input::Stored) => None,
             Some(Input::Lane(purpose, reader, writer)) => {
                 self.take_lane(purpose, reader, writer).await;
                 None
@@ -374,6 +374,7 @@ impl DestinationTask {
                 self.take_lane(purpose, reader, writer).await;
             }
             Some(Input::Limit(limit)) => self.limit_gathering(limit).await,
+            Some(Input::Stored) => self.source_may_go().await,
             Some(Input::Link(..)) => {}
             None => tokio::time::sleep(WATCH_EVERY).await,
         }

@@ -100,7 +100,7 @@ impl Store {
         let pages = || {
             Ok::<_, StoreError>(self.gathering(vm)?.is_some_and(|gathering| !gathering.released))
         };
-        let blocks = || Ok::<_, StoreError>(self.rest(vm)?.is_some());
+        let blocks = || Ok::<_, StoreError>(self.rest(vm)?.is_some_and(|rest| !rest.stored));
         match pages().and_then(|pages| Ok(pages || blocks()?)) {
             Ok(wants) => wants,
             Err(error) => {

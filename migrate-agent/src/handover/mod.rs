@@ -47,6 +47,7 @@ pub mod record;
 pub mod rest;
 pub mod source;
 pub mod store;
+pub mod storing;
 
 #[cfg(test)]
 mod simulation;

@@ -26,6 +26,20 @@ pub struct Rest {
     /// Nothing of them is missing any more.
     #[serde(default)]
     pub whole: bool,
+    /// The intermediary to which the source sends all of them meanwhile.
+    #[serde(default)]
+    pub store: Option<HostId>,
+    /// It has all: the rest comes from there, and the source may go.
+    #[serde(default)]
+    pub stored: bool,
+}
+
+impl Rest {
+    /// Who has what is missing.
+    #[must_use]
+    pub fn keeper(&self) -> &HostId {
+        self.store.as_ref().filter(|_| self.stored).unwrap_or(&self.source)
+    }
 }
 
 impl Store {
@@ -93,9 +107,17 @@ mod tests {
         let owner = Record::Owner { generation: Generation(2), via, from, resumed: true };
         store.write(&vm, &owner).unwrap();
         assert!(!store.wants_source(&vm));
-        let rest = Rest { migration: migration.clone(), source, whole: false };
+        let (at, intermediary) = (source.clone(), HostId::new("h3").unwrap());
+        let (whole, stored, via) = (false, false, Some(intermediary.clone()));
+        let rest = Rest { migration: migration.clone(), source, whole, store: via, stored };
         store.write_rest(&vm, &rest).unwrap();
         assert_eq!(store.rest(&vm).unwrap(), Some(rest.clone()));
+        assert_eq!(rest.keeper(), &at);
+        let elsewhere = Rest { stored: true, ..rest.clone() };
+        store.write_rest(&vm, &elsewhere).unwrap();
+        assert!(!store.wants_source(&vm) && store.rest(&vm).unwrap().is_some());
+        assert_eq!(elsewhere.keeper(), &intermediary);
+        store.write_rest(&vm, &rest).unwrap();
         assert_eq!(store.read_all().unwrap().len(), 1, "it is no record of ownership");
         assert!(store.wants_source(&vm) && !store.has_rested(&vm, &migration).unwrap());
         store.write_rest(&vm, &Rest { whole: true, ..rest }).unwrap();

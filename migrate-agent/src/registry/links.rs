@@ -148,25 +148,28 @@ impl Registry {
     }
 
     fn expected_disks(&self, hello: &Hello) -> Option<TakenBy> {
-        if let Some(seed) = self.expected_seed(hello) {
-            return Some(TakenBy::Agent(seed));
+        let kept = self.expected_seed(hello).or_else(|| self.expected_disk_store(hello));
+        if let Some(received) = kept {
+            return Some(TakenBy::Agent(received));
         }
         let entries = self.entries();
         let entry = entries.by_id.get(&hello.migration)?;
         let is_from = entry.progress.borrow().source_host == hello.host.as_str();
         // As with pages that follow: after a restart it has no token to show, or this side to compare.
         let rests = entry.is_open() && entry.phase() == Phase::DiskRest;
-        match &entry.task {
-            Task::Destination { token, generation, disks, .. }
-                if is_from
-                    && entry.vm == hello.vm
-                    && *generation == hello.generation
-                    && (rests || same(token, &hello.token)) =>
-            {
-                disks.clone()
-            }
-            _ => None,
+        let Task::Destination { token, generation, disks, disk_store, inputs, .. } = &entry.task
+        else {
+            return None;
+        };
+        if entry.vm != hello.vm || *generation != hello.generation {
+            return None;
         }
+        if rests && disk_store.as_ref() == Some(&hello.host) {
+            // It comes only once it has all. Where the task is too busy to hear of it, it comes again.
+            inputs.try_send(destination::Input::Stored).ok()?;
+            return disks.clone();
+        }
+        disks.clone().filter(|_| is_from && (rests || same(token, &hello.token)))
     }
 
     fn expected(&self, hello: &Hello) -> Option<tokio::sync::mpsc::Sender<destination::Input>> {

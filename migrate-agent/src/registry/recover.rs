@@ -45,6 +45,7 @@ impl Registry {
             }
         }
         self.recover_disks(&records);
+        self.recover_disk_stores(&records);
         for (vm, record) in records {
             self.take_up(vm, &record);
         }
@@ -179,6 +180,7 @@ impl Registry {
         let first = self.first(&vm, Side::Source, &destination, machine.next_generation());
         let first = MigrationProgress { migration: migration.to_string(), ..first };
         let follow = self.context.movers.setting(&vm).is_some_and(|setting| setting.follow);
+        let storing = self.context.store.storing(&vm).ok().flatten();
         let order = Order {
             migration: migration.clone(),
             vm: vm.clone(),
@@ -199,6 +201,7 @@ impl Registry {
             absorb_budget: lifeboat_protocol::units::Bytes(0),
             generation: Generation(machine.next_generation().0.saturating_sub(1)),
             disks_follow: follow,
+            disk_store: storing.filter(|storing| storing.migration == migration),
             handover_size: lifeboat_protocol::units::Bytes(0),
             disk_watch: std::time::Duration::ZERO,
         };
@@ -250,6 +253,7 @@ impl Registry {
             generation,
             linked: true,
             disks: self.arriving_disks(&vm),
+            disk_store: self.context.store.rest(&vm).ok().flatten().and_then(|rest| rest.store),
         };
         self.enlist(migration, Entry { vm, progress: watching, task: task_entry });
         crate::tasks::spawn("migration, destination", async move {

@@ -158,6 +158,8 @@ impl Registry {
             page_address: request.page_address.clone(),
             token,
             limit: Some(limit).filter(|limit| *limit > BytesPerSec::ZERO),
+            generation: Generation(0),
+            compares: true,
         };
         let (end, ended) = watch::channel(false);
         let mut seeds = self.seeds();

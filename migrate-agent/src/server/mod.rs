@@ -30,11 +30,12 @@ use lifeboat_protocol::agent::{
     CompletionReply, DescribeHostRequest, ForgetSeedReply, ForgetSeedRequest, HashBasesReply,
     HashBasesRequest, HostDescription, ListMigrationsRequest, ListMigrationsResponse,
     ListVmsRequest, ListVmsResponse, MeasureVmRequest, MigrationProgress, MigrationReply,
-    PrepareDestinationReply, PrepareDestinationRequest, PrepareStoreReply, PrepareStoreRequest,
-    ProbeShapingReply, ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest,
-    QueryMigrationRequest, ReceiveSeedReply, ReceiveSeedRequest, ReleaseStoreReply,
-    ReleaseStoreRequest, SeedProgress, SendSeedRequest, SetLimitRequest, StartMigrationRequest,
-    StartVmRequest, StopVmRequest, VmMeasurement, VmReply,
+    PrepareDestinationReply, PrepareDestinationRequest, PrepareDiskStoreReply,
+    PrepareDiskStoreRequest, PrepareStoreReply, PrepareStoreRequest, ProbeShapingReply,
+    ProbeShapingRequest, ProbeStorageReply, ProbeStorageRequest, QueryMigrationRequest,
+    ReceiveSeedReply, ReceiveSeedRequest, ReleaseStoreReply, ReleaseStoreRequest, SeedProgress,
+    SendSeedRequest, SetLimitRequest, StartMigrationRequest, StartVmRequest, StopVmRequest,
+    VmMeasurement, VmReply,
 };
 use lifeboat_protocol::ids::{HostId, OperationId, Term, VmId};
 use prost::Message;
@@ -162,6 +163,7 @@ commanded!(
     ClaimVmRequest,
     ClassifierRequest,
     PrepareStoreRequest,
+    PrepareDiskStoreRequest,
     ReleaseStoreRequest,
     ForgetSeedRequest,
 );
@@ -400,6 +402,16 @@ impl Agent for Service {
     ) -> Result<Response<PrepareStoreReply>, Status> {
         self.command(request.into_inner(), |this, request| async move {
             this.store_prepared(request).await
+        })
+        .await
+    }
+
+    async fn prepare_disk_store(
+        &self,
+        request: Request<PrepareDiskStoreRequest>,
+    ) -> Result<Response<PrepareDiskStoreReply>, Status> {
+        self.command(request.into_inner(), |this, request| async move {
+            this.disk_store_prepared(request).await
         })
         .await
     }

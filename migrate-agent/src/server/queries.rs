@@ -61,6 +61,7 @@ impl Service {
             post_copy_obstacle: userfault::obstacle(settings.user, &version).unwrap_or_default(),
             disk_rooms: rooms.registry.disk_rooms(),
             seeds: rooms.registry.kept_seeds(),
+            disk_stores: rooms.registry.kept_disks(),
         }
     }
 

@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 
 use super::storage::StorageError;
 use super::terms::TermError;
+use crate::disk::store::DiskStoreError;
 use crate::intermediary::IntermediaryError;
 use crate::measure::MeasureError;
 use crate::registry::RegistryError;
@@ -62,8 +63,13 @@ pub(super) fn of_registry(error: &RegistryError) -> Status {
         | RegistryError::Record { .. }
         | RegistryError::TooLate(_)
         | RegistryError::NotClaimable { .. }
-        | RegistryError::Failed(_) => Code::FailedPrecondition,
-        RegistryError::Store(_) => Code::Internal,
+        | RegistryError::Failed(_)
+        | RegistryError::DiskStore(DiskStoreError::Other { .. } | DiskStoreError::NoRoom { .. }) => {
+            Code::FailedPrecondition
+        }
+        RegistryError::Store(_) | RegistryError::DiskStore(DiskStoreError::File { .. }) => {
+            Code::Internal
+        }
     };
     status(code, error)
 }

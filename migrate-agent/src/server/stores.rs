@@ -1,7 +1,8 @@
 //! The calls of the role intermediary, and what its stores are to the host's description.
 
 use lifeboat_protocol::agent::{
-    PrepareStoreReply, PrepareStoreRequest, ReleaseStoreReply, ReleaseStoreRequest, StoreStatus,
+    PrepareDiskStoreReply, PrepareDiskStoreRequest, PrepareStoreReply, PrepareStoreRequest,
+    ReleaseStoreReply, ReleaseStoreRequest, StoreStatus,
 };
 use tonic::Status;
 
@@ -28,17 +29,29 @@ impl Service {
         Ok(PrepareStoreReply { store: Some(store) })
     }
 
-    /// Also where the role was taken away meanwhile: then there is nothing to release.
+    pub(super) async fn disk_store_prepared(
+        &self,
+        request: PrepareDiskStoreRequest,
+    ) -> Result<PrepareDiskStoreReply, Status> {
+        self.must_be(AgentRole::Intermediary)?;
+        let store = self.rooms.registry.prepare_disk_store(&request).await;
+        let store = store.map_err(|error| status::of_registry(&error))?;
+        Ok(PrepareDiskStoreReply { store: Some(store) })
+    }
+
+    /// Also where the role was taken away meanwhile: then there are no pages to release.
     pub(super) async fn store_released(
         &self,
         request: ReleaseStoreRequest,
     ) -> Result<ReleaseStoreReply, Status> {
+        let held_disks = self.rooms.registry.release_disk_store(&request.migration).await;
+        let held_disks = held_disks.map_err(|error| status::of_registry(&error))?;
         let Some(stores) = &self.rooms.intermediary else {
-            return Ok(ReleaseStoreReply { held_pages: false });
+            return Ok(ReleaseStoreReply { held_pages: false, held_disks });
         };
         let held_pages = stores.release(&request.migration).await;
         let held_pages = held_pages.map_err(|error| status::of_intermediary(&error))?;
-        Ok(ReleaseStoreReply { held_pages })
+        Ok(ReleaseStoreReply { held_pages, held_disks })
     }
 
     pub(super) fn stores(&self) -> Stores {

@@ -136,7 +136,7 @@ pub(super) struct Figures {
 }
 
 impl SourceTask {
-    fn local_disks(&self) -> Vec<LocalDisk> {
+    pub(super) fn local_disks(&self) -> Vec<LocalDisk> {
         let definition = self.context.guests.definition(&self.order.vm);
         let Some(mut definition) = definition else { return vec![] };
         for (disk, number) in definition.disks.iter_mut().zip(0..) {
@@ -162,6 +162,7 @@ impl SourceTask {
             false => movers.start(vm, &disks).await,
         };
         self.disks = Some(Leaving::new(mover.map_err(DiskFailure::from)?, self.order.disk_limit));
+        self.remember_store().await?;
         self.swap_onto_mount(qmp).await?;
         self.watch_what_is_hot().await
     }

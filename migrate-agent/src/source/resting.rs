@@ -6,6 +6,7 @@
 //!   (disk.rs, copying.rs   hot segments, memory, seal, LOADED, COMMIT: as with any disk)
 //!   until_disks_released   the mover serves and sends; one that was killed is started again
 //!   rest_on                the same, found again by asking: after a lost link, or a restart
+//!   (storing.rs            --disk scatter: all of it goes to an intermediary meanwhile)
 //! ```
 //!
 //! As with pages that are here, the hand-over's machine stays at "ceded" meanwhile: QEMU, whose
@@ -96,12 +97,14 @@ impl SourceTask {
         match self.serve_rest().await {
             Ok(report) => {
                 let rate = self.disks.as_mut().map_or(0, |leaving| leaving.rate(&report));
+                let to_store = self.go_on_to_store();
                 self.progress.update(|progress| {
-                    progress.disk_bytes_left = report.left;
-                    progress.disk_bytes_per_sec = rate / 8;
-                    progress.disk_bytes_sent = report.sent;
-                    progress.rate_bits_per_sec = rate;
-                    progress.reason.clear();
+                    // What keeps this host: either way rids it of the VM.
+                    progress.disk_bytes_left = report.left.min(to_store.left);
+                    progress.disk_bytes_per_sec = (rate / 8).max(to_store.rate / 8);
+                    progress.disk_bytes_sent = report.sent.saturating_add(to_store.sent);
+                    progress.rate_bits_per_sec = rate.saturating_add(to_store.rate);
+                    progress.reason.clone_from(&to_store.failed);
                 });
             }
             Err(error) => {

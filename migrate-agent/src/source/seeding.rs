@@ -45,6 +45,10 @@ pub struct Order {
     pub token: [u8; TOKEN_BYTES],
     /// What may be sent; `None`: whatever the link takes.
     pub limit: Option<BytesPerSec>,
+    /// Of a migration's disks the one that its destination will own; 0 of a copy ahead.
+    pub generation: Generation,
+    /// Something of them may be there: hashes are compared first.
+    pub compares: bool,
 }
 
 /// How far it is; all but the rate in bytes.
@@ -100,6 +104,26 @@ pub(crate) async fn send(
     sent.and(ended)
 }
 
+/// The same of the disks of a VM that runs elsewhere: nothing changes them here any more, so what has
+/// arrived is whole.
+///
+/// # Errors
+/// When they cannot be sent. What has arrived can be gone on with by an order that compares.
+pub(super) async fn send_whole(
+    context: &Context,
+    order: &Order,
+    disks: &[LocalDisk],
+    told: &mpsc::Sender<Told>,
+) -> Result<(), DiskFailure> {
+    let movers = context.movers.of_stores();
+    // Another one may have been broken off.
+    movers.give_up(&order.vm).await?;
+    let mut mover = movers.start(&order.vm, disks).await?;
+    let sent = until_sent(context, order, disks, &mut mover, told).await;
+    let ended = movers.give_up(&order.vm).await;
+    sent.and(ended.map_err(DiskFailure::from))
+}
+
 async fn until_sent(
     context: &Context,
     order: &Order,
@@ -113,9 +137,9 @@ async fn until_sent(
         own_host: context.host.clone(),
         migration: order.seed.clone(),
         vm: order.vm.clone(),
-        generation: Generation(0),
+        generation: order.generation,
         token: order.token.to_vec(),
-        compares: true,
+        compares: order.compares,
         handover_size: 0,
         rests: false,
     };

@@ -90,7 +90,8 @@ impl Ownership for Store {
     fn may_start(&self, vm: &VmId) -> Result<Generation, OwnershipRefusal> {
         let vm = vm.clone();
         if let Some(rest) = self.rest(&vm)? {
-            return Err(OwnershipRefusal::Incomplete { vm, peer: rest.source });
+            let peer = rest.keeper().clone();
+            return Err(OwnershipRefusal::Incomplete { vm, peer });
         }
         match self.read(&vm)? {
             None => {
@@ -128,7 +129,8 @@ mod tests {
         let (vm, source) = (VmId::new("web").unwrap(), HostId::new("h1").unwrap());
         let store = Store::open(directory.path()).unwrap();
         let migration = MigrationId::new("m1").unwrap();
-        let rest = Rest { migration, source, whole: false };
+        let (whole, store_host, stored) = (false, None, false);
+        let rest = Rest { migration, source, whole, store: store_host, stored };
         store.write_rest(&vm, &rest).unwrap();
         let said = store.may_start(&vm).unwrap_err().to_string();
         assert!(said.contains("its disks are not all here") && said.contains("h1"), "{said}");

@@ -20,13 +20,32 @@ const SIGHT_LIMIT: Duration = Duration::from_secs(60);
 /// migration take long enough to be hit.
 pub(super) const CAPACITY: u64 = 400_000_000;
 
+/// What the hosts' links carry, in bit/s.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Links {
+    /// All but one.
+    pub(super) all: u64,
+    /// The second host's, the usual destination.
+    pub(super) second: u64,
+}
+
+impl Links {
+    pub(super) const fn alike(all: u64) -> Self {
+        Self { all, second: all }
+    }
+
+    const fn of(self, host: Host) -> u64 {
+        if host == 1 { self.second } else { self.all }
+    }
+}
+
 /// The controller, which may be dead, and its commands.
 pub struct Control {
     folder: PathBuf,
     program: PathBuf,
     hosts: usize,
-    /// What each link carries, in bit/s.
-    link: u64,
+    /// What each host's link carries.
+    links: Links,
     child: Option<Child>,
 }
 
@@ -41,10 +60,10 @@ impl Control {
         world: &Path,
         programs: &Path,
         hosts: usize,
-        link: u64,
+        links: Links,
     ) -> Result<Self, RigError> {
         let (folder, program) = (world.to_owned(), programs.join("lifeboat"));
-        let mut control = Self { folder, program, hosts, link, child: None };
+        let mut control = Self { folder, program, hosts, links, child: None };
         fs::write(control.folder.join("lab.toml"), control.configuration())
             .map_err(RigError::io("cannot write the controller's configuration"))?;
         control.restart()?;
@@ -52,13 +71,14 @@ impl Control {
     }
 
     fn configuration(&self) -> String {
-        let (dir, capacity) = (self.folder.display(), self.link / 1_000_000);
+        let dir = self.folder.display();
         let mut text = format!(
             "[controller]\nlisten = [\"unix:{dir}/controller.sock\"]\nstate_dir = \"{dir}/controller\"\n\
              metrics_listen = \"off\"\n[policy]\nmeasure_window_ms = 200\n\
              [[switch]]\nname = \"s1\"\ndatapath_id = \"1\"\novsdb = \"unix:{dir}/no-switch.sock\"\n"
         );
-        for name in (0..self.hosts).map(host_name) {
+        for host in 0..self.hosts {
+            let (name, capacity) = (host_name(host), self.links.of(host) / 1_000_000);
             text.push_str(&format!(
                 "[[host]]\nname = \"{name}\"\nagent = \"unix:{dir}/{name}/agent.sock\"\n\
                  ovsdb = \"unix:{dir}/no-switch.sock\"\nbridge = \"br0\"\nuplink = \"{name}-eth0\"\n\

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent::Agent;
-use control::Control;
+use control::{Control, Links};
 use relay::Relay;
 use witness::Witness;
 
@@ -121,7 +121,7 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, HOSTS, control::CAPACITY)
+        Self::raise(number, images, disk, (HOSTS, false), Links::alike(control::CAPACITY))
     }
 
     /// The same, and its links carry so much, in bit/s: what the plan counts with, and what the agents
@@ -130,7 +130,21 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_on(number: usize, images: &Path, disk: Disk, link: u64) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, HOSTS, link)
+        Self::raise(number, images, disk, (HOSTS, false), Links::alike(link))
+    }
+
+    /// The same, whose hosts may keep what belongs to VMs that are between two others; and the second
+    /// host's link carries `second`.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_by_way_of_others(
+        number: usize,
+        images: &Path,
+        disk: Disk,
+        (all, second): (u64, u64),
+    ) -> Result<Self, RigError> {
+        Self::raise(number, images, disk, (HOSTS, true), Links { all, second })
     }
 
     /// The same with five hosts, all of which may keep pages of VMs that are between two others.
@@ -138,15 +152,16 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with_stores(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, HOSTS_WITH_STORES, control::CAPACITY)
+        let links = Links::alike(control::CAPACITY);
+        Self::raise(number, images, disk, (HOSTS_WITH_STORES, true), links)
     }
 
     fn raise(
         number: usize,
         images: &Path,
         disk: Disk,
-        hosts: usize,
-        link: u64,
+        (hosts, keep): (usize, bool),
+        links: Links,
     ) -> Result<Self, RigError> {
         let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
         // QEMU's user must be able to pass through.
@@ -158,7 +173,7 @@ impl World {
         for host in 0..hosts {
             let namespace = Namespace::make(&format!("w{number}{}", host_name(host)))?;
             let agent = Agent::prepare(host, namespace, folder.path(), images, &programs)?;
-            if hosts > HOSTS {
+            if keep {
                 agent.keep_stores()?;
             }
             agents.push(agent);
@@ -180,7 +195,7 @@ impl World {
         for agent in &mut agents {
             agent.start(None)?;
         }
-        let control = Control::start(folder.path(), &programs, hosts, link)?;
+        let control = Control::start(folder.path(), &programs, hosts, links)?;
         let world = Self { folder, agents, control, witness, relays };
         world.await_guest(0)?;
         Ok(world)

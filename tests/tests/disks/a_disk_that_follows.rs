@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// A segment and three quarters of one, which the guest writes and reads evenly: so the first is used above
 /// the average and goes before its VM, and the second follows.
-const DISK: Disk =
+pub(super) const DISK: Disk =
     Disk::Busy(Busy { image: 112 << 20, block: BLOCK, rate: 2 << 20, check_percent: 300 });
 const BLOCK: u64 = 64 << 10;
 /// What a link carries, in bit/s: the rest takes some seconds.
@@ -24,7 +24,7 @@ const LINK: u64 = 80_000_000;
 /// And where something happens meanwhile.
 const SLOW: u64 = 40_000_000;
 /// Of the disk's blocks the guest writes each once before it begins to check them.
-const BLOCKS: u64 = (112 << 20) / BLOCK;
+pub(super) const BLOCKS: u64 = (112 << 20) / BLOCK;
 const MOVE: &str = "migrate vm --to h2 --urgency 0 --disk on-demand --disk-watch 2s --yes";
 
 /// Runs `play` in namespaces of its own, in a world whose VM has such a disk.
@@ -34,7 +34,7 @@ fn in_a_world(name: &str, (number, link): (usize, u64), disk: Disk, play: impl F
 }
 
 /// It runs there, all of its disk fits its memory, and it goes on writing.
-fn assert_at(world: &World, host: Host) {
+pub(super) fn assert_at(world: &World, host: Host) {
     guest::assert_at(world, host, BLOCKS);
 }
 
@@ -57,7 +57,7 @@ fn move_and_await_rest(world: &World) -> String {
 }
 
 /// The evacuation has come to its end, and the VM has moved.
-fn await_moved(world: &World, id: &str) {
+pub(super) fn await_moved(world: &World, id: &str) {
     let over = || world.control.status(id).ok().filter(|status| status["state"] != "running");
     let status = clock::wait_for(PATIENCE, over);
     let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(id)));
@@ -65,14 +65,14 @@ fn await_moved(world: &World, id: &str) {
 }
 
 /// The files that the VM's QEMU at a host has open.
-fn open_files(world: &World, host: Host) -> Vec<PathBuf> {
+pub(super) fn open_files(world: &World, host: Host) -> Vec<PathBuf> {
     let pid = world.agents[host].vm().unwrap().unwrap().qemu_pid;
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect()
 }
 
 /// What the processes of arriving disks have left at the destination.
-fn arrival_leftovers(world: &World) -> Vec<PathBuf> {
+pub(super) fn arrival_leftovers(world: &World) -> Vec<PathBuf> {
     let folder = world.agents[1].folder();
     let below = |path: &str| std::fs::read_dir(folder.join(path)).into_iter().flatten().flatten();
     let all = below("qemu/.arriving/.disks").chain(below("state/left-disks/arriving"));
@@ -80,7 +80,7 @@ fn arrival_leftovers(world: &World) -> Vec<PathBuf> {
 }
 
 /// All of it is there: on the image itself, with nothing left of the way there.
-fn assert_whole(world: &World) {
+pub(super) fn assert_whole(world: &World) {
     let settled = || arrival_leftovers(world).is_empty().then_some(());
     assert!(clock::wait_for(PATIENCE, settled).is_some(), "{:?}", arrival_leftovers(world));
     let (disk, open) = (world.agents[1].disk(), open_files(world, 1));
@@ -97,7 +97,7 @@ fn assert_whole(world: &World) {
 }
 
 /// The process that does this with the VM's disks at a host.
-fn process(world: &World, host: Host, does: &str) -> Pid {
+pub(super) fn process(world: &World, host: Host, does: &str) -> Pid {
     let folder = world.agents[host].folder().display().to_string();
     let is_it = |pid: i32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -170,7 +170,7 @@ fn whoever_is_killed_while_the_rest_comes_is_replaced_and_nothing_is_lost() {
 }
 
 /// Nothing is left of an attempt that was given up, and the guest runs where it was.
-fn assert_given_up(world: &World) {
+pub(super) fn assert_given_up(world: &World) {
     let cleared = || {
         let destination = !world.agents[1].has_qemu() && files(world, 1).is_empty();
         let left =
@@ -318,6 +318,8 @@ fn disks_that_cannot_follow_their_vm_are_refused_by_the_plan() {
         refused("plan h1 --disk on-demand --mode post-copy", "pre-copy only");
         refused("plan h1 --disk on-demand --mode scatter-gather", "pre-copy only");
         refused("plan h1 --disk later", "on-demand");
+        refused("plan h1 --disk scatter --by 5m", "leave out --by");
+        refused("plan h1 --disk scatter --mode post-copy", "pre-copy only");
         let plan = world.control.ask("plan h1 --to h2 --urgency 0 --disk on-demand").unwrap();
         assert!(plan.to_string().contains("one of its disks is not raw"), "{plan}");
     });

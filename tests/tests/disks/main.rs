@@ -1,11 +1,12 @@
 //! A VM moves with its local disk: a guest writes patterns to it all the while, checks them, and its
 //! count of writes moves with its memory. Vetoed, it runs on where it was. Processes are killed, links
-//! fall silent. Or its disk follows it ([`a_disk_that_follows`]).
+//! fall silent. Or its disk follows it ([`a_disk_that_follows`], [`a_disk_by_way_of_another`]).
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
 //! guest.
 
 // Tests begin in the order of their names; the longest one is here, and should not begin last.
+mod a_disk_by_way_of_another;
 mod a_disk_that_follows;
 
 use std::io::{ErrorKind, Write};

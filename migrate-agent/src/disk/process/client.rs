@@ -100,6 +100,13 @@ impl Movers {
         Self { run_dir: self.run_dir.join(".arriving"), ..self.clone() }
     }
 
+    /// Those of disks that go on to an intermediary, or are brought on by it: beside the one that serves
+    /// them.
+    #[must_use]
+    pub fn of_stores(&self) -> Self {
+        Self { run_dir: self.run_dir.join(".storing"), ..self.clone() }
+    }
+
     /// What the one of `vm` was started with; `None` where there is none.
     #[must_use]
     pub fn setting(&self, vm: &VmId) -> Option<Setting> {
