@@ -28,14 +28,6 @@ const LEFT_FREE: Bytes = Bytes::from_mib(64);
 /// Why no room can be made for a VM's disks.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskStoreError {
-    /// Another migration of it has some here.
-    #[error("disks of VM `{vm}` are kept here for migration `{migration}`; release those first")]
-    Other {
-        /// The VM.
-        vm: VmId,
-        /// The other migration.
-        migration: MigrationId,
-    },
     /// No directory has so much free.
     #[error(
         "the disks take {needed}, and of the directories in which this host takes in disks (`disk_dirs`) none has more than {free} to spare"

@@ -13,7 +13,7 @@
 //! may ask for one, and when it may go.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lifeboat_protocol::agent::{DiskStore, DiskStoreStatus, PrepareDiskStoreRequest};
@@ -49,7 +49,12 @@ pub(super) struct Kept {
     /// `None`: all of it had come before this agent began.
     received: Option<Arc<Received>>,
     keeping: JoinHandle<()>,
+    /// What is written to the record after it was taken away would bring it back.
+    written: Written,
 }
+
+/// Whether its record may still be written.
+type Written = Arc<Mutex<bool>>;
 
 impl Registry {
     fn disk_stores(&self) -> MutexGuard<'_, DiskStores> {
@@ -59,7 +64,7 @@ impl Registry {
     /// Makes room for a VM's disks; again is the same room.
     ///
     /// # Errors
-    /// When there is none, or another migration of the VM has some.
+    /// When there is none.
     pub async fn prepare_disk_store(
         &self,
         request: &PrepareDiskStoreRequest,
@@ -69,8 +74,8 @@ impl Registry {
         let definition = request.definition.as_ref().ok_or(missing)?;
         let vm = VmId::new(definition.name.as_str())?;
         self.must_be_idle(&vm)?;
-        if let Some(known) = self.known_disk_store(&migration, &vm)? {
-            return Ok(known);
+        if let Some(kept) = self.disk_stores().get(&migration) {
+            return Ok(self.told(&kept.record));
         }
         let disks = written_disks(definition, &self.context.rooms.directories).len();
         let (rooms, bytes) = (Arc::clone(&self.context.rooms), Bytes(request.bytes));
@@ -101,22 +106,6 @@ impl Registry {
         Ok(told)
     }
 
-    fn known_disk_store(
-        &self,
-        migration: &MigrationId,
-        vm: &VmId,
-    ) -> Result<Option<DiskStore>, DiskStoreError> {
-        let stores = self.disk_stores();
-        match stores.values().find(|kept| kept.record.vm == *vm) {
-            Some(kept) if kept.record.migration == *migration => Ok(Some(self.told(&kept.record))),
-            Some(kept) => {
-                let migration = kept.record.migration.clone();
-                Err(DiskStoreError::Other { vm: vm.clone(), migration })
-            }
-            None => Ok(None),
-        }
-    }
-
     fn told(&self, record: &Record) -> DiskStore {
         DiskStore {
             host: self.context.host.to_string(),
@@ -133,10 +122,12 @@ impl Registry {
             // Something of it may be here: the source compares.
             false => Received::going_on(images()),
         });
-        let keeping = keep(self.context.clone(), record.clone(), received.clone());
+        let written: Written = Arc::new(Mutex::new(true));
+        let noted = Arc::clone(&written);
+        let keeping = keep(self.context.clone(), record.clone(), received.clone(), noted);
         let keeping = tasks::spawn("disks of others", keeping);
         let migration = record.migration.clone();
-        self.disk_stores().insert(migration, Kept { record, received, keeping });
+        self.disk_stores().insert(migration, Kept { record, received, keeping, written });
     }
 
     /// What an agent before this one kept, or sent to one who keeps it.
@@ -156,7 +147,7 @@ impl Registry {
             }
         }
         for vm in movers.all() {
-            if goes_on(&vm) || records.iter().any(|record| record.vm == vm) {
+            if goes_on(&vm) || records.iter().any(|record| key(record) == vm) {
                 continue;
             }
             let movers = movers.clone();
@@ -188,21 +179,22 @@ impl Registry {
     /// When something of it stays; ask again.
     pub async fn release_disk_store(&self, migration: &str) -> Result<bool, RegistryError> {
         let migration = MigrationId::new(migration)?;
-        let record = {
+        let (record, written) = {
             let stores = self.disk_stores();
             let Some(kept) = stores.get(&migration) else { return Ok(false) };
             kept.keeping.abort();
             kept.received.iter().for_each(|received| received.close());
-            kept.record.clone()
+            (kept.record.clone(), Arc::clone(&kept.written))
         };
         let movers = self.context.movers.of_stores();
         movers
-            .give_up(&record.vm)
+            .give_up(&key(&record))
             .await
             .map_err(crate::source::disk::DiskFailure::from)
             .map_err(crate::source::Failure::from)?;
         let rooms = Arc::clone(&self.context.rooms);
         let held = tasks::blocking(move || {
+            *written.lock().unwrap_or_else(PoisonError::into_inner) = false;
             let held = record.taken() > Bytes::ZERO;
             record.remove(&rooms.notes).map(|()| held)
         });
@@ -232,14 +224,19 @@ fn unix_ms() -> u64 {
 }
 
 /// Keeps one until it is released, which ends this.
-async fn keep(context: Context, mut record: Record, received: Option<Arc<Received>>) {
+async fn keep(
+    context: Context,
+    mut record: Record,
+    received: Option<Arc<Received>>,
+    written: Written,
+) {
     if let Some(received) = received {
         while !received.is_sealed() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
         received.close();
         record.whole = true;
-        while let Err(error) = note(&context, &record).await {
+        while let Err(error) = note(&context, &record, &written).await {
             tracing::error!(%error, "the source has to wait until this is on the disk");
             tokio::time::sleep(TEND_EVERY).await;
         }
@@ -254,17 +251,28 @@ async fn keep(context: Context, mut record: Record, received: Option<Arc<Receive
     }
 }
 
-async fn note(context: &Context, record: &Record) -> Result<(), DiskStoreError> {
-    let (rooms, record) = (Arc::clone(&context.rooms), record.clone());
-    tasks::blocking(move || record.write(&rooms.notes)).await
+async fn note(context: &Context, record: &Record, written: &Written) -> Result<(), DiskStoreError> {
+    let (rooms, record, written) =
+        (Arc::clone(&context.rooms), record.clone(), Arc::clone(written));
+    tasks::blocking(move || {
+        let may = written.lock().unwrap_or_else(PoisonError::into_inner);
+        if *may { record.write(&rooms.notes) } else { Ok(()) }
+    })
+    .await
+}
+
+/// Under which name its mover runs: two migrations of one VM may be kept, if one of them was given up.
+fn key(record: &Record) -> VmId {
+    VmId::new(record.migration.as_str()).unwrap_or_else(|_| record.vm.clone())
 }
 
 /// Sees to it that a mover brings the destination what that lacks, whenever it can be reached.
 async fn bring_on(context: &Context, record: &Record) -> Result<(), MoverClientError> {
     let movers = context.movers.of_stores();
-    let mut mover = match movers.reach(&record.vm).await? {
+    let name = key(record);
+    let mut mover = match movers.reach(&name).await? {
         Some(mover) => mover,
-        None => movers.start(&record.vm, &disks(record)).await?,
+        None => movers.start(&name, &disks(record)).await?,
     };
     loop {
         if mover.report().await?.stage == Stage::Idle {

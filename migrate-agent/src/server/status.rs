@@ -64,9 +64,7 @@ pub(super) fn of_registry(error: &RegistryError) -> Status {
         | RegistryError::TooLate(_)
         | RegistryError::NotClaimable { .. }
         | RegistryError::Failed(_)
-        | RegistryError::DiskStore(DiskStoreError::Other { .. } | DiskStoreError::NoRoom { .. }) => {
-            Code::FailedPrecondition
-        }
+        | RegistryError::DiskStore(DiskStoreError::NoRoom { .. }) => Code::FailedPrecondition,
         RegistryError::Store(_) | RegistryError::DiskStore(DiskStoreError::File { .. }) => {
             Code::Internal
         }
