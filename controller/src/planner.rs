@@ -271,6 +271,7 @@ impl Planner {
         full.notes = notes::notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
         full.notes.extend(held_back);
+        full.notes.extend(self.kept_disks_notes(order));
         full.notes.extend(promised.forecast_note(&order.hosts).filter(|_| !full.goes.is_empty()));
         Ok(full)
     }

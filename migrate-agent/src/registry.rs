@@ -5,7 +5,7 @@
 //! itself: it asks the records.
 
 mod answer;
-mod disk_stores;
+pub(crate) mod disk_stores;
 mod links;
 mod recover;
 mod seeds;

@@ -36,6 +36,10 @@ use crate::vms::{VmError, Vms};
 /// How long calls that run may take to end when the agent stops.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
+/// An agent that was killed has gone within this time.
+const ENDING_LIMIT: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// How often it is looked for disks that have been kept long enough.
 const EXPIRE_EVERY: Duration = Duration::from_secs(600);
 
@@ -95,7 +99,7 @@ pub enum RunError {
 /// When a part cannot be set up, or one that must not end does.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let identity = config.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
-    let _lock = lock(&config.state_dir)?;
+    let _lock = lock(&config.state_dir).await?;
     let terms = Terms::open(config.state_dir.join("term"))?;
     let pages = TcpListener::bind(config.page_listen)
         .await
@@ -184,15 +188,24 @@ fn rooms(config: &Config) -> DiskRooms {
 }
 
 /// Keeps a second agent from this state directory, for as long as the file is open.
-fn lock(state_dir: &Path) -> Result<File, RunError> {
+///
+/// One that was killed while it was starting a process has left a copy of itself that is about to become
+/// that process, and has the file open until it is.
+async fn lock(state_dir: &Path) -> Result<File, RunError> {
     let failed = |path: &Path, source| RunError::Directory { path: path.to_owned(), source };
     std::fs::create_dir_all(state_dir).map_err(|source| failed(state_dir, source))?;
     let path = state_dir.join("lock");
     let file = File::create(&path).map_err(|source| failed(&path, source))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(RunError::Second { path }),
-        Err(errno) => Err(failed(&path, errno.into())),
+    let deadline = clock::now() + ENDING_LIMIT;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if clock::now() < deadline => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(RunError::Second { path }),
+            Err(errno) => return Err(failed(&path, errno.into())),
+        }
     }
 }
 

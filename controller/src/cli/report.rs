@@ -97,7 +97,7 @@ pub(super) fn text(report: &Report) -> String {
     for vm in report.vms.iter().filter(|vm| !vm.stores.is_empty()) {
         let (stores, kind) = (vm.stores.join(", "), &vm.redundancy);
         text.push_str(&clean(&match kind.as_str() {
-            "" => format!("{}: its disks went by way of {stores}", vm.vm),
+            "" => format!("{}: the way of its disks was by {stores}", vm.vm),
             kind => format!("{}: its pages waited at {stores}; redundancy {kind}", vm.vm),
         }));
         text.push('\n');

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::event::{Action, Change};
 use super::machine::Evacuation;
 use super::progress::gathered_share;
-use super::vm::{Leg, VmPhase};
+use super::vm::{Leg, VmPhase, VmRecord};
 use crate::clock::UnixMs;
 
 /// Stores of one migration that have to be released.
@@ -57,8 +57,13 @@ impl Evacuation {
             actions.push(Action::Gather { migration, vm, destination });
         }
         let vms = &self.vms;
+        // What is left of a lost VM's disks may be nowhere else.
+        let last_copy = |vm: &VmRecord| {
+            vm.phase == VmPhase::Lost && vm.leg.as_ref().is_some_and(|leg| leg.disk_store.is_some())
+        };
         let needed = |migration: &MigrationId| {
-            vms.iter().any(|vm| vm.has_leg(migration) && !DONE_WITH.contains(&vm.phase))
+            let mut of = vms.iter().filter(|vm| vm.has_leg(migration));
+            of.any(|vm| !DONE_WITH.contains(&vm.phase) || last_copy(vm))
         };
         for owed in self.stores_owed.iter_mut().filter(|owed| owed.asked.is_none()) {
             if !needed(&owed.migration) {
@@ -131,8 +136,15 @@ impl Evacuation {
                 progress.disk_bytes_left = 0;
             }
         }
+        let store = record.leg.as_ref().and_then(|leg| leg.disk_store.as_ref());
+        let kept = store.map(|store| {
+            format!(
+                "; its disks as of the switchover are kept at {} (`.store-` in their names), until somebody deletes them",
+                store.host
+            )
+        });
         (record.phase, record.reason) = match lost {
-            Some(reason) => (VmPhase::Lost, reason),
+            Some(reason) => (VmPhase::Lost, reason + &kept.unwrap_or_default()),
             None => (VmPhase::Moved, String::new()),
         };
         if record.phase == VmPhase::Moved {

@@ -93,6 +93,23 @@ impl Planner {
         [ways.next().unwrap_or_default(), ways.next().unwrap_or_default()]
     }
 
+    /// What a host keeps that is to be emptied: somebody else's VM may need it.
+    pub(super) fn kept_disks_notes(&self, order: &EvacuationOrder) -> Vec<String> {
+        let leaving = order.hosts.iter().filter(|_| order.empties_hosts());
+        let kept = leaving.flat_map(|host| {
+            let said = self.inventory.host(host).and_then(|entry| entry.description);
+            let stores = said.unwrap_or_default().disk_stores.into_iter();
+            stores.map(move |store| {
+                format!(
+                    "{host} keeps disks of {} for migration {}: until its destination has all of them, {host} has to \
+                     stay up",
+                    store.vm, store.migration
+                )
+            })
+        });
+        kept.collect()
+    }
+
     fn keepers(&self, order: &EvacuationOrder, goes: &Goes, topology: &Topology) -> Vec<Keeper> {
         let hosts = self.inventory.hosts();
         let named =

@@ -71,6 +71,8 @@ pub struct Record {
     pub token: Vec<u8>,
     /// The files, in the order of the VM's disks.
     pub images: Vec<PathBuf>,
+    /// What they take at the source, for which room was found.
+    pub bytes: Bytes,
     /// Milliseconds since 1970.
     pub since_unix_ms: u64,
     /// What may be sent to the destination; `None`: whatever the link takes.
@@ -96,7 +98,10 @@ pub fn place(
     disks: usize,
     bytes: Bytes,
 ) -> Result<Vec<PathBuf>, DiskStoreError> {
-    let spare = |room: &super::rooms::Room| room.free - LEFT_FREE;
+    // Files have holes until they are filled: what was promised to others is not free, wherever it will lie.
+    let promised = Record::read_all(&rooms.notes);
+    let promised: Bytes = promised.iter().map(|record| record.bytes - record.taken()).sum();
+    let spare = |room: &super::rooms::Room| room.free - LEFT_FREE - promised;
     let widest = rooms.space().into_iter().max_by_key(spare);
     let free = widest.as_ref().map_or(Bytes::ZERO, spare);
     let room = widest.filter(|_| free >= bytes);
@@ -208,6 +213,7 @@ mod tests {
             generation: Generation(2),
             token: vec![171; 32],
             images,
+            bytes: Bytes(9500),
             since_unix_ms: 7,
             onward: Some(BytesPerSec(5)),
             whole: false,
@@ -221,6 +227,10 @@ mod tests {
         let mode = fs::metadata(notes.join("stores/e1-m1.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(!format!("{record:?}").contains("171"), "the secret is printed");
+        let free = rooms.space()[1].free - LEFT_FREE;
+        let other = MigrationId::new("e1-m2").unwrap();
+        let beside = place(&rooms, (&record.vm, &other), 1, free - Bytes(4000));
+        assert!(beside.is_err(), "what was promised to the first is not free");
         fs::write(&record.images[0], vec![1; 9000]).unwrap();
         assert!(record.taken() >= Bytes(9000));
         for _ in 0..2 {

@@ -27,19 +27,11 @@ pub struct Rest {
     #[serde(default)]
     pub whole: bool,
     /// The intermediary to which the source sends all of them meanwhile.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<HostId>,
     /// It has all: the rest comes from there, and the source may go.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stored: bool,
-}
-
-impl Rest {
-    /// Who has what is missing.
-    #[must_use]
-    pub fn keeper(&self) -> &HostId {
-        self.store.as_ref().filter(|_| self.stored).unwrap_or(&self.source)
-    }
 }
 
 impl Store {
@@ -107,16 +99,13 @@ mod tests {
         let owner = Record::Owner { generation: Generation(2), via, from, resumed: true };
         store.write(&vm, &owner).unwrap();
         assert!(!store.wants_source(&vm));
-        let (at, intermediary) = (source.clone(), HostId::new("h3").unwrap());
-        let (whole, stored, via) = (false, false, Some(intermediary.clone()));
+        let (whole, stored, via) = (false, false, Some(HostId::new("h3").unwrap()));
         let rest = Rest { migration: migration.clone(), source, whole, store: via, stored };
         store.write_rest(&vm, &rest).unwrap();
         assert_eq!(store.rest(&vm).unwrap(), Some(rest.clone()));
-        assert_eq!(rest.keeper(), &at);
         let elsewhere = Rest { stored: true, ..rest.clone() };
         store.write_rest(&vm, &elsewhere).unwrap();
         assert!(!store.wants_source(&vm) && store.rest(&vm).unwrap().is_some());
-        assert_eq!(elsewhere.keeper(), &intermediary);
         store.write_rest(&vm, &rest).unwrap();
         assert_eq!(store.read_all().unwrap().len(), 1, "it is no record of ownership");
         assert!(store.wants_source(&vm) && !store.has_rested(&vm, &migration).unwrap());

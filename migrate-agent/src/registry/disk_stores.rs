@@ -40,6 +40,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A mover that brings it on is looked after this often, and one that cannot be had is tried again.
 const TEND_EVERY: Duration = Duration::from_secs(1);
 
+/// What a source is told that brings again what is here as a whole.
+pub(crate) const ALL_HERE: &str = "all of these disks is here";
+
 /// All that are kept here.
 pub(super) type DiskStores = HashMap<MigrationId, Kept>;
 
@@ -48,7 +51,7 @@ pub(super) struct Kept {
     record: Record,
     /// `None`: all of it had come before this agent began.
     received: Option<Arc<Received>>,
-    keeping: JoinHandle<()>,
+    keeping: Option<JoinHandle<()>>,
     /// What is written to the record after it was taken away would bring it back.
     written: Written,
 }
@@ -89,6 +92,7 @@ impl Registry {
             generation: Generation(request.generation).next(),
             token: token.to_vec(),
             images: Vec::new(),
+            bytes,
             since_unix_ms: unix_ms(),
             onward: Some(BitsPerSec(request.onward_bits_per_sec).bytes_per_sec())
                 .filter(|limit| limit.0 > 0),
@@ -125,7 +129,7 @@ impl Registry {
         let written: Written = Arc::new(Mutex::new(true));
         let noted = Arc::clone(&written);
         let keeping = keep(self.context.clone(), record.clone(), received.clone(), noted);
-        let keeping = tasks::spawn("disks of others", keeping);
+        let keeping = Some(tasks::spawn("disks of others", keeping));
         let migration = record.migration.clone();
         self.disk_stores().insert(migration, Kept { record, received, keeping, written });
     }
@@ -163,14 +167,15 @@ impl Registry {
         }
     }
 
-    pub(super) fn expected_disk_store(&self, hello: &Hello) -> Option<Arc<Received>> {
+    /// Who takes in what a source brings; `Some(None)`: all of it is here.
+    pub(super) fn expected_disk_store(&self, hello: &Hello) -> Option<Option<Arc<Received>>> {
         let stores = self.disk_stores();
         let Kept { record, received, .. } = stores.get(&hello.migration)?;
         let is_it = record.source == hello.host
             && record.vm == hello.vm
             && record.generation == hello.generation
             && same(&record.token, &hello.token);
-        received.clone().filter(|_| is_it)
+        is_it.then(|| received.clone().filter(|received| !received.is_closed()))
     }
 
     /// Deletes what is kept of a migration, whatever it is; whether anything was.
@@ -179,13 +184,17 @@ impl Registry {
     /// When something of it stays; ask again.
     pub async fn release_disk_store(&self, migration: &str) -> Result<bool, RegistryError> {
         let migration = MigrationId::new(migration)?;
-        let (record, written) = {
-            let stores = self.disk_stores();
-            let Some(kept) = stores.get(&migration) else { return Ok(false) };
-            kept.keeping.abort();
+        let (record, written, keeping) = {
+            let mut stores = self.disk_stores();
+            let Some(kept) = stores.get_mut(&migration) else { return Ok(false) };
             kept.received.iter().for_each(|received| received.close());
-            (kept.record.clone(), Arc::clone(&kept.written))
+            (kept.record.clone(), Arc::clone(&kept.written), kept.keeping.take())
         };
+        if let Some(keeping) = keeping {
+            keeping.abort();
+            // An aborted task ends with an error, which says just that.
+            let _ = keeping.await;
+        }
         let movers = self.context.movers.of_stores();
         movers
             .give_up(&key(&record))
@@ -243,6 +252,9 @@ async fn keep(
         tracing::info!(vm = %record.vm, "all of its disks is here: brought on from here from now on");
     }
     loop {
+        if is_deleted(&record) {
+            return forget(&context, &record).await;
+        }
         if let Err(error) = bring_on(&context, &record).await {
             let error = crate::vms::chain(&error);
             tracing::warn!(vm = %record.vm, error, "its disks are not brought on; tried again");
@@ -275,12 +287,30 @@ async fn bring_on(context: &Context, record: &Record) -> Result<(), MoverClientE
         None => movers.start(&name, &disks(record)).await?,
     };
     loop {
+        if is_deleted(record) {
+            return Ok(());
+        }
         if mover.report().await?.stage == Stage::Idle {
             let limits = Limits { network: record.onward.map(|limit| limit.0), disk: None };
             mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await?;
             mover.ask(&Request::Send(goes(context, record)), ANSWER_LIMIT).await?;
         }
         tokio::time::sleep(TEND_EVERY).await;
+    }
+}
+
+/// Whether somebody has deleted the files of a whole one.
+fn is_deleted(record: &Record) -> bool {
+    !record.images.iter().any(|image| image.exists())
+}
+
+async fn forget(context: &Context, record: &Record) {
+    tracing::warn!(?record, "the files of a VM's disks that were kept here have been deleted");
+    if let Err(error) = context.movers.of_stores().give_up(&key(record)).await {
+        tracing::error!(%error, "what brought them on stays");
+    }
+    if let Err(error) = record.remove(&context.rooms.notes) {
+        tracing::error!(%error, "it stays written that they are kept");
     }
 }
 

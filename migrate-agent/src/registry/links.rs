@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
+use super::disk_stores::ALL_HERE;
 use super::{Entry, Registry, Task};
 use crate::destination;
 use crate::destination::disk::TakenBy;
@@ -129,6 +130,9 @@ impl Registry {
         reader: FrameReader,
         mut writer: FrameWriter,
     ) -> Result<(), LinkError> {
+        if let Some(None) = self.expected_disk_store(hello) {
+            return writer.send(&Frame::Refused(ALL_HERE.to_owned())).await;
+        }
         let Some(to) = self.expected_disks(hello) else {
             let reason = "no disks of such a migration are expected here".to_owned();
             tracing::warn!(migration = %hello.migration, host = %hello.host, "unexpected disks");
@@ -148,7 +152,7 @@ impl Registry {
     }
 
     fn expected_disks(&self, hello: &Hello) -> Option<TakenBy> {
-        let kept = self.expected_seed(hello).or_else(|| self.expected_disk_store(hello));
+        let kept = self.expected_seed(hello).or_else(|| self.expected_disk_store(hello).flatten());
         if let Some(received) = kept {
             return Some(TakenBy::Agent(received));
         }

@@ -55,6 +55,7 @@ impl SourceTask {
         match event {
             Event::Heard(Standing::Died) if self.machine.state() != State::DestinationDied => {
                 self.say_died();
+                self.end_storing().await;
             }
             Event::Heard(Standing::Pending) if !self.disks_follow() => self.serve_who_starts(),
             Event::Heard(Standing::Gathering) if self.disks_follow() => self.rest_on().await,

@@ -18,13 +18,17 @@ use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::disk::DiskFailure;
 use super::seeding::{self, Told};
 use super::{Context, Failure, SourceTask};
 use crate::disk::local::LocalDisk;
+use crate::registry::disk_stores::ALL_HERE;
 use crate::tasks;
 
-/// From an attempt that failed to the next.
-const AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// From an attempt that failed to the next: first, and at most.
+const AGAIN_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// From when all of it was there to the next look.
+const LOOK_AFTER: Duration = Duration::from_secs(10);
 
 /// How far it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,13 +118,15 @@ impl SourceTask {
     }
 }
 
-/// Sends them, again and again until all of it is there.
+/// Sends them, and goes on looking until this is ended: what is there is known to be kept only once the
+/// destination says RELEASED.
 async fn go_on(
     context: Context,
     mut order: seeding::Order,
     disks: Vec<LocalDisk>,
     show: watch::Sender<ToStore>,
 ) {
+    let mut again = AGAIN_AFTER.0;
     loop {
         let (told, hears) = mpsc::channel(4);
         let listening = tasks::spawn("how far disks are", listen(hears, show.clone()));
@@ -130,18 +136,23 @@ async fn go_on(
         match sent {
             Ok(()) => {
                 tracing::info!(vm = %order.vm, host = %order.destination, "all of its disks is there");
-                return;
+                again = LOOK_AFTER;
+            }
+            Err(DiskFailure::Transfer(why)) if why == ALL_HERE => {
+                show.send_modify(|to| (to.left, to.rate, to.failed) = (0, 0, String::new()));
+                again = LOOK_AFTER;
             }
             Err(error) => {
                 let error = crate::vms::chain(&error);
                 tracing::warn!(vm = %order.vm, host = %order.destination, error, "its disks do not go on");
                 let failed = format!("its disks do not go on to {}: {error}", order.destination);
                 show.send_modify(|to| (to.left, to.rate, to.failed) = (u64::MAX, 0, failed));
+                again = (again * 2).min(AGAIN_AFTER.1);
             }
         }
         // Whatever is there by now, and whoever keeps it.
         order.compares = true;
-        tokio::time::sleep(AGAIN_AFTER).await;
+        tokio::time::sleep(again).await;
     }
 }
 

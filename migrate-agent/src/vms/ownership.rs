@@ -71,6 +71,18 @@ pub enum OwnershipRefusal {
         /// The host that it came from.
         peer: HostId,
     },
+    /// The same, and its source was rid of it before.
+    #[error(
+        "VM `{vm}` may not be started here: its disks are not all here; where they still come from {keeper} (`lifeboat status`), start it when they are; otherwise they are kept as of the switchover at {keeper} (`.store-` in their names), and for a while at {source_host} (`.left-`)"
+    )]
+    Elsewhere {
+        /// The VM.
+        vm: VmId,
+        /// The intermediary that has them.
+        keeper: HostId,
+        /// The host that it came from.
+        source_host: HostId,
+    },
     /// The record cannot be read or written: nothing may be assumed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -90,8 +102,12 @@ impl Ownership for Store {
     fn may_start(&self, vm: &VmId) -> Result<Generation, OwnershipRefusal> {
         let vm = vm.clone();
         if let Some(rest) = self.rest(&vm)? {
-            let peer = rest.keeper().clone();
-            return Err(OwnershipRefusal::Incomplete { vm, peer });
+            return Err(match rest.store.filter(|_| rest.stored) {
+                Some(keeper) => {
+                    OwnershipRefusal::Elsewhere { vm, keeper, source_host: rest.source }
+                }
+                None => OwnershipRefusal::Incomplete { vm, peer: rest.source },
+            });
         }
         match self.read(&vm)? {
             None => {
@@ -134,6 +150,11 @@ mod tests {
         store.write_rest(&vm, &rest).unwrap();
         let said = store.may_start(&vm).unwrap_err().to_string();
         assert!(said.contains("its disks are not all here") && said.contains("h1"), "{said}");
+        let keeper = Some(HostId::new("h3").unwrap());
+        let stored = Rest { store: keeper, stored: true, ..rest.clone() };
+        store.write_rest(&vm, &stored).unwrap();
+        let said = store.may_start(&vm).unwrap_err().to_string();
+        assert!(said.contains("kept as of the switchover at h3") && said.contains("h1"), "{said}");
         store.write_rest(&vm, &Rest { whole: true, ..rest }).unwrap();
         assert!(store.may_start(&vm).is_ok());
     }

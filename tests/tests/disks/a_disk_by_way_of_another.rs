@@ -113,6 +113,11 @@ fn whoever_is_killed_on_the_way_goes_on_and_nothing_is_lost() {
         // The source's agent, which hears of the destination that the guest runs there.
         world.agents[0].kill();
         world.agents[0].start(None).unwrap();
+        let rests = || world.agents[0].said("disk rest").then_some(());
+        assert!(
+            clock::wait_for(PATIENCE, rests).is_some(),
+            "the source does not hear that it runs"
+        );
         let comes = |path: &PathBuf| path.to_string_lossy().contains("disks/vm-0");
         let comes = || between(world).iter().any(comes).then_some(());
         assert!(clock::wait_for(PATIENCE, comes).is_some(), "{:?}", between(world));

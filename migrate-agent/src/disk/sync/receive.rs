@@ -154,7 +154,7 @@ pub struct Received {
     disks: Mutex<Vec<Option<Arc<Disk>>>>,
     /// A disk was announced.
     announced: Condvar,
-    /// Who is asked for a block that somebody waits for: the last one, while it is connected.
+    /// Who is asked for a block that somebody waits for.
     wants: Mutex<Vec<mpsc::UnboundedSender<Frame>>>,
     /// Counts what has arrived, for whoever waits for a block.
     arrivals: watch::Sender<u64>,
@@ -235,6 +235,12 @@ impl Received {
         self.disks().iter().flatten().for_each(|disk| drop(disk.incoming()));
     }
 
+    /// Whether nothing more is taken in.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     /// The VM is about to run here, and what is missing follows it: from now on nothing else is taken
     /// in.
     pub fn own(&self) {
@@ -277,7 +283,7 @@ impl Received {
     }
 
     fn must_be_open(&self, number: u16) -> Result<(), ReceiveError> {
-        match self.closed.load(Ordering::SeqCst) {
+        match self.is_closed() {
             true => Err(ReceiveError::Closed(number)),
             false => Ok(()),
         }
@@ -350,7 +356,8 @@ impl Received {
                 let length = range.end - range.start;
                 let want = Frame { offset: range.start, length, ..Frame::new(Kind::Want, disk) };
                 // Without a connection it is asked for again once there is one.
-                let _ = wants.last().map(|wants| wants.send(want));
+                // Whichever is still alive; what comes twice is applied once.
+                wants.iter().for_each(|wants| drop(wants.send(want.clone())));
             }
         }
         Ok(readiness)
@@ -413,6 +420,7 @@ impl Received {
             disk.incoming().forget_questions();
             return Ok(());
         }
+        self.must_be_open(number)?;
         if length > LONGEST {
             return Err(ReceiveError::Length { disk: number, length });
         }
