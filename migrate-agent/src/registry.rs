@@ -245,10 +245,7 @@ impl Registry {
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
         let disk = disk_mode(request.disk, mode)?;
-        let disk_store = match disk {
-            DiskMode::Scatter => Some(HostId::new(request.disk_store_host.as_str())?),
-            DiskMode::Copy | DiskMode::OnDemand => None,
-        };
+        let disk_store = disk_keeper(disk, request)?;
         self.must_be_idle(&vm)?;
         self.end_seeds_of(&vm).await;
         let plan = scatter_plan(mode, request.scatter.as_ref())?;
@@ -291,18 +288,9 @@ impl Registry {
         task.prepare().await?;
         let (disks, seeded) = (task.disks_taken_by(), task.has_seeds());
         let token = random_token().map_err(|error| Failure::Socket(error.into()))?;
-        let entry = Entry {
-            vm,
-            progress: watching,
-            task: Task::Destination {
-                inputs: to,
-                token,
-                generation,
-                linked: false,
-                disks,
-                disk_store,
-            },
-        };
+        let (inputs, linked) = (to, false);
+        let task_entry = Task::Destination { inputs, token, generation, linked, disks, disk_store };
+        let entry = Entry { vm, progress: watching, task: task_entry };
         self.enlist(migration, entry);
         crate::tasks::spawn("migration, destination", async move { task.run().await });
         Ok(PrepareDestinationReply {
@@ -542,6 +530,17 @@ fn disk_mode(asked: i32, mode: Mode) -> Result<DiskMode, RegistryError> {
             Err(invalid("is on-demand or scatter, which go with pre-copy of the memory only"))
         }
         disk => Ok(disk.unwrap_or(DiskMode::Copy)),
+    }
+}
+
+/// Who brings what its destination lacks of its disks, once it has all.
+fn disk_keeper(
+    disk: DiskMode,
+    request: &PrepareDestinationRequest,
+) -> Result<Option<HostId>, NameError> {
+    match disk {
+        DiskMode::Scatter => HostId::new(request.disk_store_host.as_str()).map(Some),
+        DiskMode::Copy | DiskMode::OnDemand => Ok(None),
     }
 }
 
