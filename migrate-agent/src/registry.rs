@@ -31,7 +31,6 @@ use crate::disk::store::DiskStoreError;
 use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::store::StoreError;
-use crate::handover::storing::Storing;
 use crate::progress::Progress;
 use crate::source::{self, Context, Failure, Order, SourceTask};
 use crate::stores::{Plan, PlanError};
@@ -245,7 +244,7 @@ impl Registry {
         let vm = VmId::new(definition.name.as_str())?;
         let mode = request.mode().known().ok_or_else(|| missing("mode"))?;
         let disk = disk_mode(request.disk, mode)?;
-        let disk_store = disk_keeper(disk, request)?;
+        let disk_store = disk_stores::keeper(disk, request)?;
         self.must_be_idle(&vm)?;
         self.end_seeds_of(&vm).await;
         let plan = scatter_plan(mode, request.scatter.as_ref())?;
@@ -377,7 +376,7 @@ impl Registry {
             deadline: (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms)),
             generation,
             disks_follow: disk.follows(),
-            disk_store: disk_store(disk, request)?,
+            disk_store: disk_stores::ordered(disk, request)?,
             handover_size: lifeboat_protocol::units::Bytes(request.handover_size_bytes),
             disk_watch: if watch.is_zero() { WATCH_DEFAULT } else { watch.min(WATCH_LONGEST) },
         })
@@ -531,40 +530,6 @@ fn disk_mode(asked: i32, mode: Mode) -> Result<DiskMode, RegistryError> {
         }
         disk => Ok(disk.unwrap_or(DiskMode::Copy)),
     }
-}
-
-/// Who brings what its destination lacks of its disks, once it has all.
-fn disk_keeper(
-    disk: DiskMode,
-    request: &PrepareDestinationRequest,
-) -> Result<Option<HostId>, NameError> {
-    match disk {
-        DiskMode::Scatter => HostId::new(request.disk_store_host.as_str()).map(Some),
-        DiskMode::Copy | DiskMode::OnDemand => Ok(None),
-    }
-}
-
-/// Where its disks go on to.
-fn disk_store(
-    disk: DiskMode,
-    request: &StartMigrationRequest,
-) -> Result<Option<Storing>, RegistryError> {
-    if disk != DiskMode::Scatter {
-        return Ok(None);
-    }
-    let invalid = |problem| RegistryError::Invalid { field: "disk_store", problem };
-    let store = request.disk_store.as_ref().ok_or(invalid("is missing"))?;
-    if store.token.len() != TOKEN_BYTES {
-        return Err(invalid("has a token that is not 32 bytes long"));
-    }
-    let limit = BitsPerSec(store.rate_bits_per_sec).bytes_per_sec();
-    Ok(Some(Storing {
-        migration: MigrationId::new(request.migration.as_str())?,
-        host: HostId::new(store.host.as_str())?,
-        page_address: store.page_address.clone(),
-        token: store.token.clone(),
-        limit: Some(limit).filter(|limit| limit.0 > 0),
-    }))
 }
 
 /// The stores of a migration that scatters.

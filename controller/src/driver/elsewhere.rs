@@ -15,7 +15,7 @@ use super::settle::Said;
 use super::{lock, report};
 use crate::evacuation::{EvacuationOrder, Event, Leg, gather_names};
 use crate::inventory::is;
-use crate::network::{Hop, PageFlow, ReservationRequest, Reserved};
+use crate::network::{Hop, NetworkError, PageFlow, ReservationRequest, Reserved};
 use crate::reservations;
 
 impl Hands {
@@ -88,24 +88,37 @@ impl Hands {
         (client, served): (&HostId, bool),
     ) {
         let Some(source) = self.planner.site.host(client).map(|host| host.address) else { return };
-        let rates = self.planner.network.rates().await;
         for ((name, hops), store) in ways.zip(&scatter.stores) {
             let Ok(destination) = store.address.parse() else {
                 tracing::warn!(%name, store.address, "no address that a switch can match");
                 continue;
             };
-            let request = ReservationRequest {
-                evacuation: id.clone(),
-                migration: name.clone(),
-                urgency: order.urgency,
-                kind: order.reservation,
-                hops: reservations::beside(id, hops, &rates),
-                traffic: PageFlow { source, destination, served },
-            };
-            if let Err(error) = self.planner.network.reserve(request).await {
+            let traffic = PageFlow { source, destination, served };
+            if let Err(error) = self.reserve_beside(id, order, &name, hops, traffic).await {
                 tracing::warn!(%name, store.host, %error, "nothing is reserved between it and a store");
             }
         }
+    }
+
+    /// A way beside the migration's own, as far as what is reserved there leaves it.
+    async fn reserve_beside(
+        &self,
+        id: &EvacuationId,
+        order: &EvacuationOrder,
+        name: &MigrationId,
+        hops: Vec<Hop>,
+        traffic: PageFlow,
+    ) -> Result<Reserved, NetworkError> {
+        let rates = self.planner.network.rates().await;
+        let request = ReservationRequest {
+            evacuation: id.clone(),
+            migration: name.clone(),
+            urgency: order.urgency,
+            kind: order.reservation,
+            hops: reservations::beside(id, hops, &rates),
+            traffic,
+        };
+        self.planner.network.reserve(request).await
     }
 
     /// Makes room at the intermediary that a leg's disks go on to, and reserves the ways there and on from
@@ -158,16 +171,8 @@ impl Hands {
         let Some(name) = names.first() else { return capacity };
         let reserved = async {
             let traffic = self.planner.page_flow(from, to).map_err(|error| error.to_string())?;
-            let rates = self.planner.network.rates().await;
-            let request = ReservationRequest {
-                evacuation: id.clone(),
-                migration: name.clone(),
-                urgency: order.urgency,
-                kind: order.reservation,
-                hops: reservations::beside(id, hops, &rates),
-                traffic,
-            };
-            self.planner.network.reserve(request).await.map_err(|error| error.to_string())
+            let reserved = self.reserve_beside(id, order, name, hops, traffic).await;
+            reserved.map_err(|error| error.to_string())
         };
         let reserved = reserved.await.unwrap_or_else(|error| {
             tracing::warn!(%name, %from, %to, error, "nothing is reserved for disks between them");

@@ -6,7 +6,6 @@
 //! not in it: that is asked of QEMU, of the source and of the packs themselves.
 
 use std::fs;
-use std::io;
 use std::path::PathBuf;
 
 use lifeboat_protocol::agent::PageStore;
@@ -138,15 +137,9 @@ impl Store {
     /// # Errors
     /// When the disk does not take it.
     pub fn end_gathering(&self, vm: &VmId) -> Result<(), StoreError> {
-        let path = self.gathering_path(vm);
-        let failed = |source| StoreError::Io { path: path.clone(), doing: "remove", source };
         // Of no use without the other, and written anew with the next.
         let _ = fs::remove_file(self.journal_path(vm));
-        match fs::remove_file(&path) {
-            Ok(()) => self.sync().map_err(failed),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(failed(source)),
-        }
+        self.forget(&self.gathering_path(vm))
     }
 }
 

@@ -6,8 +6,6 @@
 //! has ended meanwhile, which without it would be a guest that died. The VM's next arrival takes it away.
 //! Which blocks are missing is not in it: `disk::sync::kept` has that.
 
-use std::fs;
-use std::io;
 use std::path::PathBuf;
 
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
@@ -73,13 +71,7 @@ impl Store {
     /// # Errors
     /// When the disk does not take it.
     pub fn end_rest(&self, vm: &VmId) -> Result<(), StoreError> {
-        let path = self.rest_path(vm);
-        let failed = |source| StoreError::Io { path: path.clone(), doing: "take away", source };
-        match fs::remove_file(&path) {
-            Ok(()) => self.sync().map_err(failed),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(failed(source)),
-        }
+        self.forget(&self.rest_path(vm))
     }
 }
 

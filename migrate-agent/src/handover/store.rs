@@ -127,6 +127,16 @@ impl Store {
         }
     }
 
+    /// Takes such a file away, durably. No error where there is none.
+    pub(super) fn forget(&self, path: &Path) -> Result<(), StoreError> {
+        let failed = |source| StoreError::Io { path: path.to_owned(), doing: "take away", source };
+        match fs::remove_file(path) {
+            Ok(()) => self.sync().map_err(failed),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(failed(source)),
+        }
+    }
+
     /// Writes such a file, durably.
     pub(super) fn remember<T: Serialize>(
         &self,

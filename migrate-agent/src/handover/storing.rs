@@ -4,8 +4,6 @@
 //! Written before the VM may be handed over, so that an agent that starts again goes on with it; without it
 //! the disks would stay until the destination has taken all of them from here. Not a record of ownership.
 
-use std::fs;
-use std::io;
 use std::path::PathBuf;
 
 use lifeboat_protocol::ids::{HostId, MigrationId, VmId};
@@ -62,19 +60,14 @@ impl Store {
     /// # Errors
     /// When the disk does not take it.
     pub fn end_storing(&self, vm: &VmId) -> Result<(), StoreError> {
-        let path = self.storing_path(vm);
-        let failed = |source| StoreError::Io { path: path.clone(), doing: "take away", source };
-        match fs::remove_file(&path) {
-            Ok(()) => self.sync().map_err(failed),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(failed(source)),
-        }
+        self.forget(&self.storing_path(vm))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]

@@ -16,8 +16,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use lifeboat_protocol::agent::{DiskStore, DiskStoreStatus, PrepareDiskStoreRequest};
-use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
+use lifeboat_protocol::agent::{
+    DiskStore, DiskStoreStatus, PrepareDestinationRequest, PrepareDiskStoreRequest,
+    StartMigrationRequest,
+};
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, NameError, VmId};
+use lifeboat_protocol::terms::DiskMode;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use lifeboat_scatter_gather::link::Hello;
 use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
@@ -32,6 +36,7 @@ use crate::disk::process::control::{Destination, Limits, Request, Stage};
 use crate::disk::store::{DiskStoreError, Record, place};
 use crate::disk::sync::receive::Received;
 use crate::handover::Record as Owned;
+use crate::handover::storing::Storing;
 use crate::source::Context;
 use crate::tasks;
 
@@ -226,6 +231,40 @@ impl Registry {
         };
         Record::read_all(&self.context.rooms.notes).into_iter().map(told).collect()
     }
+}
+
+/// Who brings what its destination lacks of its disks, once it has all.
+pub(super) fn keeper(
+    disk: DiskMode,
+    request: &PrepareDestinationRequest,
+) -> Result<Option<HostId>, NameError> {
+    match disk {
+        DiskMode::Scatter => HostId::new(request.disk_store_host.as_str()).map(Some),
+        DiskMode::Copy | DiskMode::OnDemand => Ok(None),
+    }
+}
+
+/// Where its disks go on to.
+pub(super) fn ordered(
+    disk: DiskMode,
+    request: &StartMigrationRequest,
+) -> Result<Option<Storing>, RegistryError> {
+    if disk != DiskMode::Scatter {
+        return Ok(None);
+    }
+    let invalid = |problem| RegistryError::Invalid { field: "disk_store", problem };
+    let store = request.disk_store.as_ref().ok_or(invalid("is missing"))?;
+    if store.token.len() != TOKEN_BYTES {
+        return Err(invalid("has a token that is not 32 bytes long"));
+    }
+    let limit = BitsPerSec(store.rate_bits_per_sec).bytes_per_sec();
+    Ok(Some(Storing {
+        migration: MigrationId::new(request.migration.as_str())?,
+        host: HostId::new(store.host.as_str())?,
+        page_address: store.page_address.clone(),
+        token: store.token.clone(),
+        limit: Some(limit).filter(|limit| limit.0 > 0),
+    }))
 }
 
 fn unix_ms() -> u64 {
