@@ -22,12 +22,12 @@ use lifeboat_agent::disk::sync::incoming::Readiness;
 use lifeboat_agent::disk::sync::mirror::DEADLINE;
 use lifeboat_agent::disk::sync::phases::{Goal, Phase};
 use lifeboat_agent::disk::sync::rank::Strategy;
-use lifeboat_agent::disk::sync::receive::ReceiveError;
+use lifeboat_agent::disk::sync::receive::{Held, ReceiveError};
 use lifeboat_agent::disk::sync::send::{Choice, Command, SendError};
 use lifeboat_agent::{clock, tasks};
 use lifeboat_protocol::units::BytesPerSec;
 use tokio::sync::oneshot;
-use world::{Guest, LENGTH, MIB, World};
+use world::{Guest, LENGTH, MIB, Way, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_phases_bring_an_image_that_is_written_all_the_while() {
@@ -186,23 +186,72 @@ async fn a_destination_that_falls_silent_costs_one_deadline_and_vetoes() {
     let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
     let write = tasks::blocking(move || {
         let begin = clock::now();
+        // On its way: nobody waits for it. What comes behind it is more than may be on its way.
         image.write_all_at(&[1; 4096], 0).unwrap();
-        let first = begin.elapsed();
-        image.write_all_at(&[2; 4096], MIB).unwrap();
-        (first, begin.elapsed() - first)
+        let ahead = begin.elapsed();
+        image.write_all_at(&[2; 512 << 10], MIB).unwrap();
+        let waited = begin.elapsed();
+        image.write_all_at(&[3; 4096], 4 * MIB).unwrap();
+        (ahead, waited, begin.elapsed() - waited)
     });
-    let (first, second) = write.await;
-    println!("first {first:?}, second {second:?}");
-    assert!(first >= DEADLINE && first < DEADLINE * 2, "{first:?}");
-    assert!(second < Duration::from_millis(200), "{second:?}");
+    let (ahead, waited, next) = write.await;
+    println!("ahead {ahead:?}, waited {waited:?}, next {next:?}");
+    assert!(ahead < Duration::from_millis(200) && next < Duration::from_millis(200));
+    assert!(waited >= DEADLINE * 9 / 10 && waited < DEADLINE * 2, "{waited:?}");
+    cannot_be_sealed_until(held, &way).await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flush_waits_for_both_sides_and_no_longer_than_its_deadline() {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
+    image.write_all_at(&[1; 4096], 0).unwrap();
+    image.sync_data().unwrap();
+    assert_eq!(world.at_destination(4096), [1; 4096]);
+    let held = world.received.hold(0).unwrap();
+    let flushed = tasks::blocking(move || {
+        let begin = clock::now();
+        image.write_all_at(&[2; 4096], 0).unwrap();
+        image.sync_data().unwrap();
+        begin.elapsed()
+    });
+    let took = flushed.await;
+    assert!(took >= DEADLINE * 9 / 10 && took < DEADLINE * 2, "{took:?}");
+    cannot_be_sealed_until(held, &way).await;
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_that_nobody_waits_for_end_the_step_all_the_same_when_they_stay_away() {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    let held = world.received.hold(0).unwrap();
+    let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
+    image.write_all_at(&[1; 4096], 0).unwrap();
+    let begin = clock::now();
+    while world.mirror.is_mirroring() {
+        assert!(begin.elapsed() < DEADLINE * 2, "still in step");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(begin.elapsed() >= DEADLINE * 9 / 10);
+    cannot_be_sealed_until(held, &way).await;
+    world.assert_same();
+    way.cede().await;
+}
+
+async fn cannot_be_sealed_until(held: Held, way: &Way) {
     let (answer, sealed) = oneshot::channel();
     way.commands.send(Command::Seal(answer)).await.unwrap();
     let soon = tokio::time::timeout(Duration::from_millis(300), sealed).await;
     assert!(!matches!(soon, Ok(Ok(Ok(())))), "{soon:?}");
     drop(held);
     way.seal().await;
-    world.assert_same();
-    way.cede().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

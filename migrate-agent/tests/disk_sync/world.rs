@@ -120,6 +120,13 @@ impl World {
         assert!(reached.is_ok(), "{phase:?} was not reached: {:?}", self.progress.borrow());
     }
 
+    /// The first bytes of what has arrived.
+    pub(super) fn at_destination(&self, bytes: usize) -> Vec<u8> {
+        let mut content = vec![0; bytes];
+        File::open(&self.arrived).unwrap().read_exact_at(&mut content, 0).unwrap();
+        content
+    }
+
     pub(super) fn assert_same(&self) {
         let (here, there) =
             (std::fs::read(self.mount.native("a.raw")), std::fs::read(&self.arrived));

@@ -115,6 +115,12 @@ impl Pace {
         Self { origin: clock::now(), pacer: Mutex::new(Pacer::new(first)), rate }
     }
 
+    /// The rate of now; `None` is no limit.
+    #[must_use]
+    pub fn rate(&self) -> Option<BytesPerSec> {
+        *self.rate.borrow()
+    }
+
     fn pacer(&self) -> MutexGuard<'_, Pacer> {
         self.pacer.lock().unwrap_or_else(PoisonError::into_inner)
     }

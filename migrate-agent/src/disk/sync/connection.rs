@@ -29,6 +29,17 @@ use crate::{clock, tasks};
 
 /// The peer is asked for a sign of life so often, and is gone after three without.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
+/// Writes that are answered before they are acknowledged are as many as go over the link in this time and
+/// a round trip. A pause waits for them.
+const AHEAD: Duration = Duration::from_millis(10);
+/// A round trip counts up to this.
+const FARTHEST: Duration = Duration::from_millis(250);
+/// As many bytes whatever the link: one write of a guest that writes much.
+const AHEAD_LEAST: u64 = 64 << 10;
+/// They are in memory.
+const AHEAD_MOST: u64 = 8 << 20;
+/// Nothing is reserved, and what the link carries is not known.
+const UNRESERVED: BytesPerSec = BytesPerSec(25_000_000);
 /// What a destination had to say before it hung up is here within this time.
 const LAST_WORD: Duration = Duration::from_millis(100);
 
@@ -150,7 +161,10 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 Ok(()) = broken.changed() => {
                     if *broken.borrow_and_update() { self.apply(Event::Unanswered); }
                 }
-                _ = ticks.tick() => self.look_for_life()?,
+                _ = ticks.tick() => {
+                    self.look_at_writes();
+                    self.look_for_life()?;
+                }
             }
         }
     }
@@ -223,6 +237,15 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         }
         let _ = self.work.control.send(Frame::new(Kind::Alive, 0));
         Ok(())
+    }
+
+    /// How far answers may be ahead of acknowledgements, and whether they are too far.
+    fn look_at_writes(&self) {
+        let mirror = &self.own.mirror;
+        mirror.set_window(window(self.work.pace.rate(), mirror.ledger().quickest()));
+        if matches!(self.own.phases.phase(), Phase::Synchronous | Phase::Sealing) {
+            mirror.look_at_the_oldest();
+        }
     }
 
     async fn hear(&mut self, signal: Signal) -> Result<(), SendError> {
@@ -374,7 +397,10 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
             Action::SendRest => {
                 self.start(true, |work| async move { Ended::Rest(work.rest().await) });
             }
-            Action::Mirror(true) => self.own.mirror.arm(self.work.control.clone()),
+            Action::Mirror(true) => {
+                self.look_at_writes();
+                self.own.mirror.arm(self.work.control.clone());
+            }
             Action::Mirror(false) => {
                 self.own.mirror.disarm();
                 self.own.mirror.give_up();
@@ -413,6 +439,13 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         });
         self.task = Some(Task { number, writes_blocks, _handle: Ending(handle) });
     }
+}
+
+/// Bytes that go over a link of `rate` in [`AHEAD`] and a round trip.
+fn window(rate: Option<BytesPerSec>, round_trip: Option<Duration>) -> u64 {
+    let time = AHEAD + round_trip.unwrap_or_default().min(FARTHEST);
+    let bytes = rate.unwrap_or(UNRESERVED).0.saturating_mul(time.as_millis() as u64) / 1000;
+    bytes.clamp(AHEAD_LEAST, AHEAD_MOST)
 }
 
 /// Marks the blocks whose content here has another hash than the destination's.
@@ -499,4 +532,21 @@ fn write_control<W: AsyncWrite + Unpin + Send + 'static>(
         }
         let _ = writer.shutdown().await;
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_answered_ahead_goes_over_the_link_in_moments() {
+        let near = Some(Duration::from_micros(300));
+        assert_eq!(window(Some(BytesPerSec(60_000_000)), near), 600_000);
+        let far = Some(Duration::from_millis(90));
+        assert_eq!(window(Some(BytesPerSec(60_000_000)), far), 6_000_000);
+        // One write, also over a link that takes long for it, and memory for some.
+        assert_eq!(window(Some(BytesPerSec(0)), far), AHEAD_LEAST);
+        assert_eq!(window(Some(BytesPerSec(u64::MAX)), near), AHEAD_MOST);
+        assert_eq!(window(None, None), 250_000);
+    }
 }

@@ -3,15 +3,20 @@
 //! `mirror` and `send` enter updates, `send`'s readers take them out. A version is given and entered
 //! in one step, so that [`Ledger::settled`] never passes an update that is about to be sent.
 //!
+//! Some of a guest's writes are answered before they are acknowledged: those are counted, and timed,
+//! because nobody's deadline notices that they stay away.
+//!
 //! Deliberately not here: sending.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use super::versions::Version;
+use crate::clock;
 
 /// An update on its way.
 #[derive(Debug)]
@@ -27,10 +32,42 @@ pub struct Pending<T> {
 }
 
 #[derive(Debug)]
+struct Entry<T> {
+    pending: Pending<T>,
+    /// When it was entered, if its guest is not kept waiting for it.
+    ahead: Option<Instant>,
+}
+
+#[derive(Debug)]
 struct Entries<T> {
     last: u64,
-    pending: BTreeMap<Version, Pending<T>>,
+    pending: BTreeMap<Version, Entry<T>>,
     bytes: u64,
+    /// Those of them that are ahead.
+    ahead: u64,
+    quickest: Option<Duration>,
+}
+
+impl<T> Entries<T> {
+    fn enter(&mut self, entry: Entry<T>) -> Version {
+        self.last += 1;
+        self.bytes += entry.pending.bytes;
+        self.ahead += entry.ahead.map_or(0, |_| entry.pending.bytes);
+        let version = Version(self.last);
+        self.pending.insert(version, entry);
+        version
+    }
+
+    fn take(&mut self, version: Version) -> Option<Pending<T>> {
+        let Entry { pending, ahead } = self.pending.remove(&version)?;
+        self.bytes -= pending.bytes;
+        if let Some(since) = ahead {
+            self.ahead -= pending.bytes;
+            let took = clock::now().saturating_duration_since(since);
+            self.quickest = Some(self.quickest.map_or(took, |before| before.min(took)));
+        }
+        Some(pending)
+    }
 }
 
 /// The updates of one migration's disks.
@@ -42,8 +79,9 @@ pub struct Ledger<T> {
 
 impl<T> Default for Ledger<T> {
     fn default() -> Self {
-        let entries = Mutex::new(Entries { last: 0, pending: BTreeMap::new(), bytes: 0 });
-        Self { entries, changed: Notify::new() }
+        let (pending, quickest) = (BTreeMap::new(), None);
+        let entries = Entries { last: 0, pending, bytes: 0, ahead: 0, quickest };
+        Self { entries: Mutex::new(entries), changed: Notify::new() }
     }
 }
 
@@ -55,12 +93,13 @@ impl<T> Ledger<T> {
     /// Enters an update and gives it the next version. What it carries must be read after this (a
     /// block) or have been written before it (a guest's write).
     pub fn enter(&self, pending: Pending<T>) -> Version {
-        let mut entries = self.entries();
-        entries.last += 1;
-        entries.bytes += pending.bytes;
-        let version = Version(entries.last);
-        entries.pending.insert(version, pending);
-        version
+        self.entries().enter(Entry { pending, ahead: None })
+    }
+
+    /// As [`Self::enter`], for a guest's write whose guest is not kept waiting.
+    pub fn enter_ahead(&self, pending: Pending<T>) -> Version {
+        let ahead = Some(clock::now());
+        self.entries().enter(Entry { pending, ahead })
     }
 
     /// The next version comes after `version`, at least: one that an earlier process gave.
@@ -71,12 +110,8 @@ impl<T> Ledger<T> {
 
     /// The update is acknowledged: who waited for it waits no longer. `false`: it was not on its way.
     pub fn acknowledge(&self, version: Version) -> bool {
-        let pending = {
-            let mut entries = self.entries();
-            let pending = entries.pending.remove(&version);
-            entries.bytes -= pending.as_ref().map_or(0, |pending| pending.bytes);
-            pending
-        };
+        // Dropped outside of the lock: it answers a guest.
+        let pending = self.entries().take(version);
         self.changed.notify_waiters();
         pending.is_some()
     }
@@ -92,17 +127,36 @@ impl<T> Ledger<T> {
     /// Gives everything up: what was on its way has to be sent again.
     pub fn give_up(&self) -> Vec<Pending<T>> {
         let mut entries = self.entries();
-        entries.bytes = 0;
+        (entries.bytes, entries.ahead) = (0, 0);
         let pending = std::mem::take(&mut entries.pending);
         drop(entries);
         self.changed.notify_waiters();
-        pending.into_values().collect()
+        pending.into_values().map(|entry| entry.pending).collect()
     }
 
     /// Bytes on their way.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.entries().bytes
+    }
+
+    /// Those of them whose guest is not kept waiting.
+    #[must_use]
+    pub fn ahead(&self) -> u64 {
+        self.entries().ahead
+    }
+
+    /// For how long the oldest of those has been on its way.
+    #[must_use]
+    pub fn ahead_for(&self) -> Option<Duration> {
+        let since = self.entries().pending.values().find_map(|entry| entry.ahead);
+        since.map(|since| clock::now().saturating_duration_since(since))
+    }
+
+    /// The shortest time that one of those took: how far away the other side is.
+    #[must_use]
+    pub fn quickest(&self) -> Option<Duration> {
+        self.entries().quickest
     }
 
     /// Updates on their way.
@@ -160,6 +214,22 @@ mod tests {
         assert_eq!(ledger.settled(), Version(2));
         assert_eq!(ledger.give_up().len(), 1);
         assert_eq!((ledger.settled(), ledger.bytes()), (Version(3), 0));
+    }
+
+    #[test]
+    fn what_is_ahead_is_counted_and_timed_until_it_is_acknowledged_or_given_up() {
+        let ledger = Ledger::default();
+        ledger.enter(pending(1));
+        assert_eq!((ledger.ahead(), ledger.ahead_for(), ledger.quickest()), (0, None, None));
+        let first = ledger.enter_ahead(pending(10));
+        ledger.enter_ahead(pending(100));
+        assert_eq!((ledger.ahead(), ledger.bytes()), (110, 111));
+        clock::pause_thread(Duration::from_millis(5));
+        assert!(ledger.ahead_for().unwrap() >= Duration::from_millis(5));
+        assert!(ledger.acknowledge(first));
+        assert!(ledger.quickest().unwrap() >= Duration::from_millis(5));
+        assert_eq!((ledger.ahead(), ledger.give_up().len()), (100, 2));
+        assert_eq!((ledger.ahead(), ledger.ahead_for()), (0, None));
     }
 
     #[tokio::test]

@@ -1,5 +1,8 @@
-//! The hook in the source's FUSE layer: notes what a VM changes, and in the synchronous phase sends it
-//! and waits for the answer.
+//! The hook in the source's FUSE layer: notes what a VM changes, and in the synchronous phase sends it.
+//!
+//! There a flush is answered when both sides have it, and a write when it has landed here and is on its
+//! way, as long as little is: what is on its way is waited for at the seal, which is what the phase is
+//! for (docs/decisions/0050). Beyond that a write waits for its own acknowledgement.
 //!
 //! The FUSE server's threads call it; `send` reads its maps and arms it. One for each migration, with
 //! all disks of the VM.
@@ -69,6 +72,8 @@ pub struct Mirror {
     landing: Landing,
     ledger: Arc<Ledger<Request>>,
     deadline: Duration,
+    /// Bytes of guests' writes that may be on their way while nobody waits for them.
+    window: AtomicU64,
     broken: watch::Sender<bool>,
     /// The VM is this host's for good: nothing is sent or sealed any more.
     retired: AtomicBool,
@@ -96,6 +101,7 @@ impl Mirror {
             landing: Landing::default(),
             ledger: Arc::default(),
             deadline,
+            window: AtomicU64::new(0),
             broken: watch::Sender::new(false),
             retired: AtomicBool::new(false),
             written: AtomicU64::new(0),
@@ -120,7 +126,21 @@ impl Mirror {
         self.broken.subscribe()
     }
 
-    /// From now on changes are sent to `frames`, and answered when they are acknowledged.
+    /// So many bytes of writes may be on their way, answered: none at first.
+    pub fn set_window(&self, bytes: u64) {
+        self.window.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Falls out of step if a write that was answered has not been acknowledged by the deadline.
+    pub fn look_at_the_oldest(&self) {
+        let late = |age: &Duration| *age > self.deadline;
+        if let Some(age) = self.ledger.ahead_for().filter(late) {
+            tracing::warn!(?age, "a write on its way was not acknowledged in time");
+            self.fall_back();
+        }
+    }
+
+    /// From now on changes are sent to `frames`.
     pub fn arm(&self, frames: mpsc::UnboundedSender<Frame>) {
         self.broken.send_replace(false);
         self.set(Mode::Mirroring(frames));
@@ -217,7 +237,7 @@ impl Mirror {
         }
     }
 
-    /// Sends a change that has landed here; its answer waits for the acknowledgement.
+    /// Sends a change that has landed here, and answers it now or when it is acknowledged.
     fn send(
         &self,
         frames: &mpsc::UnboundedSender<Frame>,
@@ -243,10 +263,16 @@ impl Mirror {
         if carries && (range.is_empty() || kind == Kind::Data && payload.is_empty()) {
             return;
         }
-        request.set_deadline(clock::now() + self.deadline);
         let bytes = payload.len() as u64;
-        let pending = Pending { disk, range: range.clone(), bytes, waiting: Some(request) };
-        let version = self.ledger.enter(pending);
+        let pending = |waiting| Pending { disk, range: range.clone(), bytes, waiting };
+        // Writers side by side may take it a little further; a flush promises something of all before it.
+        let room = self.window.load(Ordering::Relaxed).saturating_sub(self.ledger.ahead());
+        let (version, answered) = if carries && bytes <= room {
+            (self.ledger.enter_ahead(pending(None)), Some(request))
+        } else {
+            request.set_deadline(clock::now() + self.deadline);
+            (self.ledger.enter(pending(Some(request))), None)
+        };
         let settled = self.ledger.settled();
         let (offset, length) = (range.start, range.end - range.start);
         let payload = payload.into();
@@ -255,6 +281,7 @@ impl Mirror {
             // Nobody sends any more: the deadline would come to the same.
             self.broken.send_replace(true);
         }
+        answered.into_iter().for_each(Request::answer);
     }
 }
 

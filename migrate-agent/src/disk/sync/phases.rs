@@ -32,9 +32,10 @@
 //!
 //! # What synchronous means
 //!
-//! From then on a write is answered when it is local and at the destination. A peer that does not
-//! answer in time ends it at once: the guest runs on, what it writes is noted as dirty, and the
-//! hand-over is vetoed until the goal is met again. A guest never waits for a network that is gone.
+//! From then on every write goes to both sides; how long a guest waits for the other one is the mirror's
+//! to say. A peer that does not answer in time ends it at once: the guest runs on, what it writes is
+//! noted as dirty, and the hand-over is vetoed until the goal is met again. A guest never waits for a
+//! network that is gone.
 //!
 //! # After the seal
 //!
