@@ -163,6 +163,37 @@ fn a_limit_is_kept_can_be_changed_and_be_lifted() {
     });
 }
 
+#[test]
+fn before_a_pause_nothing_is_held_for_long_and_a_small_writer_keeps_its_rate() {
+    let mount = pass_through();
+    let file = std::fs::File::create(mount.through("a.raw")).unwrap();
+    let time = |blocks: u64| {
+        let begin = clock::now();
+        (0..blocks).for_each(|i| file.write_all_at(&[1; 65536], i * 65536).unwrap());
+        begin.elapsed()
+    };
+    let longest = Duration::from_millis(15);
+    // Three seconds a write. One is waiting when the pause comes near.
+    mount.server.set_disk_limit(Some(BytesPerSec(20_000)));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| time(2));
+        clock::pause_thread(Duration::from_millis(100));
+        assert!(!writer.is_finished());
+        mount.server.hold_at_most(Some(longest));
+        assert!(writer.join().unwrap() < Duration::from_secs(1));
+    });
+    let took = time(10);
+    assert!(took >= longest * 9 && took < Duration::from_secs(2), "{took:?}");
+    // What went too early is not paid for later.
+    mount.server.hold_at_most(None);
+    mount.server.set_disk_limit(Some(BytesPerSec(20_000_000)));
+    for held in [None, Some(longest)] {
+        mount.server.hold_at_most(held);
+        let measured = 400.0 * 65536.0 / time(400).as_secs_f64() / 20e6;
+        assert!((0.9..1.1).contains(&measured), "{held:?}: {measured}");
+    }
+}
+
 /// Keeps every write, and lets deadlines answer them.
 #[derive(Default)]
 struct Keeper {

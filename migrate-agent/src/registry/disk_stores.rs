@@ -330,7 +330,8 @@ async fn bring_on(context: &Context, record: &Record) -> Result<(), MoverClientE
             return Ok(());
         }
         if mover.report().await?.stage == Stage::Idle {
-            let limits = Limits { network: record.onward.map(|limit| limit.0), disk: None };
+            let limits =
+                Limits { network: record.onward.map(|limit| limit.0), ..Limits::default() };
             mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await?;
             mover.ask(&Request::Send(goes(context, record)), ANSWER_LIMIT).await?;
         }

@@ -41,7 +41,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Memory keeps at least this part of the limit beside the guest's writes to its disks.
 const MEMORY_SHARE_LEAST: u64 = 4;
 /// Memory and those writes together take at most this part of it.
-const MEMORY_SHARE_MOST: f64 = 0.9;
+const MEMORY_SHARE_MOST: f64 = 0.96;
 /// Of a stream whose pages are absorbed so much may wait for the link when the guest is paused.
 const BACKLOG_MOST: u64 = 32 << 10;
 /// A guest that goes on painting keeps it filled: that is no reason to stay.
@@ -247,11 +247,11 @@ impl SourceTask {
         }
     }
 
-    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of nine
-    /// tenths of the limit. They are counted as what the guest wrote before it had to wait for the
-    /// link: memory that takes whatever is free would slow it down and have still more. The tenth keeps
-    /// the queues on the way short, which each write waits for. Towards the end the guest's own limit is
-    /// lifted, because the pause waits for every write.
+    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of
+    /// nearly all of the limit. They are counted as what the guest wrote before it had to wait for the
+    /// link: memory that takes whatever is free would slow it down and have still more. What is spared keeps
+    /// the queues on the way short, which a flush waits for. Towards the end the guest's own limit holds
+    /// nothing back for long, because the pause waits for every write.
     async fn heed_disks(
         &mut self,
         info: &MigrateInfo,
@@ -269,7 +269,7 @@ impl SourceTask {
         let Some(ram) = &info.ram else { return Ok(()) };
         let soon = (ram.mbps * 1e6 / 8.0 * NEARLY_THERE.as_secs_f64()) as u64;
         if ram.dirty_sync_count >= 2 || (ram.mbps > 0.0 && ram.remaining <= soon) {
-            self.lift_disk_limit().await?;
+            self.loosen_disk_limit().await?;
         }
         Ok(())
     }

@@ -99,13 +99,16 @@ pub enum DiskFailure {
     Unstable,
 }
 
+/// A pause may wait so long for a write that the disk limit holds back.
+const HELD_BEFORE_A_PAUSE_MS: u64 = 15;
+
 /// The VM's disks while it leaves.
 pub(super) struct Leaving {
     mover: Mover,
     /// What the guest may change per second; `None`: whatever it likes.
     limit: Option<BytesPerSec>,
-    /// The limit has been lifted for the pause: QEMU's `stop` waits for every request.
-    lifted: bool,
+    /// The pause is near, and waits for every request.
+    pause_is_near: bool,
     replaced: u32,
     mirrored: RateMeter,
     sent: RateMeter,
@@ -388,11 +391,11 @@ impl SourceTask {
         }
     }
 
-    /// Lets the guest write as it likes: QEMU is about to pause it, which waits for every request
-    /// that a limit holds back.
-    pub(super) async fn lift_disk_limit(&mut self) -> Result<(), DiskFailure> {
+    /// Lets the limit hold nothing back for long: QEMU is about to pause the guest, which waits for every
+    /// request.
+    pub(super) async fn loosen_disk_limit(&mut self) -> Result<(), DiskFailure> {
         match &mut self.disks {
-            Some(leaving) if !leaving.lifted => leaving.lifted = true,
+            Some(leaving) if !leaving.pause_is_near => leaving.pause_is_near = true,
             _ => return Ok(()),
         }
         self.tell_limits().await
@@ -483,7 +486,7 @@ impl Leaving {
         Self {
             mover,
             limit,
-            lifted: false,
+            pause_is_near: false,
             replaced: 0,
             mirrored: RateMeter::default(),
             sent: RateMeter::default(),
@@ -514,8 +517,9 @@ impl Leaving {
     }
 
     pub(super) fn limits(&self, network: Option<BytesPerSec>) -> Limits {
-        let disk = self.limit.filter(|_| !self.lifted);
-        Limits { network: network.map(|rate| rate.0), disk: disk.map(|rate| rate.0) }
+        let held_at_most_ms = self.pause_is_near.then_some(HELD_BEFORE_A_PAUSE_MS);
+        let [network, disk] = [network, self.limit].map(|rate| rate.map(|rate| rate.0));
+        Limits { network, disk, held_at_most_ms }
     }
 }
 

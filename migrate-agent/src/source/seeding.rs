@@ -143,7 +143,7 @@ async fn until_sent(
         handover_size: 0,
         rests: false,
     };
-    let limits = Limits { network: order.limit.map(|limit| limit.0), disk: None };
+    let limits = Limits { network: order.limit.map(|limit| limit.0), ..Limits::default() };
     mover.ask(&Request::Limit(limits), ANSWER_LIMIT).await?;
     mover.ask(&Request::Send(to), ANSWER_LIMIT).await?;
     let taken = |disk: &LocalDisk| std::fs::metadata(&disk.path).map_or(0, |it| it.blocks() * 512);

@@ -148,6 +148,50 @@ async fn a_vm_that_moves_early_finds_everything_on_demand_and_keeps_what_it_writ
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_overwrites_at_its_destination_is_not_sent() {
+    let world = World::new();
+    let change = |choice: &mut Choice| {
+        choice.goal = Goal { left: 1, early: true };
+        choice.strategy = Strategy::Hot { threshold: f64::INFINITY };
+    };
+    world.rate.send_replace(Some(BytesPerSec(4_000_000)));
+    let way = world.connect(world.outgoing(change));
+    world.until(Phase::Synchronous).await;
+    way.seal().await;
+    let arriving = Arriving::new(Arc::clone(&world.received), READ_DEADLINE);
+    let own = Arc::clone(&arriving);
+    let answering = tasks::spawn("arriving", async move { own.run().await });
+    let there = Mounted::of(&world.arrived, arriving);
+    let mut expected = std::fs::read(world.mount.native("a.raw")).unwrap();
+    let (overwritten, discarded) = (10 * MIB..LENGTH - 2 * MIB, LENGTH - 2 * MIB..LENGTH - MIB);
+    expected[overwritten.start as usize..overwritten.end as usize].fill(99);
+    expected[discarded.start as usize..discarded.end as usize].fill(0);
+    way.commands.send(Command::Cede).await.unwrap();
+    let path = there.through("arrived");
+    tasks::blocking(move || {
+        let guest = File::options().read(true).write(true).open(path).unwrap();
+        for at in overwritten.step_by(MIB as usize) {
+            guest.write_all_at(&[99; MIB as usize], at).unwrap();
+        }
+        world::punch(&guest, discarded.start, MIB);
+        // Room is set aside where something is still to come.
+        rustix::fs::fallocate(&guest, rustix::fs::FallocateFlags::KEEP_SIZE, 5 * MIB, MIB).unwrap();
+    })
+    .await;
+    // Its last mebibyte and what lies before, or less: that much has to come. 64 KiB each.
+    assert!(world.received.missing() <= 11 * 16, "{}", world.received.missing());
+    let begin = clock::now();
+    while world.mirror.disks()[0].dirty.count() > 11 * 16 {
+        assert!(begin.elapsed() < Duration::from_secs(1), "the source still wants to send it");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    way.source.await.unwrap().1.unwrap();
+    assert_eq!(world.received.missing(), 0);
+    assert!(std::fs::read(there.through("arrived")).unwrap() == expected);
+    answering.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn connections_that_are_cut_in_any_phase_cost_the_guest_nothing() {
     let world = World::new();
     world.mount.server.set_disk_limit(Some(BytesPerSec(5_000_000)));

@@ -2,8 +2,12 @@
 //!
 //! `serve` sends every change through it on its way to the hook. First come, first served, so
 //! nobody starves; reads and flushes pass by. Settable at any time; taking the limit away lets go at
-//! once whatever waits, which is what comes before a guest is paused: QMP `stop` waits for every
-//! request.
+//! once whatever waits.
+//!
+//! QMP `stop` waits for every request. So before a guest is paused nothing may be held for long
+//! ([`Limit::hold_at_most`]): one that writes a little at a time keeps its rate, and one with many
+//! writes at once is let go. Without a limit at all it would take the link from the memory that the
+//! pause waits for.
 //!
 //! Deliberately not here: which rate is right (policy), and the network's limit (the sync driver's).
 
@@ -30,9 +34,21 @@ const COST_WITHOUT_DATA: Bytes = Bytes(4096);
 
 struct Waiting {
     pacer: Option<Pacer>,
-    queue: VecDeque<Request>,
+    /// Nothing waits longer than this.
+    longest: Option<Duration>,
+    /// With when they came.
+    queue: VecDeque<(Duration, Request)>,
     /// When the first in the queue may go; it has been granted.
     first_due: Option<Duration>,
+    /// Somebody comes for it then.
+    awaited: bool,
+}
+
+impl Waiting {
+    fn take_first(&mut self) -> Option<Request> {
+        (self.first_due, self.awaited) = (None, false);
+        self.queue.pop_front().map(|(_, request)| request)
+    }
 }
 
 /// The limit of one server.
@@ -46,7 +62,8 @@ impl Limit {
     /// No limit yet.
     #[must_use]
     pub(crate) fn new(later: Later) -> Self {
-        let waiting = Waiting { pacer: None, queue: VecDeque::new(), first_due: None };
+        let (queue, awaited) = Default::default();
+        let waiting = Waiting { pacer: None, longest: None, queue, first_due: None, awaited };
         Self { origin: clock::now(), later, waiting: Mutex::new(waiting) }
     }
 
@@ -69,12 +86,24 @@ impl Limit {
             (None, pacer) => *pacer = None,
         }
         if waiting.pacer.is_none() {
-            waiting.first_due = None;
-            return std::mem::take(&mut waiting.queue).into();
+            (waiting.first_due, waiting.awaited) = (None, false);
+            let all = std::mem::take(&mut waiting.queue);
+            return all.into_iter().map(|(_, request)| request).collect();
         }
         // Granted at the old rate: it goes now, and what it owes is paid at the new one.
-        let first = waiting.first_due.take().and_then(|_| waiting.queue.pop_front());
+        let first = waiting.first_due.and_then(|_| waiting.take_first());
         first.into_iter().collect()
+    }
+
+    /// From now on nothing waits longer than `longest`, whatever the rate; `pump` must follow. `None`: as long
+    /// as the rate takes, and what went too early is forgotten.
+    pub(crate) fn hold_at_most(&self, longest: Option<Duration>) {
+        let mut waiting = self.waiting();
+        if waiting.longest.is_some() && longest.is_none() {
+            let rate = waiting.pacer.as_ref().map(Pacer::rate);
+            waiting.pacer = rate.map(|rate| Pacer::bursting(rate, BURST));
+        }
+        (waiting.longest, waiting.awaited) = (longest, false);
     }
 
     /// The rate in force.
@@ -88,11 +117,12 @@ impl Limit {
         if request.op().changes().is_none() {
             return Some(request);
         }
+        let now = self.elapsed();
         let mut waiting = self.waiting();
         if waiting.pacer.is_none() && waiting.queue.is_empty() {
             return Some(request);
         }
-        waiting.queue.push_back(request);
+        waiting.queue.push_back((now, request));
         None
     }
 
@@ -100,20 +130,20 @@ impl Limit {
     pub(crate) fn next(&self, again: impl FnOnce() + Send + 'static) -> Option<Request> {
         let now = self.elapsed();
         let mut waiting = self.waiting();
-        let cost = cost(&waiting.queue.front()?.op());
-        let fresh = waiting.first_due.is_none();
+        let (came, cost) = waiting.queue.front().map(|(came, first)| (*came, cost(&first.op())))?;
         let due = match (waiting.first_due, &mut waiting.pacer) {
             (Some(due), _) => due,
             (None, Some(pacer)) => pacer.ready_at(now, cost)?,
             (None, None) => now,
         };
+        let due = waiting.longest.map_or(due, |longest| due.min(came + longest));
         if due <= now {
-            waiting.first_due = None;
-            return waiting.queue.pop_front();
+            return waiting.take_first();
         }
         waiting.first_due = Some(due);
+        let awaited = std::mem::replace(&mut waiting.awaited, true);
         drop(waiting);
-        if fresh {
+        if !awaited {
             self.later.at(self.origin + due, again);
         }
         None

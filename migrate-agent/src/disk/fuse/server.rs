@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use lifeboat_protocol::units::BytesPerSec;
 use rustix::fs::{Mode, OFlags};
@@ -238,6 +239,13 @@ impl Server {
         for request in self.shared.limit.set(rate) {
             self.shared.hook.arrived(request);
         }
+        self.shared.pump();
+    }
+
+    /// Nothing is held back longer than `longest` by the limit, for as long as this holds: QEMU is about to
+    /// pause its guest, which waits for every request.
+    pub fn hold_at_most(&self, longest: Option<Duration>) {
+        self.shared.limit.hold_at_most(longest);
         self.shared.pump();
     }
 

@@ -87,6 +87,9 @@ pub struct Limits {
     pub network: Option<u64>,
     /// What the guest may change on its disks, together.
     pub disk: Option<u64>,
+    /// Nothing is held back longer for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_at_most_ms: Option<u64>,
 }
 
 /// What the agent asks.
@@ -262,7 +265,7 @@ mod tests {
             Request::BeginSwap { disk: 1 },
             Request::EndSwap { disk: 1, on_mount: true },
             Request::Send(destination()),
-            Request::Limit(Limits { network: Some(1), disk: None }),
+            Request::Limit(Limits { network: Some(1), disk: None, held_at_most_ms: Some(15) }),
             Request::Progress,
             Request::Seal,
             Request::Stop,

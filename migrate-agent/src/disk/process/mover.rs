@@ -13,6 +13,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
@@ -230,6 +231,7 @@ impl Mover {
         let share = u64::try_from(mounted.len()).unwrap_or(1).max(1);
         for folder in mounted.iter() {
             // A limit is the VM's: with images in several directories each has its share.
+            folder.server.hold_at_most(limits.held_at_most_ms.map(Duration::from_millis));
             folder.server.set_disk_limit(limits.disk.map(|rate| BytesPerSec(rate / share)));
         }
     }

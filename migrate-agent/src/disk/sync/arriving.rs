@@ -3,8 +3,8 @@
 //!
 //! The destination's FUSE server calls it; it shares [`Received`] with the receiving streams. A read of
 //! what is missing asks for it and is answered when it has arrived, off the threads that read requests;
-//! a write goes into the image at once, noted as newer than what is to arrive; a flush makes the map
-//! durable first.
+//! a write goes into the image at once, noted as newer than what is to arrive, and what it overwrites as a
+//! whole need not arrive; a flush makes the map durable first.
 //!
 //! # A source that does not answer
 //!
@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use super::incoming::Readiness;
+use super::mirror::is_zeroing;
 use super::receive::Received;
 use crate::clock;
 use crate::disk::fuse::{Expiry, Hook, Image, Op, Request};
@@ -99,12 +100,18 @@ impl Hook for Arriving {
                 }
             },
             op => {
+                let Some(range) = op.changes().filter(|_| changes_content(&op)) else {
+                    return request.answer();
+                };
                 // Before it lands: a block that arrives in between must leave it alone.
-                let noted = op.changes().map(|range| self.received.wrote(disk, &range));
-                match noted {
-                    Some(Err(_)) => request.fail(Errno::IO),
-                    Some(Ok(())) | None => request.answer(),
+                if self.received.wrote(disk, &range).is_err() {
+                    return request.fail(Errno::IO);
                 }
+                if landed_whole(&op, request.perform()) {
+                    // A disk that is not there has nothing missing.
+                    let _ = self.received.landed(disk, &range);
+                }
+                request.answer();
             }
         }
     }
@@ -113,5 +120,23 @@ impl Hook for Arriving {
         tracing::warn!(image = ?image.name(), "the source does not send what a guest reads");
         self.received.ask_again();
         Expiry::Fail(Errno::IO)
+    }
+}
+
+/// Space that is set aside has no content of its own: what is missing there still has to come.
+fn changes_content(op: &Op) -> bool {
+    match *op {
+        Op::Allocate { mode, .. } => is_zeroing(mode),
+        _ => true,
+    }
+}
+
+/// Whether all of what a write or discard changes is as its guest wants it. Beyond a new length nothing is
+/// to come.
+fn landed_whole(op: &Op, outcome: Result<u64, Errno>) -> bool {
+    match (*op, outcome) {
+        (Op::Write { length, .. }, Ok(written)) => written == length,
+        (Op::Allocate { .. }, Ok(_)) => true,
+        _ => false,
     }
 }

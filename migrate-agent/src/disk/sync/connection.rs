@@ -295,6 +295,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 let mut wanted = self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner);
                 wanted.push_back((frame.disk, block));
             }
+            Kind::Overwritten => self.spare(frame),
             Kind::Map => self.compare(frame).await,
             Kind::Failed => {
                 let errno = i32::try_from(frame.version.0).unwrap_or(libc::EIO);
@@ -304,6 +305,23 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The destination's guest, which runs there, has overwritten these blocks.
+    fn spare(&self, frame: &Frame) {
+        let Some(disk) = self.own.mirror.disks().get(usize::from(frame.disk)) else { return };
+        if self.own.phases.phase() != Phase::Rest {
+            // Nothing is its guest's yet, as far as this side knows: then it is sent.
+            return;
+        }
+        let (size, range) = (disk.dirty.block(), frame.range());
+        let length = self.own.images[usize::from(frame.disk)].length().unwrap_or(0);
+        for block in size.touched(&(range.start..range.end.min(length))) {
+            let whole = size.range(block, length);
+            if range.start <= whole.start && range.end >= whole.end {
+                disk.dirty.take_one(block);
+            }
+        }
     }
 
     /// Marks the blocks whose hash differs. Reads as much as the destination did; once per disk,

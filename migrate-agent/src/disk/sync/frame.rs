@@ -85,11 +85,13 @@ pub enum Kind {
     Failed = 12,
     /// Either: still alive.
     Alive = 13,
+    /// Destination: its guest has overwritten all of this; it need not come any more.
+    Overwritten = 14,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Hello,
         Self::Data,
         Self::Zeroes,
@@ -103,6 +105,7 @@ impl Kind {
         Self::Want,
         Self::Failed,
         Self::Alive,
+        Self::Overwritten,
     ];
 
     fn of(number: u8) -> Option<Self> {

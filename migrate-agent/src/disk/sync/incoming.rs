@@ -174,6 +174,22 @@ impl Incoming {
         }
     }
 
+    /// A write of `range` by this side's guest, noted before by [`Self::wrote`], has landed. Returns the blocks
+    /// that are not missing any more, because all of each is what the guest wrote.
+    pub fn landed(&mut self, range: &Range<u64>) -> Vec<u64> {
+        let is_all_of = |block: &u64| {
+            let whole = self.block.range(*block, self.length);
+            range.start <= whole.start && range.end >= whole.end
+        };
+        let blocks: Vec<u64> =
+            self.missing.within(self.block.touched(range)).filter(is_all_of).collect();
+        for block in &blocks {
+            self.missing.remove(*block);
+            self.asked.remove(block);
+        }
+        blocks
+    }
+
     /// What a read of `range` has to wait for.
     pub fn readiness(&mut self, range: &Range<u64>) -> Readiness {
         let blocks: Vec<u64> = self.missing.within(self.block.touched(range)).collect();
@@ -314,6 +330,24 @@ mod tests {
         assert_eq!(incoming.missing(), 4);
         let parts = incoming.arrived(&(2 * K..3 * K), Version(77));
         assert_eq!(parts, [2 * K..2 * K + 10, 2 * K + 20..3 * K]);
+    }
+
+    #[test]
+    fn a_block_that_the_guest_has_overwritten_is_not_missing_once_that_has_landed() {
+        let mut incoming = with_missing();
+        let range = 2 * K + 1..4 * K;
+        incoming.wrote(&range);
+        assert!(incoming.lacks(3), "a read must not find what has not landed");
+        assert_eq!(incoming.landed(&range), [3]);
+        assert!(incoming.lacks(2) && !incoming.lacks(3));
+        assert!(incoming.landed(&range).is_empty());
+        // On its way all the same.
+        assert_eq!(incoming.arrived(&(3 * K..4 * K), Version(9)), []);
+        assert_eq!(incoming.arrived(&(2 * K..3 * K), Version(8)), [2 * K..2 * K + 1]);
+        assert_eq!(incoming.missing(), 2);
+        // A later write is not noted: nothing can come for it.
+        incoming.wrote(&(3 * K..4 * K));
+        assert_eq!(incoming.landed(&(9 * K..11 * K)), [9], "the last one, and no further");
     }
 
     #[test]

@@ -320,7 +320,7 @@ impl Hook for Mirror {
 }
 
 /// Does fallocate(2) with this mode leave zeroes?
-fn is_zeroing(mode: u32) -> bool {
+pub(super) fn is_zeroing(mode: u32) -> bool {
     mode.cast_signed() & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0
 }
 

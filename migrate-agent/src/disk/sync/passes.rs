@@ -35,6 +35,8 @@ const FLUSH_EVERY: u64 = 32 << 20;
 const IN_STEP_SPARED: u64 = 9;
 /// What is read and sent at once at most, bytes: MigrateFS' transfer block (section 4).
 const RUN: u64 = 512 << 10;
+/// The same once the guest runs at the destination.
+const REST_RUN: u64 = 64 << 10;
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -95,10 +97,13 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     /// So many blocks are read and sent at once. In step only one: a guest's write waits behind what
     /// the link has been given already.
     fn at_once(&self, disk: u16) -> u64 {
-        match self.mirror.disks().get(usize::from(disk)) {
-            Some(own) if !self.mirror.is_mirroring() => (RUN / own.dirty.block().bytes()).max(1),
-            _ => 1,
-        }
+        if self.mirror.is_mirroring() { 1 } else { self.blocks_of(disk, RUN) }
+    }
+
+    /// So many blocks are `bytes`, at least one.
+    fn blocks_of(&self, disk: u16, bytes: u64) -> u64 {
+        let own = self.mirror.disks().get(usize::from(disk));
+        own.map_or(1, |own| (bytes / own.dirty.block().bytes()).max(1))
     }
 
     /// Makes what was sent durable as it goes, on the blocks' own stream: kept for the seal it would
@@ -117,11 +122,13 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         for (disk, range) in self.ranges(true) {
             let mut at = range.start;
             loop {
-                while let Some((disk, block)) = self.next_wanted() {
-                    self.send_run(disk, block..block + 1, 1).await?;
+                while let Some((disk, blocks)) = self.next_wanted() {
+                    let most = blocks.end - blocks.start;
+                    self.send_run(disk, blocks, most).await?;
                 }
-                // One at a time: the next that is wanted does not wait for more.
-                let Some(run) = self.send_run(disk, at..range.end, 1).await? else { break };
+                // Little at a time: the next that is wanted does not wait for more.
+                let most = self.blocks_of(disk, REST_RUN);
+                let Some(run) = self.send_run(disk, at..range.end, most).await? else { break };
                 at = run.end;
             }
         }
@@ -129,8 +136,18 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         Ok(())
     }
 
-    fn next_wanted(&self) -> Option<(u16, u64)> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    /// What is wanted longest, with the neighbours behind it that are wanted as well: one read of a guest
+    /// often touches several blocks.
+    fn next_wanted(&self) -> Option<(u16, Range<u64>)> {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (disk, first) = wanted.pop_front()?;
+        let mut blocks = first..first + 1;
+        let most = self.blocks_of(disk, REST_RUN);
+        while blocks.end - blocks.start < most && wanted.front() == Some(&(disk, blocks.end)) {
+            wanted.pop_front();
+            blocks.end += 1;
+        }
+        Some((disk, blocks))
     }
 
     /// Tells the destination that nothing changes any more, with what is missing there, and waits

@@ -350,14 +350,11 @@ impl Received {
         let mut incoming = own.incoming();
         let readiness = incoming.readiness(range);
         if let Readiness::Missing { ask, .. } = &readiness {
-            let wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
             for block in ask {
                 let range = incoming.block().range(*block, incoming.length());
                 let length = range.end - range.start;
-                let want = Frame { offset: range.start, length, ..Frame::new(Kind::Want, disk) };
                 // Without a connection it is asked for again once there is one.
-                // Whichever is still alive; what comes twice is applied once.
-                wants.iter().for_each(|wants| drop(wants.send(want.clone())));
+                self.tell(&Frame { offset: range.start, length, ..Frame::new(Kind::Want, disk) });
             }
         }
         Ok(readiness)
@@ -379,6 +376,33 @@ impl Received {
         }
         own.incoming().wrote(range);
         Ok(())
+    }
+
+    /// A write of this side's guest has landed. What it has overwritten as a whole need not come any more, and
+    /// whoever sends is told.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn landed(&self, disk: u16, range: &Range<u64>) -> Result<(), ReceiveError> {
+        let own = self.disk(disk)?;
+        let mut incoming = own.incoming();
+        let blocks = incoming.landed(range);
+        // They are neighbours, but for those that had come already.
+        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else { return Ok(()) };
+        let (size, length) = (incoming.block(), incoming.length());
+        let offset = size.range(*first, length).start;
+        let length = size.range(*last, length).end - offset;
+        let frame = Frame { offset, length, ..Frame::new(Kind::Overwritten, disk) };
+        self.tell(&frame);
+        drop(incoming);
+        self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
+        Ok(())
+    }
+
+    /// Says it to whoever sends: whichever is still alive, and what comes twice is applied once.
+    fn tell(&self, frame: &Frame) {
+        let wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
+        wants.iter().for_each(|wants| drop(wants.send(frame.clone())));
     }
 
     /// Blocks that are missing, of all disks.

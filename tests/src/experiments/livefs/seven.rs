@@ -4,7 +4,7 @@
 //! image, round after round. The paper's 1 MB each of 6 GB is 64 KiB of our 96 MiB, and instead of
 //! 1,000 rounds each thread reads five times a second until the disk is complete; every read between
 //! hand-over and then counts. The threads lie the closer together the lower their place, so that some
-//! segments are busier than others. Not watched at all is post-copy. Blocks are our finer ones.
+//! segments are busier than others. Not watched at all is post-copy. Blocks have 16 KiB.
 //!
 //! Not here: writes, of which the paper's load has none.
 
@@ -18,7 +18,7 @@ use serde_json::json;
 
 use super::guest::{Load, Step};
 use super::rig::{Plan, migrate};
-use super::{BLOCKS, MIB, blank, read};
+use super::{BLOCK, MIB, blank, read};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Series, Shape};
 use crate::rig::RigError;
@@ -61,7 +61,7 @@ fn afs() -> Load {
 
 fn plan(monitoring_ms: u64) -> Plan {
     Plan {
-        block: BLOCKS[1].1,
+        block: BLOCK,
         threshold: if monitoring_ms == 0 { f64::INFINITY } else { THRESHOLD },
         monitoring: Duration::from_millis(monitoring_ms),
         watched_already: false,
@@ -90,7 +90,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
         "pause_ms": PAUSE.as_millis() as u64,
         "threshold": THRESHOLD,
         "handover_size": HANDOVER_SIZE,
-        "block_bytes": BLOCKS[1].1,
+        "block_bytes": BLOCK,
     });
     let mut record = blank(&setting, NAME, texts, parameters);
     for run in 0..runs {

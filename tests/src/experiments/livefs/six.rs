@@ -1,6 +1,6 @@
 //! How long until the VM runs at the destination, by monitoring time and handover-size?
 //!
-//! LiveFS figure 6, the hybrid with our finer blocks: it grows with the monitoring one for one and not
+//! LiveFS figure 6, the hybrid with blocks of 16 KiB: it grows with the monitoring one for one and not
 //! with handover-size. Where the disk was watched before the migration began, monitoring costs nothing.
 //!
 //! Not here: pre-copy and post-copy, which watch nothing (`five` has their hand-over, too).
@@ -13,7 +13,7 @@ use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
 
 use super::rig::{Plan, migrate};
-use super::{BLOCKS, BONNIE_THRESHOLD_PER_SEC, blank, bonnie};
+use super::{BLOCK, BONNIE_THRESHOLD_PER_SEC, blank, bonnie};
 use crate::experiments::Setting;
 use crate::experiments::plot::{Ground, Plot, Series, Shape};
 use crate::rig::RigError;
@@ -58,7 +58,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     ];
     let parameters = json!({
         "runs": runs,
-        "block_bytes": BLOCKS[1].1,
+        "block_bytes": BLOCK,
         "guest_writes_bytes_per_sec": 2_048_000,
     });
     let mut record = blank(&setting, NAME, texts, parameters);

@@ -102,7 +102,7 @@ impl Rig {
     /// # Errors
     /// When the mover does not answer.
     pub(super) async fn limit(&mut self, disk: Option<u64>) -> Result<(), RigError> {
-        let limits = Request::Limit(Limits { network: None, disk });
+        let limits = Request::Limit(Limits { disk, ..Limits::default() });
         let asked = self.mover.ask(&limits, ANSWER_LIMIT).await;
         asked.map(drop).map_err(RigError::refused("a limit"))
     }
