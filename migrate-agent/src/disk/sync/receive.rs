@@ -10,32 +10,29 @@
 
 mod files;
 mod maps;
+mod streams;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 
-use super::frame::{Frame, FrameError, Kind, decode_runs};
+use super::frame::{Frame, Kind};
 use super::incoming::{Incoming, Readiness};
 use super::kept::{Before, Kept, Mapped};
-use super::stream::{FrameReader, FrameWriter, StreamError};
-use super::versions::Version;
+use super::stream::StreamError;
 use crate::disk::track::{BlockSize, GeometryError};
-use crate::tasks;
-use files::{create, map_path, zero};
-use maps::{send_map, send_missing};
+use files::{create, map_path};
 
 pub(super) use files::save;
 pub use maps::block_hash;
+pub use streams::receive;
 
 /// Both streams of a connection begin within this time of each other, on a busy machine.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(2);
@@ -115,6 +112,9 @@ impl Drop for Held {
         self.disk.held.1.notify_all();
     }
 }
+
+/// Where frames for a source go.
+type Answers = mpsc::UnboundedSender<Frame>;
 
 struct Disk {
     /// How many hold it, and the sign that one has let go.
@@ -494,173 +494,4 @@ fn found(path: &Path, name: &OsStr, map: Option<Mapped>) -> io::Result<Disk> {
     let (sealed, compared) = (AtomicBool::new(true), AtomicBool::new(true));
     let held = Default::default();
     Ok(Disk { held, file, incoming: Mutex::new(incoming), sealed, compared })
-}
-
-/// Receives on one stream until its end.
-///
-/// # Errors
-/// When the stream breaks or an image cannot be written; the peer is told of the latter.
-pub async fn receive<R, W>(
-    received: Arc<Received>,
-    (reader, writer): (R, W),
-) -> Result<(), ReceiveError>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin + Send + 'static,
-{
-    let (answers, mut to_write) = mpsc::unbounded_channel::<Frame>();
-    let mut writer = FrameWriter::new(writer);
-    let writing = tasks::spawn("answers about disks", async move {
-        while let Some(frame) = to_write.recv().await {
-            if writer.write(&frame).await.is_err() {
-                return;
-            }
-        }
-    });
-    let mut reader = FrameReader::new(reader);
-    let outcome = loop {
-        let frame = match reader.next().await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => break Ok(()),
-            Err(error) => break Err(error.into()),
-        };
-        let (own, to) = (Arc::clone(&received), answers.clone());
-        if let Err(error) = tasks::blocking(move || own.apply(&frame, &to)).await {
-            if let Some((disk, errno)) = error.for_the_source() {
-                let version = Version(errno.unsigned_abs().into());
-                let _ = answers.send(Frame { version, ..Frame::new(Kind::Failed, disk) });
-            }
-            break Err(error);
-        }
-    };
-    received.stop_wanting(&answers);
-    drop(answers);
-    let _ = writing.await;
-    outcome
-}
-
-type Answers = mpsc::UnboundedSender<Frame>;
-
-impl Received {
-    /// Applies one frame and answers it. Blocks.
-    fn apply(&self, frame: &Frame, answers: &Answers) -> Result<(), ReceiveError> {
-        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
-        match frame.kind {
-            Kind::Hello => {
-                // First: what is asked for once the questions are forgotten has to go out.
-                {
-                    let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-                    wants.retain(|wants| !wants.same_channel(answers));
-                    wants.push(answers.clone());
-                }
-                self.announce(frame)?;
-                // Whoever waits for a block asks again.
-                self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
-                return Ok(());
-            }
-            Kind::Alive => {
-                let _ = answers.send(frame.clone());
-                return Ok(());
-            }
-            _ => self.wait_until_announced(frame.disk),
-        }
-        let disk = self.disk(frame.disk)?;
-        disk.wait_until_free();
-        match frame.kind {
-            Kind::Data | Kind::Zeroes => self.content(&disk, frame)?,
-            Kind::Resize => self.resize(&disk, frame)?,
-            Kind::Flush => disk.file.sync_data().map_err(failed)?,
-            Kind::Seal => {
-                self.must_not_be_owned(frame.disk)?;
-                if !disk.compared.load(Ordering::SeqCst) {
-                    return Err(ReceiveError::NotCompared(frame.disk));
-                }
-                let runs = decode_runs(&frame.payload).map_err(StreamError::from)?;
-                {
-                    let mut incoming = disk.incoming();
-                    // Before: what comes after a seal settles nothing.
-                    incoming.settle(frame.settled);
-                    incoming.seal(&runs);
-                }
-                disk.file.sync_all().map_err(failed)?;
-                if let Some(kept) = &self.kept {
-                    kept.save(frame.disk, || disk.incoming().save()).map_err(failed)?;
-                }
-                disk.sealed.store(true, Ordering::SeqCst);
-            }
-            Kind::Unseal => {
-                {
-                    let mut incoming = disk.incoming();
-                    self.must_be_open(frame.disk)?;
-                    self.must_not_be_owned(frame.disk)?;
-                    disk.sealed.store(false, Ordering::SeqCst);
-                    incoming.unseal();
-                }
-                if let Some(kept) = &self.kept {
-                    kept.unseal(frame.disk).map_err(failed)?;
-                }
-            }
-            Kind::AskMap if self.is_owned() => {
-                send_missing(&disk, frame.disk, answers);
-                return Ok(());
-            }
-            Kind::AskMap => {
-                send_map(&disk, frame.disk, answers).map_err(failed)?;
-                disk.compared.store(true, Ordering::SeqCst);
-                return Ok(());
-            }
-            // What only a destination says: from a source it means nothing.
-            _ => return Err(StreamError::from(FrameError::Contradiction).into()),
-        }
-        disk.incoming().settle(frame.settled);
-        self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
-        // Whoever cannot be answered any more asks again over the next connection.
-        let _ = answers.send(Frame { version: frame.version, ..Frame::new(Kind::Ack, frame.disk) });
-        Ok(())
-    }
-
-    fn content(&self, disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
-        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
-        let range = frame.range();
-        // Held while it is written: a newer update must not land between the look and the write.
-        let mut incoming = disk.incoming();
-        self.must_be_open(frame.disk)?;
-        if range.end > incoming.length() {
-            // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
-            self.must_not_be_owned(frame.disk)?;
-            if range.end > LONGEST {
-                return Err(ReceiveError::BeyondEnd(frame.disk));
-            }
-            disk.file.set_len(range.end).map_err(failed)?;
-            incoming.resize(range.end);
-        }
-        for part in incoming.arrived(&range, frame.version) {
-            let written = match frame.kind {
-                Kind::Data => {
-                    let from = (part.start - range.start) as usize;
-                    let length = (part.end - part.start) as usize;
-                    disk.file.write_all_at(&frame.payload[from..from + length], part.start)
-                }
-                _ => zero(&disk.file, &part),
-            };
-            written.map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    fn resize(&self, disk: &Disk, frame: &Frame) -> Result<(), ReceiveError> {
-        let length = frame.offset;
-        if length > LONGEST {
-            return Err(ReceiveError::Length { disk: frame.disk, length });
-        }
-        let mut incoming = disk.incoming();
-        self.must_be_open(frame.disk)?;
-        self.must_not_be_owned(frame.disk)?;
-        if length != incoming.length() {
-            let failed = |source| ReceiveError::Write { disk: frame.disk, source };
-            disk.file.set_len(length).map_err(failed)?;
-            incoming.resize(length);
-        }
-        Ok(())
-    }
 }
