@@ -46,6 +46,25 @@ impl Said {
     }
 }
 
+/// Whether what a destination lacks of a guest that runs there is still coming.
+#[derive(Debug, Default)]
+struct Coming {
+    least: Option<u64>,
+}
+
+impl Coming {
+    /// Whether less is missing than at any look before.
+    fn look(&mut self, destination: &Said) -> bool {
+        let Said::Progress(progress) = destination else { return false };
+        if !destination.serves_pages() {
+            return false;
+        }
+        let left = progress.bytes_remaining.saturating_add(progress.disk_bytes_left);
+        let before = self.least.replace(self.least.unwrap_or(left).min(left));
+        before.is_some_and(|before| left < before)
+    }
+}
+
 impl Hands {
     pub(super) async fn settle(
         &self,
@@ -55,6 +74,7 @@ impl Hands {
         committed: bool,
     ) -> Event {
         let mut begun = clock::now();
+        let mut coming = Coming::default();
         loop {
             // The source first: once it has let go, the destination's no is final, too.
             let at_source = self.cancel_and_ask(source, &migration, because).await;
@@ -62,8 +82,10 @@ impl Hands {
             if let Some(settlement) = judge(&at_source, &at_destination, committed) {
                 return Event::Settled { migration, settlement };
             }
-            if at_source.serves_pages() {
-                // The guest runs at the destination and its pages follow: that ends by itself.
+            // The guest runs at the destination and what is missing follows, from its source or, with that gone,
+            // from elsewhere: that ends by itself.
+            let comes = coming.look(&at_destination);
+            if at_source.serves_pages() || comes {
                 begun = clock::now();
             }
             if elapsed(begun) >= self.patience.settle {
@@ -175,6 +197,26 @@ mod tests {
             assert_eq!(judge(&said(phase), &silent(), true), None);
         }
         assert!(!said(Phase::Committing).serves_pages() && !silent().serves_pages());
+    }
+
+    #[test]
+    fn a_destination_that_gathers_is_waited_for_as_long_as_something_comes() {
+        let gathers = |phase: Phase, left| {
+            Said::Progress(Box::new(MigrationProgress {
+                phase: phase.into(),
+                disk_bytes_left: left,
+                ..MigrationProgress::default()
+            }))
+        };
+        let mut coming = Coming::default();
+        assert!(!coming.look(&gathers(Phase::DiskRest, 100)), "nothing to compare with");
+        assert!(
+            coming.look(&gathers(Phase::DiskRest, 90)) && coming.look(&gathers(Phase::Gather, 80))
+        );
+        assert!(!coming.look(&gathers(Phase::DiskRest, 80)), "it stands still");
+        assert!(!coming.look(&gathers(Phase::DiskRest, 95)) && !coming.look(&silent()));
+        assert!(!coming.look(&gathers(Phase::Failed, 10)));
+        assert!(coming.look(&gathers(Phase::DiskRest, 79)));
     }
 
     #[test]
