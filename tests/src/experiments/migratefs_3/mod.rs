@@ -26,7 +26,7 @@ use lifeboat_lab::experiment::statistics::ratios;
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
 
-use self::load::{BONNIE_MIB, Fio, RUNTIME_MS, bonnie, fio, round_trip_us};
+use self::load::{BONNIE_MIB, Fio, RUNTIME_MS, bonnie, fio, hot_read_us, round_trip_us};
 use self::rig::{IMAGE_BYTES, Rig, Way};
 use super::Setting;
 use super::machine::machine;
@@ -62,6 +62,9 @@ const SHARE: &str = "share_of_limit";
 /// for whoever waits for it, so it says how much of the difference is the machine's.
 const MACHINE: &str = "machine";
 const WAKE: &str = "round_trip_of_two_threads_us";
+/// What our mount takes for 4 KiB that no disk is asked for: added to the native disk's time, the least that
+/// a read through it can take.
+const HOT: &str = "hot_read_through_our_mount_us";
 
 fn fio_case(load: &str, way: Way) -> String {
     format!("{load}, {}", way.name())
@@ -87,7 +90,9 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     idle::look(&setting, &mut record).await?;
     let mut rig = Rig::raise(&setting).await?;
     for run in 0..runs {
-        record.samples.push(sample(MACHINE.to_owned(), run, [(WAKE, round_trip_us()?)]));
+        let hot = hot_read_us(&rig.image(Way::Swapped))?;
+        let machine = [(WAKE, round_trip_us()?), (HOT, hot)];
+        record.samples.push(sample(MACHINE.to_owned(), run, machine));
         for (name, load, _) in LOADS {
             for (place, way) in turn(run).into_iter().enumerate() {
                 let seed = (run * Way::ALL.len() + place) as u64 + 1;
