@@ -12,7 +12,8 @@ use lifeboat_tests::world::{Disk, Host, World, relay};
 use rustix::process::{Signal, kill_process};
 
 use super::a_disk_that_follows::{
-    BLOCKS, DISK, arrival_leftovers, assert_at, assert_given_up, assert_whole, await_moved, process,
+    BLOCKS, DISK, arrival_leftovers, assert_at, assert_given_up, assert_whole, await_moved,
+    claim_at_source, lose_power_at_destination, process,
 };
 
 /// What the links carry, in bit/s: the destination's is the narrow one, so that the third host has all of the
@@ -173,6 +174,27 @@ fn without_the_third_host_its_disk_comes_from_the_source_and_room_is_given_back_
         world.agents[BETWEEN].start(None).unwrap();
         await_released(world);
         assert_at(world, 1);
+    });
+}
+
+#[test]
+#[ignore = "takes long: tests/full"]
+fn a_destination_that_loses_power_leaves_the_sources_copy_and_the_third_hosts() {
+    let name = "a_destination_that_loses_power_leaves_the_sources_copy_and_the_third_hosts";
+    in_a_world(name, (31, LINKS), |world| {
+        let id = move_and_await_running(world);
+        await_evicted(world, &id);
+        lose_power_at_destination(world, &id);
+        claim_at_source(world);
+        // It could have been the last copy, so nobody has given it back.
+        assert!(is_whole(world), "{:?}", between(world));
+        let copies: Vec<PathBuf> = between(world)
+            .into_iter()
+            .filter(|path| path.to_string_lossy().contains("disks/vm-0"))
+            .collect();
+        assert!(!copies.is_empty(), "{:?}", between(world));
+        copies.iter().for_each(|copy| std::fs::remove_file(copy).unwrap());
+        await_released(world);
     });
 }
 

@@ -268,40 +268,50 @@ fn a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_start
     });
 }
 
+/// The destination's host goes down with all that it has not flushed, and comes back: the VM is lost.
+pub(super) fn lose_power_at_destination(world: &mut World, id: &str) {
+    world.agents[1].kill();
+    world.agents[1].kill_qemu();
+    let mount = world.agents[1].folder().join("qemu/.arriving/.disks/vm/0");
+    for does in ["arrive", "hold"] {
+        kill_process(process(world, 1, does), Signal::KILL).unwrap();
+    }
+    // What a reboot clears is no longer beneath it.
+    assert!(Command::new("umount").arg("-l").arg(&mount).status().unwrap().success());
+    world.agents[1].lose_power().unwrap();
+    world.agents[1].start(None).unwrap();
+    let over = || world.control.status(id).ok().filter(|status| status["state"] != "running");
+    let status = clock::wait_for(PATIENCE, over);
+    let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(id)));
+    assert_eq!(status["migrations"][0]["phase"], "lost", "{status}");
+    assert!(status.to_string().contains("claim vm --fenced"), "{status}");
+}
+
+/// Resumes it from its source's copy, as it was at the switchover.
+pub(super) fn claim_at_source(world: &World) {
+    world.control.order("claim vm --fenced --host h1").unwrap();
+    let checked = said(world, 0, "disk_checks");
+    await_more(world, 0, "disk_checks", checked + BLOCKS);
+    let seen = world.witness.look();
+    assert_eq!(seen.running(), [0]);
+    assert!(!seen.lives().iter().any(|life| life.said().contains("CORRUPT")));
+    drop(seen);
+    let home = || world.agents[0].disk_leftovers().is_empty().then_some(());
+    assert!(clock::wait_for(PATIENCE, home).is_some());
+    assert_eq!(files(world, 0), ["disk"]);
+}
+
 #[test]
 #[ignore = "takes long: tests/full"]
 fn a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy() {
     let name = "a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy";
     in_a_world(name, (26, SLOW), DISK, |world| {
         let id = move_and_await_rest(world);
-        world.agents[1].kill();
-        world.agents[1].kill_qemu();
-        let mount = world.agents[1].folder().join("qemu/.arriving/.disks/vm/0");
-        for does in ["arrive", "hold"] {
-            kill_process(process(world, 1, does), Signal::KILL).unwrap();
-        }
-        // What a reboot clears is no longer beneath it.
-        assert!(Command::new("umount").arg("-l").arg(&mount).status().unwrap().success());
-        world.agents[1].lose_power().unwrap();
-        world.agents[1].start(None).unwrap();
-        let over = || world.control.status(&id).ok().filter(|status| status["state"] != "running");
-        let status = clock::wait_for(PATIENCE, over);
-        let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(&id)));
-        assert_eq!(status["migrations"][0]["phase"], "lost", "{status}");
-        assert!(status.to_string().contains("claim vm --fenced"), "{status}");
+        lose_power_at_destination(world, &id);
         // What was not flushed there is gone, so nothing is started from the rest.
         let refused = start_refused(world, 1);
         assert!(refused.contains("not all here") && refused.contains("h1"), "{refused}");
-        world.control.order("claim vm --fenced --host h1").unwrap();
-        let checked = said(world, 0, "disk_checks");
-        await_more(world, 0, "disk_checks", checked + BLOCKS);
-        let seen = world.witness.look();
-        assert_eq!(seen.running(), [0]);
-        assert!(!seen.lives().iter().any(|life| life.said().contains("CORRUPT")));
-        drop(seen);
-        let home = || world.agents[0].disk_leftovers().is_empty().then_some(());
-        assert!(clock::wait_for(PATIENCE, home).is_some());
-        assert_eq!(files(world, 0), ["disk"]);
+        claim_at_source(world);
     });
 }
 
