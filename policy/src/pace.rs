@@ -24,6 +24,20 @@ pub const RELAY_MIN: Bytes = Bytes(64 << 10);
 /// The relay never holds more than this: at 10 Gbit/s, 30 ms are 38 MB.
 pub const RELAY_MAX: Bytes = Bytes(40 << 20);
 
+/// Memory keeps at least this part of the limit beside its guest's writes to disks in step.
+const MEMORY_SHARE_LEAST: u64 = 4;
+/// Memory and those writes together take at most this part of it: what is spared keeps queues on the way
+/// short, which a guest's flush waits for.
+const MEMORY_SHARE_MOST: f64 = 0.96;
+
+/// What memory may send of `limit` while its guest's disks are in step and it writes `writes` to them,
+/// which go over the same link.
+#[must_use]
+pub fn beside_writes(limit: BytesPerSec, writes: BytesPerSec) -> BytesPerSec {
+    let left = limit.scale(MEMORY_SHARE_MOST) - writes;
+    left.max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST))
+}
+
 /// What a migration may send: the smaller of the path's reservation and the broker's allowance;
 /// `None` sets no limit on its side.
 #[must_use]
@@ -125,6 +139,14 @@ mod tests {
         assert_eq!(owned_rate(Some(path), None), Some(BytesPerSec(10)));
         assert_eq!(owned_rate(None, Some(broker)), Some(broker));
         assert_eq!(owned_rate(None, None), None);
+    }
+
+    #[test]
+    fn memory_has_what_writes_leave_and_a_quarter_at_least() {
+        let limit = BytesPerSec(100);
+        assert_eq!(beside_writes(limit, BytesPerSec(0)), BytesPerSec(96));
+        assert_eq!(beside_writes(limit, BytesPerSec(30)), BytesPerSec(66));
+        assert_eq!(beside_writes(limit, BytesPerSec(500)), BytesPerSec(25));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use lifeboat_policy::disk::{Choices, Need, SLOWEST, Verdict, Writes, verdict};
 use lifeboat_policy::measured::MeasuredVm;
+use lifeboat_policy::pace::beside_writes;
 use lifeboat_policy::predict::disk_copy;
 use lifeboat_protocol::units::BytesPerSec;
 
@@ -26,11 +27,6 @@ const MARGIN_MOST: Duration = Duration::from_secs(10);
 
 /// Each brings limit and memory's time nearer to each other; after two they differ by little.
 const ROUNDS: usize = 2;
-
-/// Beside a guest's writes an agent gives memory what they leave of this part of the link, and no less than
-/// one in so many parts of it (the agent's `source/copying.rs`).
-const MEMORY_SHARE_MOST: f64 = 0.9;
-const MEMORY_SHARE_LEAST: u64 = 4;
 
 /// What a VM's owner was promised for its disks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -130,8 +126,7 @@ impl<'a> Terms<'a> {
         // more than in proportion, because the guest dirties less of it meanwhile.
         let memory = self.total.saturating_sub(copy.time);
         let predicted_at = (self.network - copy.writes).0 as f64;
-        let leaves = self.network.scale(MEMORY_SHARE_MOST) - writes.min(copy.writes);
-        let leaves = leaves.max(BytesPerSec(self.network.0 / MEMORY_SHARE_LEAST));
+        let leaves = beside_writes(self.network, writes.min(copy.writes));
         let memory = memory.mul_f64(predicted_at / leaves.0.max(1) as f64);
         let vmm_time = memory.saturating_add(self.between);
         Need { left: copy.content, network: self.network, vmm_time, window, spread: 1.0 }

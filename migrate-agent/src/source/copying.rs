@@ -8,6 +8,7 @@
 
 use std::time::{Duration, Instant};
 
+use lifeboat_policy::pace::beside_writes;
 use lifeboat_policy::stop::{self, Decision, Iteration, StopCriteria};
 use lifeboat_protocol::agent::Phase;
 use lifeboat_protocol::units::{Bytes, BytesPerSec};
@@ -38,10 +39,6 @@ const POLL: Duration = Duration::from_millis(100);
 const UNANSWERED_MOST: u32 = 5;
 /// QEMU connects its stream within this time.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Memory keeps at least this part of the limit beside the guest's writes to its disks.
-const MEMORY_SHARE_LEAST: u64 = 4;
-/// Memory and those writes together take at most this part of it.
-const MEMORY_SHARE_MOST: f64 = 0.96;
 /// Of a stream whose pages are absorbed so much may wait for the link when the guest is paused.
 const BACKLOG_MOST: u64 = 32 << 10;
 /// A guest that goes on painting keeps it filled: that is no reason to stay.
@@ -247,11 +244,10 @@ impl SourceTask {
         }
     }
 
-    /// Guests' writes go to both sides now, and over the same link: memory has what they leave of
-    /// nearly all of the limit. They are counted as what the guest wrote before it had to wait for the
-    /// link: memory that takes whatever is free would slow it down and have still more. What is spared keeps
-    /// the queues on the way short, which a flush waits for. Towards the end the guest's own limit holds
-    /// nothing back for long, because the pause waits for every write.
+    /// Guests' writes go to both sides now, and over the same link: memory has what they leave. They are
+    /// counted as what the guest wrote before it had to wait for the link: memory that takes whatever is free
+    /// would slow it down and have still more. Towards the end the guest's own limit holds nothing back for
+    /// long, because the pause waits for every write.
     async fn heed_disks(
         &mut self,
         info: &MigrateInfo,
@@ -263,8 +259,7 @@ impl SourceTask {
         if self.stop_seen.is_none()
             && let Some(limit) = self.limit
         {
-            let free = limit.scale(MEMORY_SHARE_MOST) - figures.kept_free;
-            relay.set_limit(Some(free.max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST))));
+            relay.set_limit(Some(beside_writes(limit, figures.kept_free)));
         }
         let Some(ram) = &info.ram else { return Ok(()) };
         let soon = (ram.mbps * 1e6 / 8.0 * NEARLY_THERE.as_secs_f64()) as u64;
