@@ -35,8 +35,8 @@ const FLUSH_EVERY: u64 = 32 << 20;
 const IN_STEP_SPARED: u64 = 9;
 /// What is read and sent at once at most, bytes: MigrateFS' transfer block (section 4).
 const RUN: u64 = 512 << 10;
-/// The same once the guest runs at the destination.
-const REST_RUN: u64 = 64 << 10;
+/// The same where somebody waits behind it: a write in step, a read at the destination.
+const SHORT_RUN: u64 = 64 << 10;
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -94,10 +94,10 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         Ok(Passed { left: self.left(), sent })
     }
 
-    /// So many blocks are read and sent at once. In step only one: a guest's write waits behind what
-    /// the link has been given already.
+    /// So many blocks are read and sent at once. In step few: a guest's write waits behind what the link has
+    /// been given already.
     fn at_once(&self, disk: u16) -> u64 {
-        if self.mirror.is_mirroring() { 1 } else { self.blocks_of(disk, RUN) }
+        self.blocks_of(disk, if self.mirror.is_mirroring() { SHORT_RUN } else { RUN })
     }
 
     /// So many blocks are `bytes`, at least one.
@@ -127,7 +127,7 @@ impl<W: AsyncWrite + Unpin> Work<W> {
                     self.send_run(disk, blocks, most).await?;
                 }
                 // Little at a time: the next that is wanted does not wait for more.
-                let most = self.blocks_of(disk, REST_RUN);
+                let most = self.blocks_of(disk, SHORT_RUN);
                 let Some(run) = self.send_run(disk, at..range.end, most).await? else { break };
                 at = run.end;
             }
@@ -142,7 +142,7 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         let (disk, first) = wanted.pop_front()?;
         let mut blocks = first..first + 1;
-        let most = self.blocks_of(disk, REST_RUN);
+        let most = self.blocks_of(disk, SHORT_RUN);
         while blocks.end - blocks.start < most && wanted.front() == Some(&(disk, blocks.end)) {
             wanted.pop_front();
             blocks.end += 1;

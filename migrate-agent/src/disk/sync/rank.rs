@@ -7,7 +7,9 @@
 //!
 //! Where the VM moves before its disk is complete, hot segments go first: what is there needs no
 //! fetching. Where the whole image goes first (pre-copy), the segments that are *written* most go last:
-//! sent early, they would be sent twice. Deliberately not here: who counts (`track::Activity`).
+//! sent early, they would be sent twice. Of what follows the VM those go last, too, that are written more
+//! than read: a write to what is missing waits for nothing, and what it overwrites need not be sent.
+//! Deliberately not here: who counts (`track::Activity`).
 
 use crate::disk::track::Traffic;
 
@@ -86,6 +88,11 @@ pub fn order(traffic: &[Traffic], weights: Weights, strategy: Strategy) -> Segme
             let rank = |segment: &u64| weights.rank(of(segment));
             segments.sort_by(|a, b| rank(b).total_cmp(&rank(a)));
             let before = segments.iter().take_while(|s| rank(s) >= threshold).count();
+            // By how far writes outnumber reads; where they do not, as before.
+            segments[before..].sort_by_key(|segment| {
+                let Traffic { reads, writes } = of(segment);
+                writes.saturating_sub(reads)
+            });
             SegmentOrder { segments, before }
         }
     }
@@ -114,6 +121,20 @@ mod tests {
     fn hot_segments_go_first_when_the_vm_moves_early() {
         let hot = order(&TRAFFIC, Weights::default(), Strategy::Hot { threshold: 15.0 });
         assert_eq!(hot, SegmentOrder { segments: vec![1, 2, 0, 3], before: 2 });
+    }
+
+    #[test]
+    fn of_what_follows_that_goes_last_which_is_written_more_than_read() {
+        let traffic = [
+            Traffic { reads: 0, writes: 7 },
+            Traffic { reads: 1, writes: 0 },
+            Traffic { reads: 3, writes: 5 },
+            Traffic { reads: 4, writes: 4 },
+            Traffic { reads: 90, writes: 0 },
+            Traffic { reads: 0, writes: 0 },
+        ];
+        let order = order(&traffic, Weights::default(), Strategy::Hot { threshold: 20.0 });
+        assert_eq!(order, SegmentOrder { segments: vec![4, 3, 1, 5, 2, 0], before: 1 });
     }
 
     #[test]
