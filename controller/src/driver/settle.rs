@@ -49,19 +49,19 @@ impl Said {
 /// Whether what a destination lacks of a guest that runs there is still coming.
 #[derive(Debug, Default)]
 struct Coming {
-    least: Option<u64>,
+    last: Option<u64>,
 }
 
 impl Coming {
-    /// Whether less is missing than at any look before.
+    /// Whether less is missing than at the last look. A destination's agent that was started again may know of more
+    /// at first, or not how much: then the next looks tell.
     fn look(&mut self, destination: &Said) -> bool {
         let Said::Progress(progress) = destination else { return false };
         if !destination.serves_pages() {
             return false;
         }
         let left = progress.bytes_remaining.saturating_add(progress.disk_bytes_left);
-        let before = self.least.replace(self.least.unwrap_or(left).min(left));
-        before.is_some_and(|before| left < before)
+        left > 0 && self.last.replace(left).is_some_and(|before| left < before)
     }
 }
 
@@ -214,9 +214,11 @@ mod tests {
             coming.look(&gathers(Phase::DiskRest, 90)) && coming.look(&gathers(Phase::Gather, 80))
         );
         assert!(!coming.look(&gathers(Phase::DiskRest, 80)), "it stands still");
-        assert!(!coming.look(&gathers(Phase::DiskRest, 95)) && !coming.look(&silent()));
+        assert!(!coming.look(&gathers(Phase::DiskRest, 0)) && !coming.look(&silent()));
+        // It was killed, and asks for some of it again.
+        assert!(!coming.look(&gathers(Phase::DiskRest, 500)));
         assert!(!coming.look(&gathers(Phase::Failed, 10)));
-        assert!(coming.look(&gathers(Phase::DiskRest, 79)));
+        assert!(coming.look(&gathers(Phase::DiskRest, 499)));
     }
 
     #[test]

@@ -226,7 +226,7 @@ mod tests {
         let Verdict::Limit(limit) = found else { panic!("{found:?}") };
         // 4 s of memory beside 5 MB/s; 12 s beside what it wants would leave it 2 MB/s.
         assert!((5_000_000..6_000_000).contains(&limit.0), "{limit:?} {need:?}");
-        let memory = Duration::from_secs_f64(75.0 / (22.5 - limit.0 as f64 / 1e6));
+        let memory = Duration::from_secs_f64(75.0 / (24.0 - limit.0 as f64 / 1e6));
         assert!(need.vmm_time >= memory && need.vmm_time < memory + Duration::from_millis(100));
         // The date holds with what it was computed from.
         let took = need.left.time_at(need.network - limit).unwrap() + memory;

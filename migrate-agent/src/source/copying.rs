@@ -183,7 +183,10 @@ impl SourceTask {
             tokio::select! {
                 _ = poll.tick() => {}
                 event = events.recv() => match event {
-                    Ok(event) if event.name == "STOP" => self.stopped(&event, &pump.relay),
+                    Ok(event) if event.name == "STOP" => {
+                        self.stopped(&event, &pump.relay);
+                        self.lift_disk_limit().await?;
+                    }
                     Ok(event) if event.name == "MIGRATION" || event.name == "MIGRATION_PASS" => {}
                     Err(broadcast::error::RecvError::Closed) => return Err(Failure::GuestGone),
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => continue,

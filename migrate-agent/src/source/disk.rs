@@ -102,13 +102,22 @@ pub enum DiskFailure {
 /// A pause may wait so long for a write that the disk limit holds back.
 const HELD_BEFORE_A_PAUSE_MS: u64 = 15;
 
+/// How far the disk limit is in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Force {
+    Whole,
+    /// The pause is near, and waits for every request: nothing is held for long.
+    Loose,
+    None,
+}
+
 /// The VM's disks while it leaves.
 pub(super) struct Leaving {
     mover: Mover,
     /// What the guest may change per second; `None`: whatever it likes.
     limit: Option<BytesPerSec>,
-    /// The pause is near, and waits for every request.
-    pause_is_near: bool,
+    /// How far its limit is in force.
+    force: Force,
     replaced: u32,
     mirrored: RateMeter,
     sent: RateMeter,
@@ -394,8 +403,19 @@ impl SourceTask {
     /// Lets the limit hold nothing back for long: QEMU is about to pause the guest, which waits for every
     /// request.
     pub(super) async fn loosen_disk_limit(&mut self) -> Result<(), DiskFailure> {
+        self.limit_with(Force::Loose).await
+    }
+
+    /// Takes the limit away: the guest has been paused, or told to shut down, and what is written now is
+    /// what its end waits for.
+    pub(super) async fn lift_disk_limit(&mut self) -> Result<(), DiskFailure> {
+        self.limit_with(Force::None).await
+    }
+
+    /// It only ever gets weaker.
+    async fn limit_with(&mut self, force: Force) -> Result<(), DiskFailure> {
         match &mut self.disks {
-            Some(leaving) if !leaving.pause_is_near => leaving.pause_is_near = true,
+            Some(leaving) if leaving.force < force => leaving.force = force,
             _ => return Ok(()),
         }
         self.tell_limits().await
@@ -486,7 +506,7 @@ impl Leaving {
         Self {
             mover,
             limit,
-            pause_is_near: false,
+            force: Force::Whole,
             replaced: 0,
             mirrored: RateMeter::default(),
             sent: RateMeter::default(),
@@ -517,8 +537,9 @@ impl Leaving {
     }
 
     pub(super) fn limits(&self, network: Option<BytesPerSec>) -> Limits {
-        let held_at_most_ms = self.pause_is_near.then_some(HELD_BEFORE_A_PAUSE_MS);
-        let [network, disk] = [network, self.limit].map(|rate| rate.map(|rate| rate.0));
+        let held_at_most_ms = (self.force == Force::Loose).then_some(HELD_BEFORE_A_PAUSE_MS);
+        let disk = self.limit.filter(|_| self.force < Force::None);
+        let [network, disk] = [network, disk].map(|rate| rate.map(|rate| rate.0));
         Limits { network, disk, held_at_most_ms }
     }
 }

@@ -25,7 +25,7 @@ impl SourceTask {
     pub(super) async fn stop_for_cold(&mut self, qmp: &Qmp) -> Result<(), Failure> {
         self.progress.enter(Phase::Switchover);
         let mut events = qmp.events();
-        self.loosen_disk_limit().await?;
+        self.lift_disk_limit().await?;
         self.stop_seen = Some(clock::now());
         qmp.system_powerdown().await?;
         let deadline = clock::now() + POWER_DOWN_GRACE;

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::blocks::Pace;
-use super::frame::{Frame, HEADER, Kind};
+use super::frame::{Frame, HEADER, Kind, SPARES};
 use super::mirror::Mirror;
 use super::passes::{PassError, Passed, Work};
 use super::phases::{Action, Event, Phase, Veto};
@@ -53,6 +53,8 @@ enum Signal {
 enum Ended {
     Pass(Result<Passed, PassError>),
     Seal,
+    /// It fell out of step before it was sealed.
+    Unsealed,
     Rest(Result<(), PassError>),
 }
 
@@ -172,7 +174,9 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
     /// Why a connection was lost: a destination whose disk is full says so and hangs up, and our
     /// next block can find that out before its word is read. Nobody waits for the mirror meanwhile.
     async fn last_word(&mut self, lost: SendError) -> SendError {
-        self.own.mirror.disarm();
+        if matches!(self.own.phases.phase(), Phase::Synchronous | Phase::Sealing) {
+            self.own.mirror.disarm();
+        }
         self.own.mirror.give_up();
         let word = async {
             loop {
@@ -219,7 +223,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
         for (number, image) in self.own.images.iter().enumerate() {
             let block = self.own.mirror.disks()[number].dirty.block().bytes();
             let length = image.length().unwrap_or(0);
-            let hello = Frame::new(Kind::Hello, number as u16);
+            let hello = Frame { version: SPARES, ..Frame::new(Kind::Hello, number as u16) };
             let _ = self.work.control.send(Frame { offset: block, length, ..hello });
             if self.own.compares {
                 let _ = self.work.control.send(Frame::new(Kind::AskMap, number as u16));
@@ -275,6 +279,8 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                         self.apply(Event::SealAcknowledged);
                         self.answer_seal(Ok(()));
                     }
+                    // It has been vetoed.
+                    Ended::Unsealed => {}
                     Ended::Rest(outcome) => {
                         outcome.map_err(of_pass)?;
                         self.apply(Event::AllThere);
@@ -409,8 +415,7 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 self.start(true, |work| async move { Ended::Pass(work.pass().await) });
             }
             Action::SendSeal => self.start(false, |work| async move {
-                work.seal().await;
-                Ended::Seal
+                if work.seal().await { Ended::Seal } else { Ended::Unsealed }
             }),
             Action::SendRest => {
                 self.start(true, |work| async move { Ended::Rest(work.rest().await) });
@@ -420,15 +425,18 @@ impl<W: AsyncWrite + Unpin + Send + 'static> Connection<'_, W> {
                 self.own.mirror.arm(self.work.control.clone());
             }
             Action::Mirror(false) => {
+                // A seal that waits for what is given up here.
+                drop(self.task.take_if(|task| !task.writes_blocks));
                 self.own.mirror.disarm();
                 self.own.mirror.give_up();
             }
             Action::SendUnseal => {
                 drop(self.task.take_if(|task| !task.writes_blocks));
-                self.own.mirror.arm(self.work.control.clone());
+                // First: a write that comes to a sealed destination is dropped there.
                 for number in 0..self.own.images.len() {
                     self.work.say(Frame::new(Kind::Unseal, number as u16));
                 }
+                self.own.mirror.arm(self.work.control.clone());
             }
             Action::Veto(veto) => self.answer_seal(Err(veto)),
             Action::Finish => {}

@@ -26,6 +26,9 @@ pub const MAX_PAYLOAD: usize = 1 << 20;
 /// The version of this protocol.
 pub const PROTOCOL: u8 = 1;
 
+/// What a source says in `version` of its [`Kind::Hello`] that leaves out what it is told of; before, 0.
+pub const SPARES: Version = Version(1);
+
 const MAGIC: [u8; 2] = *b"LD";
 const CHECK_AT: usize = 48;
 
@@ -59,7 +62,8 @@ pub enum FrameError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Kind {
-    /// Source: a disk has this length, in blocks of `offset` bytes. First for each disk.
+    /// Source: a disk has this length, in blocks of `offset` bytes. First for each disk. From `version`
+    /// [`SPARES`] on it understands [`Kind::Overwritten`].
     Hello = 1,
     /// Source: content.
     Data = 2,

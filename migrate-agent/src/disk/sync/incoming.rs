@@ -89,11 +89,32 @@ impl Incoming {
         self.block
     }
 
-    /// The source has given it another length.
+    /// It has become so long.
     pub fn resize(&mut self, length: u64) {
         self.length = length;
         let end = self.block.count(length);
         self.missing.truncate(end);
+    }
+
+    /// The source says with `version` how long it is. Returns what is to be zeroed within the length that it
+    /// has now: content that came before, and is newer, stays and keeps it as long as that reaches.
+    pub fn resized(&mut self, length: u64, version: Version) -> Vec<Range<u64>> {
+        self.newest = self.newest.max(version);
+        let old = self.length;
+        if length > old {
+            let grows = self.versions.open(&(old..length), version);
+            self.resize(grows.last().map_or(old, |part| part.end));
+            return vec![];
+        }
+        // All beyond it is as of this version; what is older and still on its way is nothing any more.
+        let mut parts = self.versions.admit(length..u64::MAX, version);
+        match parts.pop_if(|last| last.end == u64::MAX) {
+            Some(end) => self.resize(end.start.clamp(length, old)),
+            // Something newer has said how long it is.
+            None => parts.iter_mut().for_each(|part| part.end = part.end.min(old)),
+        }
+        parts.retain(|part| part.start < part.end);
+        parts
     }
 
     /// The source has sealed, and these runs of blocks are still there. Runs beyond the end are cut.
@@ -330,6 +351,24 @@ mod tests {
         assert_eq!(incoming.missing(), 4);
         let parts = incoming.arrived(&(2 * K..3 * K), Version(77));
         assert_eq!(parts, [2 * K..2 * K + 10, 2 * K + 20..3 * K]);
+    }
+
+    #[test]
+    fn a_length_that_comes_late_takes_nothing_newer_away() {
+        let mut incoming = Incoming::new(BlockSize::new(K).unwrap(), 10 * K);
+        // Content of version 7 made it longer, or lies beyond the length of version 6, which comes behind it.
+        assert_eq!(incoming.arrived(&(8 * K..9 * K), Version(7)), [8 * K..9 * K]);
+        assert_eq!(incoming.resized(5 * K, Version(6)), [5 * K..8 * K]);
+        assert_eq!(incoming.length(), 9 * K);
+        // Older than that length, and beyond it.
+        assert_eq!(incoming.arrived(&(7 * K..8 * K), Version(5)), []);
+        assert_eq!(incoming.arrived(&(9 * K..10 * K), Version(4)), []);
+        // The next one is the newest, and then one that is not comes late.
+        assert_eq!(incoming.resized(2 * K, Version(9)), []);
+        assert_eq!(incoming.length(), 2 * K);
+        assert_eq!((incoming.resized(4 * K, Version(8)), incoming.length()), (vec![], 2 * K));
+        assert_eq!((incoming.resized(4 * K, Version(10)), incoming.length()), (vec![], 4 * K));
+        assert_eq!((incoming.resized(3 * K, Version(9)), incoming.length()), (vec![], 4 * K));
     }
 
     #[test]

@@ -18,6 +18,10 @@ use tokio::sync::Notify;
 use super::versions::Version;
 use crate::clock;
 
+/// What an update counts at least of those that may be ahead, bytes: a discard carries nothing, and takes the
+/// other side as long as a small write.
+const LEAST_AHEAD: u64 = 4096;
+
 /// An update on its way.
 #[derive(Debug)]
 pub struct Pending<T> {
@@ -43,7 +47,7 @@ struct Entries<T> {
     last: u64,
     pending: BTreeMap<Version, Entry<T>>,
     bytes: u64,
-    /// Those of them that are ahead.
+    /// Those of them that are ahead, each at least [`LEAST_AHEAD`].
     ahead: u64,
     quickest: Option<Duration>,
 }
@@ -52,7 +56,7 @@ impl<T> Entries<T> {
     fn enter(&mut self, entry: Entry<T>) -> Version {
         self.last += 1;
         self.bytes += entry.pending.bytes;
-        self.ahead += entry.ahead.map_or(0, |_| entry.pending.bytes);
+        self.ahead += entry.ahead.map_or(0, |_| entry.pending.bytes.max(LEAST_AHEAD));
         let version = Version(self.last);
         self.pending.insert(version, entry);
         version
@@ -62,7 +66,7 @@ impl<T> Entries<T> {
         let Entry { pending, ahead } = self.pending.remove(&version)?;
         self.bytes -= pending.bytes;
         if let Some(since) = ahead {
-            self.ahead -= pending.bytes;
+            self.ahead -= pending.bytes.max(LEAST_AHEAD);
             let took = clock::now().saturating_duration_since(since);
             self.quickest = Some(self.quickest.map_or(took, |before| before.min(took)));
         }
@@ -96,10 +100,20 @@ impl<T> Ledger<T> {
         self.entries().enter(Entry { pending, ahead: None })
     }
 
-    /// As [`Self::enter`], for a guest's write whose guest is not kept waiting.
-    pub fn enter_ahead(&self, pending: Pending<T>) -> Version {
-        let ahead = Some(clock::now());
-        self.entries().enter(Entry { pending, ahead })
+    /// As [`Self::enter`], for a write of `bytes` to `range` whose guest is not kept waiting; `None` where
+    /// more than `window` bytes of those would be on their way then.
+    pub fn enter_ahead(
+        &self,
+        (disk, range): (u16, Range<u64>),
+        bytes: u64,
+        window: u64,
+    ) -> Option<Version> {
+        let mut entries = self.entries();
+        if entries.ahead.saturating_add(bytes.max(LEAST_AHEAD)) > window {
+            return None;
+        }
+        let pending = Pending { disk, range, bytes, waiting: None };
+        Some(entries.enter(Entry { pending, ahead: Some(clock::now()) }))
     }
 
     /// The next version comes after `version`, at least: one that an earlier process gave.
@@ -138,12 +152,6 @@ impl<T> Ledger<T> {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.entries().bytes
-    }
-
-    /// Those of them whose guest is not kept waiting.
-    #[must_use]
-    pub fn ahead(&self) -> u64 {
-        self.entries().ahead
     }
 
     /// For how long the oldest of those has been on its way.
@@ -220,16 +228,21 @@ mod tests {
     fn what_is_ahead_is_counted_and_timed_until_it_is_acknowledged_or_given_up() {
         let ledger = Ledger::default();
         ledger.enter(pending(1));
-        assert_eq!((ledger.ahead(), ledger.ahead_for(), ledger.quickest()), (0, None, None));
-        let first = ledger.enter_ahead(pending(10));
-        ledger.enter_ahead(pending(100));
-        assert_eq!((ledger.ahead(), ledger.bytes()), (110, 111));
+        assert_eq!((ledger.ahead_for(), ledger.quickest()), (None, None));
+        let ahead = |bytes, window| ledger.enter_ahead((0, 0..bytes), bytes, window);
+        assert!(ahead(5000, 4999).is_none() && ahead(0, 4095).is_none());
+        // A discard, and a write.
+        let first = ahead(0, 4096).unwrap();
+        assert!(ahead(5000, 4096 + 4999).is_none());
+        assert!(ahead(5000, 4096 + 5000).is_some());
+        assert_eq!(ledger.bytes(), 5001);
         clock::pause_thread(Duration::from_millis(5));
         assert!(ledger.ahead_for().unwrap() >= Duration::from_millis(5));
         assert!(ledger.acknowledge(first));
         assert!(ledger.quickest().unwrap() >= Duration::from_millis(5));
-        assert_eq!((ledger.ahead(), ledger.give_up().len()), (100, 2));
-        assert_eq!((ledger.ahead(), ledger.ahead_for()), (0, None));
+        assert!(ahead(1, 5000 + 4095).is_none());
+        assert_eq!(ledger.give_up().len(), 2);
+        assert!(ledger.ahead_for().is_none() && ahead(1, 4096).is_some());
     }
 
     #[tokio::test]

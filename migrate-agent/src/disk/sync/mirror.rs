@@ -169,6 +169,17 @@ impl Mirror {
         self.set(Mode::Sealed);
     }
 
+    /// From now on changes fail, if they went to both sides until now.
+    #[must_use]
+    pub fn seal_in_step(&self) -> bool {
+        let mut mode = self.mode.write().unwrap_or_else(PoisonError::into_inner);
+        let in_step = matches!(*mode, Mode::Mirroring(_));
+        if in_step {
+            *mode = Mode::Sealed;
+        }
+        in_step
+    }
+
     /// From now on changes are marked only, whatever a task that has not noticed its end yet still
     /// asks for: the VM stays at this host.
     pub fn retire(&self) {
@@ -245,7 +256,8 @@ impl Mirror {
         range: Range<u64>,
         request: Request,
     ) {
-        let length = || request.image().length().unwrap_or(range.end);
+        let image = Arc::clone(request.image());
+        let length = || image.length().unwrap_or(range.end);
         let (kind, range, payload) = match request.op() {
             Op::Write { .. } => (Kind::Data, range.clone(), request.data()),
             Op::Allocate { mode, .. } if is_zeroing(mode) => {
@@ -254,8 +266,7 @@ impl Mirror {
             Op::Flush { .. } => (Kind::Flush, 0..0, vec![]),
             // Space that is set aside: no content, but perhaps a new length.
             Op::Resize { .. } | Op::Allocate { .. } | Op::Read { .. } => {
-                let length = length();
-                (Kind::Resize, length..length, vec![])
+                (Kind::Resize, 0..0, vec![])
             }
         };
         // Answered by its deadline before it got here, or nothing to change within the image.
@@ -264,18 +275,22 @@ impl Mirror {
             return;
         }
         let bytes = payload.len() as u64;
-        let pending = |waiting| Pending { disk, range: range.clone(), bytes, waiting };
-        // Writers side by side may take it a little further; a flush promises something of all before it.
-        let room = self.window.load(Ordering::Relaxed).saturating_sub(self.ledger.ahead());
-        let (version, answered) = if carries && bytes <= room {
-            (self.ledger.enter_ahead(pending(None)), Some(request))
-        } else {
-            request.set_deadline(clock::now() + self.deadline);
-            (self.ledger.enter(pending(Some(request))), None)
-        };
+        let window = if carries { self.window.load(Ordering::Relaxed) } else { 0 };
+        let (version, answered) =
+            match self.ledger.enter_ahead((disk, range.clone()), bytes, window) {
+                Some(version) => (version, Some(request)),
+                // A flush promises something of all before it.
+                None => {
+                    request.set_deadline(clock::now() + self.deadline);
+                    let range = range.clone();
+                    let pending = Pending { disk, range, bytes, waiting: Some(request) };
+                    (self.ledger.enter(pending), None)
+                }
+            };
         let settled = self.ledger.settled();
-        let (offset, length) = (range.start, range.end - range.start);
-        let payload = payload.into();
+        // After its version: what makes the image longer meanwhile gets a later one.
+        let offset = if kind == Kind::Resize { length() } else { range.start };
+        let (length, payload) = (range.end - range.start, payload.into());
         let frame = Frame { version, settled, offset, length, payload, ..Frame::new(kind, disk) };
         if frames.send(frame).is_err() {
             // Nobody sends any more: the deadline would come to the same.

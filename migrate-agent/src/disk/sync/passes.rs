@@ -122,9 +122,13 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         for (disk, range) in self.ranges(true) {
             let mut at = range.start;
             loop {
-                while let Some((disk, blocks)) = self.next_wanted() {
-                    let most = blocks.end - blocks.start;
-                    self.send_run(disk, blocks, most).await?;
+                while let Some((disk, mut blocks)) = self.next_wanted() {
+                    // One in the middle may have gone already.
+                    while let Some(run) =
+                        self.send_run(disk, blocks.clone(), blocks.end - blocks.start).await?
+                    {
+                        blocks.start = run.end.min(blocks.end);
+                    }
                 }
                 // Little at a time: the next that is wanted does not wait for more.
                 let most = self.blocks_of(disk, SHORT_RUN);
@@ -152,10 +156,13 @@ impl<W: AsyncWrite + Unpin> Work<W> {
 
     /// Tells the destination that nothing changes any more, with what is missing there, and waits
     /// until it has all else durably. The VM is paused.
-    pub(super) async fn seal(&self) {
+    /// `false`: it has fallen out of step meanwhile.
+    pub(super) async fn seal(&self) -> bool {
         let ledger = self.mirror.ledger();
         ledger.until_empty().await;
-        self.mirror.seal();
+        if !self.mirror.seal_in_step() {
+            return false;
+        }
         self.announce_lengths();
         for (number, disk) in self.mirror.disks().iter().enumerate() {
             let runs = runs(&disk.dirty, self.images[number].length().unwrap_or(0));
@@ -170,12 +177,21 @@ impl<W: AsyncWrite + Unpin> Work<W> {
             }
         }
         ledger.until_empty().await;
+        true
     }
 
     /// Says something that is acknowledged.
     pub(super) fn say(&self, frame: Frame) {
-        let pending = Pending { disk: frame.disk, range: 0..0, bytes: 0, waiting: None };
-        let version = self.mirror.ledger().enter(pending);
+        let version = self.enter(frame.disk);
+        self.say_as(version, frame);
+    }
+
+    fn enter(&self, disk: u16) -> Version {
+        let pending = Pending { disk, range: 0..0, bytes: 0, waiting: None };
+        self.mirror.ledger().enter(pending)
+    }
+
+    fn say_as(&self, version: Version, frame: Frame) {
         let settled = self.mirror.ledger().settled();
         // When nobody writes any more the connection is gone, and that is noticed elsewhere.
         let _ = self.control.send(Frame { version, settled, ..frame });
@@ -183,8 +199,14 @@ impl<W: AsyncWrite + Unpin> Work<W> {
 
     fn announce_lengths(&self) {
         for (number, image) in self.images.iter().enumerate() {
-            if let Ok(offset) = image.length() {
-                self.say(Frame { offset, ..Frame::new(Kind::Resize, number as u16) });
+            // The version first: a write that makes it longer while we look gets a later one.
+            let version = self.enter(number as u16);
+            match image.length() {
+                Ok(offset) => {
+                    let frame = Frame { offset, ..Frame::new(Kind::Resize, number as u16) };
+                    self.say_as(version, frame);
+                }
+                Err(_) => drop(self.mirror.ledger().acknowledge(version)),
             }
         }
     }

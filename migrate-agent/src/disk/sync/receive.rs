@@ -116,6 +116,13 @@ impl Drop for Held {
 /// Where frames for a source go.
 type Answers = mpsc::UnboundedSender<Frame>;
 
+/// Whoever sends over a connection.
+struct Source {
+    answers: Answers,
+    /// It leaves out what it is told that the guest has overwritten.
+    spares: bool,
+}
+
 struct Disk {
     /// How many hold it, and the sign that one has let go.
     held: (Mutex<usize>, Condvar),
@@ -155,7 +162,7 @@ pub struct Received {
     /// A disk was announced.
     announced: Condvar,
     /// Who is asked for a block that somebody waits for.
-    wants: Mutex<Vec<mpsc::UnboundedSender<Frame>>>,
+    wants: Mutex<Vec<Source>>,
     /// Counts what has arrived, for whoever waits for a block.
     arrivals: watch::Sender<u64>,
     closed: AtomicBool,
@@ -402,7 +409,8 @@ impl Received {
     /// Says it to whoever sends: whichever is still alive, and what comes twice is applied once.
     fn tell(&self, frame: &Frame) {
         let wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-        wants.iter().for_each(|wants| drop(wants.send(frame.clone())));
+        let heeds = |source: &&Source| frame.kind != Kind::Overwritten || source.spares;
+        wants.iter().filter(heeds).for_each(|source| drop(source.answers.send(frame.clone())));
     }
 
     /// Blocks that are missing, of all disks.
@@ -426,7 +434,7 @@ impl Received {
     fn stop_wanting(&self, answers: &Answers) {
         let others = {
             let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-            wants.retain(|wants| !wants.same_channel(answers));
+            wants.retain(|source| !source.answers.same_channel(answers));
             !wants.is_empty()
         };
         if others {

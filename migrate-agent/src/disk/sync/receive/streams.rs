@@ -10,12 +10,12 @@ use std::sync::{Arc, PoisonError};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-use super::super::frame::{Frame, FrameError, Kind, decode_runs};
+use super::super::frame::{Frame, FrameError, Kind, SPARES, decode_runs};
 use super::super::stream::{FrameReader, FrameWriter, StreamError};
 use super::super::versions::Version;
 use super::files::zero;
 use super::maps::{send_map, send_missing};
-use super::{Answers, Disk, LONGEST, ReceiveError, Received};
+use super::{Answers, Disk, LONGEST, ReceiveError, Received, Source};
 use crate::tasks;
 
 /// Receives on one stream until its end.
@@ -70,8 +70,9 @@ impl Received {
                 // First: what is asked for once the questions are forgotten has to go out.
                 {
                     let mut wants = self.wants.lock().unwrap_or_else(PoisonError::into_inner);
-                    wants.retain(|wants| !wants.same_channel(answers));
-                    wants.push(answers.clone());
+                    wants.retain(|source| !source.answers.same_channel(answers));
+                    let spares = frame.version >= SPARES;
+                    wants.push(Source { answers: answers.clone(), spares });
                 }
                 self.announce(frame)?;
                 // Whoever waits for a block asks again.
@@ -146,15 +147,19 @@ impl Received {
         let mut incoming = disk.incoming();
         self.must_be_open(frame.disk)?;
         if range.end > incoming.length() {
-            // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
             self.must_not_be_owned(frame.disk)?;
             if range.end > LONGEST {
                 return Err(ReceiveError::BeyondEnd(frame.disk));
             }
-            disk.file.set_len(range.end).map_err(failed)?;
-            incoming.resize(range.end);
         }
-        for part in incoming.arrived(&range, frame.version) {
+        let parts = incoming.arrived(&range, frame.version);
+        if let Some(end) = parts.last().map(|part| part.end).filter(|end| *end > incoming.length())
+        {
+            // A write past the end makes the image longer, as it did at the source: qcow2 grows so.
+            disk.file.set_len(end).map_err(failed)?;
+            incoming.resize(end);
+        }
+        for part in parts {
             let written = match frame.kind {
                 Kind::Data => {
                     let from = (part.start - range.start) as usize;
@@ -176,10 +181,12 @@ impl Received {
         let mut incoming = disk.incoming();
         self.must_be_open(frame.disk)?;
         self.must_not_be_owned(frame.disk)?;
-        if length != incoming.length() {
-            let failed = |source| ReceiveError::Write { disk: frame.disk, source };
-            disk.file.set_len(length).map_err(failed)?;
-            incoming.resize(length);
+        let before = incoming.length();
+        let zeroes = incoming.resized(length, frame.version);
+        let failed = |source| ReceiveError::Write { disk: frame.disk, source };
+        zeroes.iter().try_for_each(|part| zero(&disk.file, part)).map_err(failed)?;
+        if incoming.length() != before {
+            disk.file.set_len(incoming.length()).map_err(failed)?;
         }
         Ok(())
     }
