@@ -33,8 +33,8 @@ impl SourceTask {
         pump: &mut Pump,
     ) -> Result<(), Failure> {
         self.catch_stop(events, &pump.relay);
-        self.lift_disk_limit().await?;
         pump.relay.unbound();
+        self.lift_disk_limit().await?;
         let unlimited = MigrateParameters { downtime_limit_ms: None, max_bandwidth_bytes: Some(0) };
         qmp.migrate_set_parameters(unlimited).await?;
         qmp.migrate_continue().await?;
