@@ -225,7 +225,7 @@ fn what_is_given_up_before_its_guest_runs_there_leaves_nothing_and_can_be_begun_
 }
 
 /// The blocks of an image.
-fn blocks(image: &Path) -> Vec<Vec<u8>> {
+pub(super) fn blocks(image: &Path) -> Vec<Vec<u8>> {
     std::fs::read(image).unwrap().chunks(BLOCK as usize).map(<[u8]>::to_vec).collect()
 }
 
@@ -269,7 +269,7 @@ fn a_guest_that_ends_while_the_rest_comes_finds_all_of_its_disk_when_it_is_start
 }
 
 /// The destination's host goes down with all that it has not flushed, and comes back: the VM is lost.
-pub(super) fn lose_power_at_destination(world: &mut World, id: &str) {
+pub(super) fn lose_power_at_destination(world: &mut World, id: &str) -> String {
     world.agents[1].kill();
     world.agents[1].kill_qemu();
     let mount = world.agents[1].folder().join("qemu/.arriving/.disks/vm/0");
@@ -284,11 +284,11 @@ pub(super) fn lose_power_at_destination(world: &mut World, id: &str) {
     let status = clock::wait_for(PATIENCE, over);
     let status = status.unwrap_or_else(|| panic!("{:?}", world.control.status(id)));
     assert_eq!(status["migrations"][0]["phase"], "lost", "{status}");
-    assert!(status.to_string().contains("claim vm --fenced"), "{status}");
+    status["migrations"][0]["reason"].to_string()
 }
 
 /// Resumes it from its source's copy, as it was at the switchover.
-pub(super) fn claim_at_source(world: &World) {
+fn claim_at_source(world: &World) {
     world.control.order("claim vm --fenced --host h1").unwrap();
     let checked = said(world, 0, "disk_checks");
     await_more(world, 0, "disk_checks", checked + BLOCKS);
@@ -307,7 +307,8 @@ fn a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_co
     let name = "a_destination_that_loses_power_before_the_rest_has_come_leaves_the_sources_copy";
     in_a_world(name, (26, SLOW), DISK, |world| {
         let id = move_and_await_rest(world);
-        lose_power_at_destination(world, &id);
+        let reason = lose_power_at_destination(world, &id);
+        assert!(reason.contains("claim vm --fenced"), "{reason}");
         // What was not flushed there is gone, so nothing is started from the rest.
         let refused = start_refused(world, 1);
         assert!(refused.contains("not all here") && refused.contains("h1"), "{refused}");
