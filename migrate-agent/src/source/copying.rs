@@ -72,7 +72,7 @@ struct Watch {
     going: bool,
     /// Questions in a row that QEMU has not answered.
     unanswered: u32,
-    /// Every write to the disks is on both sides; also where there are none.
+    /// Every write to the disks is on both sides, or on its way; also where there are none.
     disks_in_step: bool,
     slowed: Slowed,
     /// Since when what is absorbed has waited for a backlog to leave.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   watch_disks       mover up -> QEMU swapped on: every write is seen from here on
-//!   bring_into_step   bulk, dirty -> every write on both sides
+//!   bring_into_step   bulk, dirty -> every write goes to both sides
 //!   disk_figures      while memory moves: still in step? how fast? (a mover that was killed is replaced)
 //!   seal              QEMU writes nothing more -> the destination has all, durably
 //!   free_disks        the guest stays: whatever was sealed is this host's again, before it resumes
@@ -131,7 +131,7 @@ pub(super) struct Leaving {
 /// How the disks are doing while memory moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Figures {
-    /// Every write is on both sides.
+    /// Every write is on both sides, or on its way there, which the seal waits for.
     pub(super) in_step: bool,
     /// What is left to guests' writes of the link while memory moves.
     pub(super) kept_free: BytesPerSec,

@@ -268,6 +268,7 @@ fn a_copy_ahead_ends_with_its_command_and_makes_way_for_a_migration() {
 }
 
 #[test]
+#[ignore = "takes long: tests/full"]
 fn a_disk_goes_ahead_of_pages_that_follow_their_guest() {
     let name = "a_disk_goes_ahead_of_pages_that_follow_their_guest";
     let make = || World::make_with_stores(7, images(), Disk::Raw).unwrap();

@@ -136,7 +136,7 @@ impl Pace {
         pacer.ready_at(now, Bytes(bytes)).map(|due| due.saturating_sub(now))
     }
 
-    /// Counts what goes at once: a guest waits for it.
+    /// Counts what goes at once: a guest may wait for it.
     pub fn charge(&self, bytes: u64) {
         self.grant(bytes);
     }

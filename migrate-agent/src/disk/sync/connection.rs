@@ -549,7 +549,7 @@ fn write_control<W: AsyncWrite + Unpin + Send + 'static>(
 ) -> JoinHandle<()> {
     tasks::spawn("disk writes to the destination", async move {
         while let Some(frame) = frames.recv().await {
-            // It goes at once, a guest waits for it; the blocks after it pay.
+            // It goes at once, a guest may wait for it; the blocks after it pay.
             pace.charge((frame.payload.len() + HEADER) as u64);
             if writer.write(&frame).await.is_err() {
                 // The reader of the same stream notices and says so.

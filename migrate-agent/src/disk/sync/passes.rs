@@ -265,7 +265,7 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         let frame = frame.map_err(|source| PassError::Read { disk, block: first, source })?;
         let Some(frame) = frame else { return Ok(Some(run)) };
         let bytes = (frame.payload.len() + HEADER) as u64;
-        // In step a queue on the way is what every write of the guest would wait for: blocks alone
+        // In step a queue on the way is what a guest's flush would wait for: blocks alone
         // must not fill the link.
         let spared = if self.mirror.is_mirroring() { bytes / IN_STEP_SPARED } else { 0 };
         self.pace.wait(bytes + spared).await;
