@@ -117,10 +117,7 @@ async fn a_vm_that_moves_early_finds_everything_on_demand_and_keeps_what_it_writ
     }
     // The VM runs at the destination, on a mount of its own: it overwrites a part of a missing
     // block, and reads another.
-    let arriving = Arriving::new(Arc::clone(&world.received), READ_DEADLINE);
-    let own = Arc::clone(&arriving);
-    let answering = tasks::spawn("arriving", async move { own.run().await });
-    let there = Mounted::of(&world.arrived, arriving);
+    let (there, answering) = mount_at_destination(&world);
     let mut expected = std::fs::read(world.mount.native("a.raw")).unwrap();
     let own = 39 * MIB + 100..39 * MIB + 300;
     expected[own.start as usize..own.end as usize].fill(99);
@@ -147,6 +144,14 @@ async fn a_vm_that_moves_early_finds_everything_on_demand_and_keeps_what_it_writ
     answering.abort();
 }
 
+/// What a guest at the destination has its disk on while some of it is missing, and who answers its reads.
+fn mount_at_destination(world: &World) -> (Mounted, tokio::task::JoinHandle<()>) {
+    let arriving = Arriving::new(Arc::clone(&world.received), READ_DEADLINE);
+    let own = Arc::clone(&arriving);
+    let answering = tasks::spawn("arriving", async move { own.run().await });
+    (Mounted::of(&world.arrived, arriving), answering)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_guest_overwrites_at_its_destination_is_not_sent() {
     let world = World::new();
@@ -158,10 +163,7 @@ async fn what_a_guest_overwrites_at_its_destination_is_not_sent() {
     let way = world.connect(world.outgoing(change));
     world.until(Phase::Synchronous).await;
     way.seal().await;
-    let arriving = Arriving::new(Arc::clone(&world.received), READ_DEADLINE);
-    let own = Arc::clone(&arriving);
-    let answering = tasks::spawn("arriving", async move { own.run().await });
-    let there = Mounted::of(&world.arrived, arriving);
+    let (there, answering) = mount_at_destination(&world);
     let mut expected = std::fs::read(world.mount.native("a.raw")).unwrap();
     let (overwritten, discarded) = (10 * MIB..LENGTH - 2 * MIB, LENGTH - 2 * MIB..LENGTH - MIB);
     expected[overwritten.start as usize..overwritten.end as usize].fill(99);
@@ -222,9 +224,7 @@ async fn connections_that_are_cut_in_any_phase_cost_the_guest_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destination_that_falls_silent_costs_one_deadline_and_vetoes() {
-    let world = World::new();
-    let way = world.connect(world.outgoing(|_| {}));
-    world.until(Phase::Synchronous).await;
+    let (world, way) = in_step().await;
     // Silent without closing, while its image is locked.
     let held = world.received.hold(0).unwrap();
     let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
@@ -249,9 +249,7 @@ async fn a_destination_that_falls_silent_costs_one_deadline_and_vetoes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flush_waits_for_both_sides_and_no_longer_than_its_deadline() {
-    let world = World::new();
-    let way = world.connect(world.outgoing(|_| {}));
-    world.until(Phase::Synchronous).await;
+    let (world, way) = in_step().await;
     let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
     image.write_all_at(&[1; 4096], 0).unwrap();
     image.sync_data().unwrap();
@@ -272,9 +270,7 @@ async fn a_flush_waits_for_both_sides_and_no_longer_than_its_deadline() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_that_nobody_waits_for_end_the_step_all_the_same_when_they_stay_away() {
-    let world = World::new();
-    let way = world.connect(world.outgoing(|_| {}));
-    world.until(Phase::Synchronous).await;
+    let (world, way) = in_step().await;
     let held = world.received.hold(0).unwrap();
     let image = File::options().read(true).write(true).open(world.mount.through("a.raw")).unwrap();
     image.write_all_at(&[1; 4096], 0).unwrap();
@@ -287,6 +283,14 @@ async fn writes_that_nobody_waits_for_end_the_step_all_the_same_when_they_stay_a
     cannot_be_sealed_until(held, &way).await;
     world.assert_same();
     way.cede().await;
+}
+
+/// An image of which both sides have everything.
+async fn in_step() -> (World, Way) {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    (world, way)
 }
 
 async fn cannot_be_sealed_until(held: Held, way: &Way) {

@@ -1,7 +1,7 @@
 //! The destination's driver: applies what arrives to images that it made, and says what is applied.
 //!
 //! `destination.rs` runs one [`receive`] for each stream of a migration, all with the same
-//! [`Received`]. Versions make their order irrelevant. After an early hand-over the destination's own
+//! [`Received`] (`receive/streams.rs`). Versions make their order irrelevant. After an early hand-over the destination's own
 //! FUSE hook shares the images, too ([`Received::readiness`], [`Received::wrote`]).
 //!
 //! Nothing that is there already is overwritten: images are made anew under a name of their own, and
