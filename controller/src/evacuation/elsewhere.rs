@@ -155,8 +155,11 @@ impl Evacuation {
 
     pub(super) fn stores_released(&mut self, migration: &MigrationId) -> Change {
         let before = self.stores_owed.len();
-        self.look_again();
         self.stores_owed.retain(|owed| owed.migration != *migration);
-        if self.stores_owed.len() == before { Change::Nothing } else { Change::State }
+        if self.stores_owed.len() == before {
+            return Change::Nothing;
+        }
+        self.look_again();
+        Change::State
     }
 }

@@ -116,6 +116,9 @@ pub struct Evacuation {
     planned: bool,
     /// Whether an answer to `Choose` is awaited.
     choosing: bool,
+    /// Room has been made since it was asked for: what it says of room may be from before.
+    #[serde(skip)]
+    outdated: bool,
     /// No place was found: it is looked for again then, or when something has ended.
     #[serde(default)]
     look_after: UnixMs,
@@ -140,6 +143,7 @@ impl Evacuation {
             stores_owed: Vec::new(),
             planned: false,
             choosing: false,
+            outdated: false,
             look_after: UnixMs(0),
             legs_begun: 0,
             limits,
@@ -252,6 +256,8 @@ impl Evacuation {
         }
         if let Some(choice) = choice {
             self.begin_leg(now, *choice, actions);
+        } else if self.outdated {
+            self.look_again();
         } else if self.live().next().is_some() || self.stores_will_go(now) {
             // The end of what is under way may make room.
             self.look_after = UnixMs(now.0.saturating_add(self.limits.look_ms));
@@ -455,7 +461,6 @@ impl Evacuation {
     fn released(&mut self, migration: &MigrationId, failures: &[String]) -> Change {
         let cancelling = self.state == EvacuationState::Cancelling;
         let attempts = self.limits.attempts;
-        self.look_again();
         let Some(record) = self.at(migration, &[VmPhase::Releasing]) else {
             return Change::Nothing;
         };
@@ -478,6 +483,7 @@ impl Evacuation {
         if !failures.is_empty() {
             self.detail = format!("not all could be given back: {}", failures.join("; "));
         }
+        self.look_again();
         Change::State
     }
 
@@ -581,11 +587,12 @@ impl Evacuation {
 
     /// Something has ended that may have made room.
     pub(super) fn look_again(&mut self) {
+        self.outdated |= self.choosing;
         self.look_after = UnixMs(0);
     }
 
     fn choose(&mut self, actions: &mut Vec<Action>) {
-        self.choosing = true;
+        (self.choosing, self.outdated) = (true, false);
         let mut waiting = Vec::new();
         for record in self.vms.iter_mut().filter(|record| record.phase == VmPhase::Waiting) {
             record.phase = VmPhase::Measuring;

@@ -220,6 +220,32 @@ fn who_finds_no_place_waits_for_stores_that_will_be_free_again() {
 }
 
 #[test]
+fn room_that_was_made_while_it_was_looked_for_is_looked_for_again() {
+    let (mut evacuation, mut actions) = begun(&["a", "b"], order("h1"));
+    let failed = Event::ReserveFailed { migration: migration(1), reason: "no".to_owned() };
+    let first = [
+        Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] },
+        failed,
+        Event::Released { migration: migration(1), failures: vec![] },
+    ];
+    for event in first {
+        evacuation.apply(UnixMs(1), event, &mut actions);
+    }
+    // Asked for while the stores were there, answered when they had gone.
+    actions.clear();
+    let full = || {
+        let no_place = ["a", "b"].map(|name| (vm(name), "full".to_owned())).to_vec();
+        Event::Chosen { choice: None, no_place }
+    };
+    evacuation.apply(UnixMs(2), Event::StoresReleased { migration: migration(1) }, &mut actions);
+    evacuation.apply(UnixMs(3), full(), &mut actions);
+    assert!(actions.iter().any(|action| matches!(action, Action::Choose { .. })), "{actions:?}");
+    assert!(evacuation.vms.iter().all(|record| !record.phase.is_final()));
+    evacuation.apply(UnixMs(4), full(), &mut actions);
+    assert!(evacuation.vms.iter().all(|record| record.phase == VmPhase::LeftBehind));
+}
+
+#[test]
 fn a_store_that_nobody_releases_is_not_waited_for_for_ever() {
     let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
     let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
