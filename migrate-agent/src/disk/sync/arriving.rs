@@ -4,7 +4,8 @@
 //! The destination's FUSE server calls it; it shares [`Received`] with the receiving streams. A read of
 //! what is missing asks for it and is answered when it has arrived, off the threads that read requests;
 //! a write goes into the image at once, noted as newer than what is to arrive, and what it overwrites as a
-//! whole need not arrive; a flush makes the map durable first.
+//! whole need not arrive; a read of what is just being written there waits for that; a flush makes the map
+//! durable first.
 //!
 //! # A source that does not answer
 //!
@@ -107,10 +108,9 @@ impl Hook for Arriving {
                 if self.received.wrote(disk, &range).is_err() {
                     return request.fail(Errno::IO);
                 }
-                if landed_whole(&op, request.perform()) {
-                    // A disk that is not there has nothing missing.
-                    let _ = self.received.landed(disk, &range);
-                }
+                let whole = landed_whole(&op, request.perform());
+                // A disk that is not there has nothing missing.
+                let _ = self.received.ended(disk, &range, whole);
                 request.answer();
             }
         }

@@ -51,6 +51,9 @@ pub enum Readiness {
         /// To be asked for now.
         ask: Vec<u64>,
     },
+    /// A write of this side's guest to what it reads. Nothing older will fill that place, so until the write has
+    /// landed there is nothing in it.
+    UnderWay,
 }
 
 /// One disk at its destination.
@@ -63,6 +66,8 @@ pub struct Incoming {
     /// The source changes nothing any more: what arrives is a missing block, or a repetition.
     sealed: bool,
     own: BTreeSet<(u64, u64)>,
+    /// Writes of this side's guest to blocks that were missing, which have not landed.
+    under_way: Vec<Range<u64>>,
     versions: Versions,
     newest: Version,
 }
@@ -72,9 +77,9 @@ impl Incoming {
     /// is all zeroes at the source, so before the hand-over no block counts as missing.
     #[must_use]
     pub fn new(block: BlockSize, length: u64) -> Self {
-        let (missing, asked, own) = Default::default();
-        let versions = Versions::default();
-        Self { block, length, missing, asked, sealed: false, own, versions, newest: Version(0) }
+        let (missing, asked, own, under_way) = Default::default();
+        let (versions, newest, sealed) = Default::default();
+        Self { block, length, missing, asked, sealed, own, under_way, versions, newest }
     }
 
     /// Its length in bytes.
@@ -182,6 +187,21 @@ impl Incoming {
         }
     }
 
+    /// This side's guest is about to write `range`; [`Self::ended`] is called when it has.
+    pub fn begins(&mut self, range: &Range<u64>) {
+        let inside = range.start..range.end.min(self.length);
+        if !inside.is_empty() && self.missing.within(self.block.touched(&inside)).next().is_some() {
+            self.under_way.push(range.clone());
+        }
+        self.wrote(range);
+    }
+
+    /// A write that was begun with [`Self::begins`] has landed, or failed. Whether a read may have waited for it.
+    pub fn ended(&mut self, range: &Range<u64>) -> bool {
+        let place = self.under_way.iter().position(|other| other == range);
+        place.map(|place| self.under_way.swap_remove(place)).is_some()
+    }
+
     /// This side's guest has written `range`, or is about to. Beyond the image nothing is missing.
     pub fn wrote(&mut self, range: &Range<u64>) {
         let range = &(range.start..range.end.min(self.length));
@@ -215,7 +235,11 @@ impl Incoming {
     pub fn readiness(&mut self, range: &Range<u64>) -> Readiness {
         let blocks: Vec<u64> = self.missing.within(self.block.touched(range)).collect();
         if blocks.is_empty() {
-            return Readiness::Ready;
+            let meets = |write: &Range<u64>| write.start < range.end && range.start < write.end;
+            return match self.under_way.iter().any(meets) {
+                true => Readiness::UnderWay,
+                false => Readiness::Ready,
+            };
         }
         let ask = blocks.iter().copied().filter(|block| self.asked.insert(*block)).collect();
         Readiness::Missing { blocks, ask }
@@ -387,6 +411,26 @@ mod tests {
         // A later write is not noted: nothing can come for it.
         incoming.wrote(&(3 * K..4 * K));
         assert_eq!(incoming.landed(&(9 * K..11 * K)), [9], "the last one, and no further");
+    }
+
+    #[test]
+    fn a_read_of_what_is_being_written_waits_for_it_where_nothing_else_will_be() {
+        let mut incoming = with_missing();
+        let write = 2 * K + 10..2 * K + 20;
+        incoming.begins(&write);
+        incoming.begins(&(8 * K..99 * K));
+        // The block comes first, and leaves the write's place as it is: empty.
+        assert_eq!(incoming.arrived(&(2 * K..3 * K), Version(77)).len(), 2);
+        assert_eq!(incoming.readiness(&(2 * K..2 * K + 11)), Readiness::UnderWay);
+        assert_eq!(incoming.readiness(&(2 * K..2 * K + 10)), Readiness::Ready);
+        assert_eq!(incoming.readiness(&(2 * K + 20..2 * K + 30)), Readiness::Ready);
+        assert!(incoming.ended(&write) && !incoming.ended(&write));
+        assert_eq!(incoming.readiness(&(2 * K..3 * K)), Readiness::Ready);
+        assert!(incoming.ended(&(8 * K..99 * K)), "as long as it was, whatever the image is now");
+        // Nothing was missing there: what a read finds is old or new, as on any disk.
+        incoming.begins(&(0..K));
+        assert_eq!(incoming.readiness(&(0..K)), Readiness::Ready);
+        assert!(!incoming.ended(&(0..K)));
     }
 
     #[test]

@@ -372,7 +372,7 @@ impl Received {
         self.disks().iter().flatten().for_each(|disk| disk.incoming().forget_questions());
     }
 
-    /// This side's guest writes `range`: call before the write lands.
+    /// This side's guest writes `range`: call before the write lands, and [`Self::ended`] when it has or has failed.
     ///
     /// # Errors
     /// When there is no such disk.
@@ -381,28 +381,31 @@ impl Received {
         if let Some(kept) = &self.kept {
             kept.note(disk, range).map_err(|source| ReceiveError::Write { disk, source })?;
         }
-        own.incoming().wrote(range);
+        own.incoming().begins(range);
         Ok(())
     }
 
-    /// A write of this side's guest has landed. What it has overwritten as a whole need not come any more, and
+    /// A write of this side's guest is over. What it has overwritten as a `whole` need not come any more, and
     /// whoever sends is told.
     ///
     /// # Errors
     /// When there is no such disk.
-    pub fn landed(&self, disk: u16, range: &Range<u64>) -> Result<(), ReceiveError> {
+    pub fn ended(&self, disk: u16, range: &Range<u64>, whole: bool) -> Result<(), ReceiveError> {
         let own = self.disk(disk)?;
         let mut incoming = own.incoming();
-        let blocks = incoming.landed(range);
+        let awaited = incoming.ended(range);
+        let blocks = if whole { incoming.landed(range) } else { vec![] };
         // They are neighbours, but for those that had come already.
-        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else { return Ok(()) };
-        let (size, length) = (incoming.block(), incoming.length());
-        let offset = size.range(*first, length).start;
-        let length = size.range(*last, length).end - offset;
-        let frame = Frame { offset, length, ..Frame::new(Kind::Overwritten, disk) };
-        self.tell(&frame);
+        if let (Some(first), Some(last)) = (blocks.first(), blocks.last()) {
+            let (size, length) = (incoming.block(), incoming.length());
+            let offset = size.range(*first, length).start;
+            let length = size.range(*last, length).end - offset;
+            self.tell(&Frame { offset, length, ..Frame::new(Kind::Overwritten, disk) });
+        }
         drop(incoming);
-        self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
+        if awaited || !blocks.is_empty() {
+            self.arrivals.send_modify(|count| *count = count.wrapping_add(1));
+        }
         Ok(())
     }
 

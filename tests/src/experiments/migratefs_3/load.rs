@@ -11,15 +11,17 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use super::little_memory::LittleMemory;
 use crate::clock;
 use crate::rig::RigError;
 use crate::rig::program::{run, words};
 
 /// How long fio loads an image, ms.
 pub(super) const RUNTIME_MS: u64 = 700;
-/// What bonnie++ writes, rewrites and reads, MiB. It gives no figure for what takes less than half a second, and
-/// a GiB can be read in that.
+/// What bonnie++ writes, rewrites and reads, MiB. It gives no figure for what takes less than half a second.
 pub(super) const BONNIE_MIB: u64 = 2560;
+/// How much of that may be in memory when it is read, MiB.
+pub(super) const BONNIE_MEMORY_MIB: u64 = 128;
 /// Of bonnie++'s requests, bytes. A guest's kernel gathers what its programs write.
 const BONNIE_CHUNK: u64 = 64 << 10;
 
@@ -130,7 +132,8 @@ pub(super) fn bonnie(image: &Path, folder: &Path) -> Result<Vec<(&'static str, f
     // From now on it goes with its mount, which goes with this namespace.
     let detached = run(words("losetup --detach").arg(device));
     mounted?;
-    let said = run(&mut bonnie_command(&at));
+    let said = LittleMemory::of(BONNIE_MEMORY_MIB << 20)
+        .and_then(|memory| run(&mut memory.holding(&bonnie_command(&at))));
     run(words("umount").arg(&at))?;
     detached?;
     let said = said?;

@@ -8,7 +8,7 @@
 //!
 //! MigrateFS figure 3, at the level of the disk layer: the process that serves a VM's disks while they
 //! leave, its real mounts, no agent and no guest. Everything is opened with O_DIRECT, as QEMU does with
-//! `cache=none`. Bonnie++ works in a file system on a loop device over the image, which is where a
+//! `cache=none`, but for what bonnie++ reads (`little_memory`). Bonnie++ works in a file system on a loop device over the image, which is where a
 //! guest's kernel stands. The three ways take turns, and neighbours are compared.
 //!
 //! The mirror is bindfs (libfuse 2): what the paper calls Mirror, a file system that only passes on.
@@ -17,6 +17,7 @@
 //! during and after a swap.
 
 mod idle;
+mod little_memory;
 mod load;
 mod rig;
 
@@ -26,7 +27,9 @@ use lifeboat_lab::experiment::statistics::ratios;
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
 
-use self::load::{BONNIE_MIB, Fio, RUNTIME_MS, bonnie, fio, hot_read_us, round_trip_us};
+use self::load::{
+    BONNIE_MEMORY_MIB, BONNIE_MIB, Fio, RUNTIME_MS, bonnie, fio, hot_read_us, round_trip_us,
+};
 use self::rig::{IMAGE_BYTES, Rig, Way};
 use super::Setting;
 use super::machine::machine;
@@ -161,7 +164,8 @@ fn blank(setting: &Setting<'_>, [runs, bonnies, limited]: [usize; 3]) -> Record 
             "fio_ms": RUNTIME_MS,
             "fio_ms_limited": LIMITED_MS,
             "bonnie_mib": BONNIE_MIB,
-            "caching": "O_DIRECT everywhere",
+            "bonnie_memory_mib": BONNIE_MEMORY_MIB,
+            "caching": "O_DIRECT everywhere, but for what bonnie++ reads",
             "mirror": "bindfs, several threads, O_DIRECT passed on",
         }),
         samples: Vec::new(),
