@@ -26,7 +26,7 @@ use lifeboat_protocol::agent::{
     VmMeasurement, VmStatus,
 };
 use lifeboat_protocol::ids::{HostId, MigrationId, Term, VmId};
-use lifeboat_protocol::units::BitsPerSec;
+use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
@@ -317,16 +317,35 @@ impl Agents {
         migration: &MigrationId,
         limit: BitsPerSec,
     ) -> Result<(), AgentError> {
-        let bytes_per_sec = limit.bytes_per_sec().0;
-        let request = SetLimitRequest {
-            // Limits may come back to an earlier one, so that none repeats another.
-            command: self.command(migration.as_str(), &format!("limit-{}", clock::now().0)),
-            migration: migration.to_string(),
-            bytes_per_sec,
-        };
+        let request = self.limit(migration, limit.bytes_per_sec());
         let mut client = self.client(host)?;
         call(host, "limit a migration", WORK, client.set_network_limit(request)).await?;
         Ok(())
+    }
+
+    /// Says what the guest of a migration may change on its disks from now on; 0: whatever it likes.
+    ///
+    /// # Errors
+    /// As [`AgentError`] says.
+    pub async fn set_disk_limit(
+        &self,
+        host: &HostId,
+        migration: &MigrationId,
+        limit: BytesPerSec,
+    ) -> Result<(), AgentError> {
+        let request = self.limit(migration, limit);
+        let mut client = self.client(host)?;
+        call(host, "limit a guest's disks", WORK, client.set_disk_limit(request)).await?;
+        Ok(())
+    }
+
+    fn limit(&self, migration: &MigrationId, limit: BytesPerSec) -> SetLimitRequest {
+        SetLimitRequest {
+            // Limits may come back to an earlier one, so that none repeats another.
+            command: self.command(migration.as_str(), &format!("limit-{}", clock::now().0)),
+            migration: migration.to_string(),
+            bytes_per_sec: limit.0,
+        }
     }
 
     /// How far a migration is, as one side sees it.

@@ -27,6 +27,7 @@ mod error;
 mod evacuate;
 mod hosts;
 mod interrupts;
+mod limit;
 mod migrate;
 mod output;
 mod plan;
@@ -113,6 +114,8 @@ enum Command {
     Retry(retry::Args),
     /// Stop an evacuation; VMs past the point of no return arrive all the same.
     Cancel(cancel::Args),
+    /// Limit what a VM that is under way may send, or change on its disks.
+    Limit(limit::Args),
     /// Show what an evacuation came to.
     Report(report::Args),
     /// Say where an uncertain VM may run: the other host is fenced off.
@@ -148,6 +151,7 @@ pub async fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Uncordon(args) => cordon::run(&context, args, false).await,
         Command::Retry(args) => retry::run(&context, args).await,
         Command::Cancel(args) => cancel::run(&context, args).await,
+        Command::Limit(args) => limit::run(&context, args).await,
         Command::Report(args) => report::run(&context, args).await,
         Command::Claim(args) => claim::run(&context, args).await,
         Command::Preseed(args) => preseed::run(&context, args).await,

@@ -5,6 +5,7 @@
 //! not here: what a reply looks like (`view`), and the machines.
 
 mod error;
+mod limits;
 mod links;
 mod request;
 mod seeds;

@@ -10,10 +10,12 @@ use std::time::Duration;
 use cloud::{Cloud, CountingNetwork};
 use lifeboat_controller::daemon::Daemon;
 use lifeboat_controller::driver::Patience;
+use lifeboat_controller::evacuation::VmPhase;
 use lifeboat_controller::network::Network;
 use lifeboat_controller::service::{Caller, Service};
 use lifeboat_protocol::controller::{
-    CancelRequest, CordonRequest, EvacuateRequest, EvacuationStatus, ReportRequest, RetryRequest,
+    CancelRequest, CordonRequest, EvacuateRequest, EvacuationStatus, LimitRequest, ReportRequest,
+    RetryRequest,
 };
 use lifeboat_protocol::units::BitsPerSec;
 use tokio::runtime::Runtime;
@@ -279,6 +281,74 @@ fn cancelling_keeps_what_has_not_been_committed_and_says_why() {
     assert!(status.left_behind.iter().all(|left| left.reason.contains("cancelled")));
     assert!(cloud.truth().at.values().all(|at| at == "h1"));
     nothing_is_left(&cloud, &network);
+}
+
+#[test]
+fn a_vm_under_way_is_limited_by_a_word_and_one_that_is_not_is_not() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    cloud.truth().frozen = true;
+    let controller = Controller::start(&cloud, 3, &network);
+    let limit = |vm: &str, network: Option<u64>, disk: Option<u64>| {
+        let asked = LimitRequest {
+            vm: vm.to_owned(),
+            network_bits_per_sec: network,
+            disk_bytes_per_sec: disk,
+        };
+        let limited = controller.runtime.block_on(controller.service.limit(&asked, &caller()));
+        limited.map_err(|error| error.to_string())
+    };
+    assert!(limit("a", Some(8), None).unwrap_err().contains("not being sent now"));
+    let id = controller.evacuate(&request(&["h1"])).unwrap();
+    let first = |service: &Service| {
+        let fleet = service.driver.fleet();
+        let mut vms = fleet.all()[0].vms.iter();
+        vms.find(|record| record.phase == VmPhase::Sending).map(|record| record.vm.to_string())
+    };
+    controller.until("a VM is sent", |service| first(service).is_some());
+    let vm = first(&controller.service).unwrap();
+    let limited = limit(&vm, Some(80_000_000), Some(5_000_000)).unwrap();
+    assert_eq!((limited.migration.as_str(), limited.host.as_str()), ("e1-m1", "h1"));
+    // More than its way carries is what its way carries, and so is none.
+    let most = limit(&vm, Some(0), None).unwrap().network_bits_per_sec.unwrap();
+    assert_eq!(limit(&vm, Some(u64::MAX), Some(0)).unwrap().network_bits_per_sec, Some(most));
+    let set = [("network", 10_000_000), ("disk", 5_000_000)];
+    let set = set.into_iter().chain([("network", most / 8), ("network", most / 8), ("disk", 0)]);
+    let set: Vec<_> = set.map(|(what, bytes)| (what, "e1-m1".to_owned(), bytes)).collect();
+    assert_eq!(cloud.truth().limits, set);
+    let audit = std::fs::read_to_string(cloud.path("state/audit.jsonl")).unwrap();
+    let line = format!("limit {vm} --network 80000000 bit/s --disk 5000000 byte/s");
+    assert!(audit.contains(&line), "{audit}");
+    cloud.truth().frozen = false;
+    assert_eq!(controller.to_the_end(&id).state, "done");
+    assert!(limit(&vm, None, Some(1)).unwrap_err().contains("not being sent now"));
+}
+
+#[test]
+fn what_an_order_sets_is_not_limited_by_a_word() {
+    let (_cloud_runtime, cloud, network) = world(3);
+    cloud.truth().frozen = true;
+    let controller = Controller::start(&cloud, 3, &network);
+    let mut asked = request(&["h1"]);
+    asked.reservation = "strict".to_owned();
+    let id = controller.evacuate(&asked).unwrap();
+    let limited = |network, disk| {
+        let vm = controller.status(&id).migrations.first().map(|m| m.vm.clone());
+        let asked = LimitRequest {
+            vm: vm.unwrap_or_default(),
+            network_bits_per_sec: network,
+            disk_bytes_per_sec: disk,
+        };
+        controller.runtime.block_on(controller.service.limit(&asked, &caller()))
+    };
+    controller.until("a VM is sent", |service| {
+        let fleet = service.driver.fleet();
+        fleet.all()[0].vms.iter().any(|record| record.phase == VmPhase::Sending)
+    });
+    let refused = limited(Some(8_000_000), None).unwrap_err().to_string();
+    assert!(refused.contains("strict"), "{refused}");
+    assert_eq!(limited(None, Some(7)).unwrap().disk_bytes_per_sec, Some(7));
+    cloud.truth().frozen = false;
+    assert_eq!(controller.to_the_end(&id).state, "done");
 }
 
 #[test]

@@ -25,6 +25,8 @@ fn the_commands_of_the_manual_parse() {
         "lifeboat uncordon h1",
         "lifeboat retry e1",
         "lifeboat cancel e1",
+        "lifeboat limit web --disk 5 --network none --json",
+        "lifeboat limit web --network 100",
         "lifeboat report e1 --json",
         "lifeboat claim web --fenced --host h2",
         "lifeboat verify web --host h2 --json",
@@ -41,6 +43,9 @@ fn the_commands_of_the_manual_parse() {
         "lifeboat evacuate",
         "lifeboat evacuate h1 --mode warm",
         "lifeboat evacuate h1 --by soon",
+        "lifeboat limit web",
+        "lifeboat limit web --disk 0",
+        "lifeboat limit web --network fast",
     ] {
         assert!(!parses(line), "{line}");
     }

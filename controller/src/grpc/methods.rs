@@ -40,6 +40,8 @@ fn status(error: CommandError) -> Status {
         | CommandError::Admission(_)
         | CommandError::Over { .. }
         | CommandError::StillRunning { .. }
+        | CommandError::NotUnderWay { .. }
+        | CommandError::NotLimited { .. }
         | CommandError::NothingLeft { .. }
         | CommandError::NotFenced { .. }
         | CommandError::NothingToClaim { .. }
@@ -165,6 +167,14 @@ impl Controller for Methods {
     ) -> Result<Response<wire::StatusReply>, Status> {
         let who = caller(&request)?;
         reply(self.0.cancel(request.get_ref(), &who).await)
+    }
+
+    async fn limit(
+        &self,
+        request: Request<wire::LimitRequest>,
+    ) -> Result<Response<wire::LimitReply>, Status> {
+        let who = caller(&request)?;
+        reply(self.0.limit(request.get_ref(), &who).await)
     }
 
     async fn get_report(

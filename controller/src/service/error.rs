@@ -97,6 +97,22 @@ pub enum CommandError {
         /// How it ended.
         state: &'static str,
     },
+    /// Nothing of it that could be limited.
+    #[error(
+        "VM {vm} is not being sent now, so there is nothing to limit; `lifeboat status` shows what is"
+    )]
+    NotUnderWay {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Its order sets that limit.
+    #[error("the limit of VM {vm} stays as it is: {why}")]
+    NotLimited {
+        /// The VM.
+        vm: VmId,
+        /// Why, and what would do.
+        why: &'static str,
+    },
     /// The evacuation has not ended.
     #[error(
         "evacuation {id} still runs; wait for its end or `lifeboat cancel {id}` before a retry"

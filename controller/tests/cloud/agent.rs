@@ -39,6 +39,14 @@ impl FakeAgent {
             .ok_or_else(|| Status::not_found(format!("no migration {migration} at {}", self.host)))
     }
 
+    fn limited(&self, what: &'static str, request: SetLimitRequest) -> Reply<MigrationReply> {
+        self.heed(request.command.as_ref())?;
+        let progress = self.known(&request.migration)?;
+        let limit = (what, request.migration, request.bytes_per_sec);
+        self.cloud.truth().limits.push(limit);
+        Ok(Response::new(MigrationReply { progress: Some(progress) }))
+    }
+
     fn absent<T>(&self) -> Reply<T> {
         Err(Status::unimplemented("not part of this cloud"))
     }
@@ -233,12 +241,12 @@ impl Agent for FakeAgent {
         self.absent()
     }
 
-    async fn set_network_limit(&self, _: Request<SetLimitRequest>) -> Reply<MigrationReply> {
-        self.absent()
+    async fn set_network_limit(&self, request: Request<SetLimitRequest>) -> Reply<MigrationReply> {
+        self.limited("network", request.into_inner())
     }
 
-    async fn set_disk_limit(&self, _: Request<SetLimitRequest>) -> Reply<MigrationReply> {
-        self.absent()
+    async fn set_disk_limit(&self, request: Request<SetLimitRequest>) -> Reply<MigrationReply> {
+        self.limited("disk", request.into_inner())
     }
 
     async fn claim_vm(&self, _: Request<ClaimVmRequest>) -> Reply<VmReply> {

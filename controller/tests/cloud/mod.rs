@@ -47,6 +47,8 @@ pub(crate) struct Truth {
     pub(crate) refusing: BTreeSet<String>,
     /// VMs whose next migration fails half way.
     pub(crate) failing: BTreeSet<String>,
+    /// What was limited, and to how many bytes/s, in order.
+    pub(crate) limits: Vec<(&'static str, String, u64)>,
     /// Whether migrations stand still.
     pub(crate) frozen: bool,
     /// What should never have been asked.

@@ -95,8 +95,16 @@ fn an_overlay_goes_along_and_comes_back_though_its_mover_is_killed() {
         // Once it serves; before, there is nothing to hold.
         let control = world.agents[1].disk_leftovers()[0].join("control");
         clock::wait_for(PATIENCE, || control.exists().then_some(())).unwrap();
+        // What its guest may change is an operator's to say, and the next one keeps to it, too.
+        let limited = clock::wait_for(PATIENCE, || world.control.ask("limit vm --disk 5").ok());
+        assert_eq!(limited.expect("a limit")["disk_bytes_per_sec"], 5_000_000);
         clock::rest(Duration::from_millis(300));
         rustix::process::kill_process(mover, rustix::process::Signal::KILL).unwrap();
+        let shown = || {
+            let status = world.control.status(&id).ok()?;
+            (status["migrations"][0]["disk_limit_bytes_per_sec"] == 5_000_000).then_some(())
+        };
+        assert!(clock::wait_for(PATIENCE, shown).is_some(), "{:?}", world.control.status(&id));
         await_over(world, &id);
         assert_at(world, 0);
         await_no_mover(world, 1);
