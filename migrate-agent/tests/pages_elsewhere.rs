@@ -27,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A store on a host of its own, as far as the agents can see.
 struct Intermediary {
     server: StoreServer,
+    settings: Settings,
+    address: SocketAddr,
     store: PageStore,
     _folder: TempDir,
 }
@@ -45,10 +47,7 @@ impl Intermediary {
             tls: None,
         };
         let address: SocketAddr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let program = Path::new("redis-server");
-        let launch = Launch { program, user: None, plain: Some(address) };
-        let server = StoreServer::launch(launch, &settings, PATIENCE).await;
-        let server = server.expect("redis-server is installed");
+        let server = launched(&settings, address).await;
         let store = PageStore {
             host: format!("i{number}"),
             address: address.to_string(),
@@ -58,7 +57,12 @@ impl Intermediary {
             plain: true,
             ..PageStore::default()
         };
-        Self { server, store, _folder: folder }
+        Self { server, settings, address, store, _folder: folder }
+    }
+
+    /// Another server in its place, which has nothing.
+    async fn start_anew(&mut self) {
+        self.server = launched(&self.settings, self.address).await;
     }
 
     fn signal(&self, signal: &str) {
@@ -70,6 +74,13 @@ impl Intermediary {
     fn kill(&self) {
         self.signal("-9");
     }
+}
+
+async fn launched(settings: &Settings, address: SocketAddr) -> StoreServer {
+    let program = Path::new("redis-server");
+    let launch = Launch { program, user: None, plain: Some(address) };
+    let server = StoreServer::launch(launch, settings, PATIENCE).await;
+    server.expect("redis-server is installed")
 }
 
 impl Drop for Intermediary {
@@ -187,6 +198,25 @@ async fn a_store_that_stands_still_is_waited_for_where_it_holds_the_only_copy() 
     tokio::time::sleep(Duration::from_secs(5)).await;
     hosts[0].signal("-CONT");
     arrived_whole(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_no_store_can_give_are_told_of_and_so_is_when_they_never_will_be() {
+    let mut world = world().await;
+    let mut hosts = scattered(&mut world, 3, Redundancy::Parity, 20_000_000).await;
+    evicted(&world).await;
+    hosts[..2].iter().for_each(Intermediary::kill);
+    let told = async |what: &'static str| {
+        let mut gathering = world.h2.registry.progress("m1").unwrap();
+        let told = gathering.wait_for(|gathering| gathering.reason.contains(what));
+        let told = tokio::time::timeout(PATIENCE, told).await.expect(what).unwrap().clone();
+        assert_eq!(told.phase(), Phase::Gather, "{told:?}");
+    };
+    told("wait for stores that do not answer (i0, i1)").await;
+    for host in &mut hosts[..2] {
+        host.start_anew().await;
+    }
+    told("are lost: what stores held of them is gone (i0, i1)").await;
 }
 
 /// A post-copy at 40 Mbit/s: half of the pages are still at the source when it returns.

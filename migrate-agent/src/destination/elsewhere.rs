@@ -313,7 +313,9 @@ impl DestinationTask {
         let left = seen.total.saturating_sub(seen.arrived).saturating_mul(4096);
         let vm = self.vm.clone();
         self.progress.update(|progress| {
-            if seen.stuck > 0 {
+            if let Some(sentence) = seen.missing.sentence(vm.as_str()) {
+                progress.reason = sentence;
+            } else if seen.stuck > 0 {
                 progress.reason = format!(
                     "{vm} stands still: {} pages that it waits for are in no store that answers, and not at the source",
                     seen.stuck

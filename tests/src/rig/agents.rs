@@ -15,7 +15,7 @@ use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     Command as Ordered, ListVmsRequest, MigrationProgress, Mode, PageStore,
     PrepareDestinationRequest, PrepareStoreRequest, QueryMigrationRequest, ReleaseStoreRequest,
-    ScatterPlan, StartMigrationRequest, StartVmRequest, StopVmRequest, VmStatus,
+    ScatterPlan, SetLimitRequest, StartMigrationRequest, StartVmRequest, StopVmRequest, VmStatus,
 };
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use tokio::net::UnixStream;
@@ -180,6 +180,21 @@ impl Agent {
         let request = QueryMigrationRequest { migration: migration.to_owned() };
         let progress = self.client.query_progress(request).await;
         Ok(progress.map_err(RigError::refused("a migration's progress"))?.into_inner())
+    }
+
+    /// Has the guest of a migration change at most so much of its disks per second from now on, in bytes.
+    ///
+    /// # Errors
+    /// When it is not known here.
+    pub async fn hold_writes(
+        &mut self,
+        migration: &str,
+        bytes_per_sec: u64,
+    ) -> Result<(), RigError> {
+        let command = self.command();
+        let request = SetLimitRequest { command, migration: migration.to_owned(), bytes_per_sec };
+        let held = self.client.set_disk_limit(request).await;
+        held.map(drop).map_err(RigError::refused("to hold a guest's writes back"))
     }
 
     /// Waits until a migration has ended on this side, for better or worse.

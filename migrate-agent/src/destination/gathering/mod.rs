@@ -92,8 +92,38 @@ pub(super) struct Seen {
     pub(super) bytes: u64,
     /// Pages that the guest waits for and to which no way is left.
     pub(super) stuck: u64,
+    /// Pages that no store can give, whether or not the guest waits for one.
+    pub(super) missing: Missing,
     /// Nothing is wanted of the source any more: the rest is in stores.
     pub(super) released: bool,
+}
+
+/// Pages to which no way leads, once the source has told all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Missing {
+    /// Some will come when a store answers again: so many, and the hosts of those that do not answer or are lost.
+    pub(super) waiting: u64,
+    pub(super) away: String,
+    /// Some will never come: so many, and the hosts whose stores have nothing any more.
+    pub(super) lost: u64,
+    pub(super) emptied: String,
+}
+
+impl Missing {
+    /// What a person is told.
+    pub(super) fn sentence(&self, vm: &str) -> Option<String> {
+        let Self { waiting, away, lost, emptied } = self;
+        match (lost, waiting) {
+            (0, 0) => None,
+            (0, _) => Some(format!(
+                "{waiting} pages of {vm} wait for stores that do not answer ({away}); it stands still where it touches one"
+            )),
+            _ => Some(format!(
+                "{lost} pages of {vm} are lost: what stores held of them is gone ({emptied}). It stands still where it \
+                 touches one; end it, and start it anew from its disk"
+            )),
+        }
+    }
 }
 
 /// The task. Dropping it ends it.

@@ -6,7 +6,7 @@
 //! background: its run tells whether it still holds what was put there. One that gave back something
 //! else than was put there is not asked again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use lifeboat_scatter_gather::seal::{MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{Key, RedisStore, StoreError};
 use tokio::sync::mpsc;
 
-use super::{Batch, Driver};
+use super::{Batch, Driver, Missing};
 use crate::handover::gathering::StoreAt;
 use crate::postcopy::Event;
 use crate::source::Failure;
@@ -112,6 +112,8 @@ pub(super) enum Fetched {
     Pack(Result<Came, Trouble>),
     /// A store answers again.
     Back(StoreId, Reached),
+    /// A store answers, and has nothing of what was put there.
+    Emptied(StoreId),
 }
 
 /// A batch of the background.
@@ -149,6 +151,8 @@ pub(super) struct Stores {
     reading: Arc<Reading>,
     /// Do not answer, or lie.
     lost: Vec<bool>,
+    /// Of those: have nothing any more, or lie.
+    for_ever: Vec<bool>,
     /// Everything is told: what is not in stores never will be.
     pub(super) complete: bool,
     /// The source scatters no more: what is left is fetched from it.
@@ -167,6 +171,7 @@ impl Stores {
             directory: Directory::new(),
             narrow: HashMap::new(),
             reading: Arc::new(Reading { migration: tag, opener }),
+            for_ever: vec![false; lost.len()],
             lost,
             complete: false,
             given_up: false,
@@ -177,10 +182,22 @@ impl Stores {
     }
 
     fn lost(&self) -> StoreSet {
-        let mut set = StoreSet::default();
-        let lost = (0_u8..).zip(&self.lost).filter(|(_, lost)| **lost);
-        lost.for_each(|(store, _)| set.add(StoreId(store)));
-        set
+        set_of(&self.lost)
+    }
+
+    /// What cannot be read of it now, and what never will be; the source has said that all is told.
+    fn without_way(&self) -> WithoutWay {
+        if !self.complete {
+            return WithoutWay::default();
+        }
+        let of = |stores: &[bool]| {
+            let named = self.reachable.places.iter().zip(stores).filter(|(_, is)| **is);
+            let hosts = named.map(|(at, _)| at.host.as_str()).collect::<Vec<_>>().join(", ");
+            (self.directory.unreadable(set_of(stores)).into_iter().collect(), hosts)
+        };
+        let (waiting, away) = of(&self.lost);
+        let (lost, emptied) = of(&self.for_ever);
+        WithoutWay { waiting, away, lost, emptied }
     }
 
     /// Where to read a pack now, with the connections to do it.
@@ -243,8 +260,9 @@ impl Stores {
             TroubleError::Store(error) => error.is_loss(),
             _ => true,
         };
-        if !for_ever {
-            self.try_again(store);
+        match for_ever {
+            true => self.for_ever[index] = true,
+            false => self.try_again(store),
         }
     }
 
@@ -264,6 +282,7 @@ impl Stores {
                     }
                     Err(StoreLinkError::Store { source, .. }) if source.is_loss() => {
                         tracing::error!(store = store.0, %source, "its pages are lost");
+                        let _ = results.send(Fetched::Emptied(store)).await;
                         return;
                     }
                     Err(error) => tracing::debug!(%error, "a store is still away"),
@@ -271,6 +290,22 @@ impl Stores {
             }
         });
     }
+}
+
+fn set_of(stores: &[bool]) -> StoreSet {
+    let mut set = StoreSet::default();
+    let chosen = (0_u8..).zip(stores).filter(|(_, is)| **is);
+    chosen.for_each(|(store, _)| set.add(StoreId(store)));
+    set
+}
+
+/// Packs to which no way leads now, those to which none will, and the hosts whose stores that is for.
+#[derive(Default)]
+struct WithoutWay {
+    waiting: HashSet<PackId>,
+    away: String,
+    lost: HashSet<PackId>,
+    emptied: String,
 }
 
 type Open = (StoreId, RedisStore);
@@ -417,13 +452,47 @@ impl Driver {
                 self.apply(Event::BatchEnded).await
             }
             Fetched::Back(store, reached) => self.take_back(store, reached).await,
+            Fetched::Emptied(store) => {
+                if let Some(stores) = &mut self.stores {
+                    stores.for_ever[usize::from(store.0)] = true;
+                }
+                self.show_what_is_missing();
+                Ok(())
+            }
         }
+    }
+
+    /// Counts the pages that no store can give, whether or not the guest waits for one: whoever watches is to know
+    /// before it does.
+    pub(super) fn show_what_is_missing(&mut self) {
+        let Some(stores) = &self.stores else { return };
+        let without = stores.without_way();
+        let (ledger, mut missing) = (self.gather.ledger(), Missing::default());
+        let is_there = |place: Where| matches!(place, Where::InPack { pack, .. } if without.waiting.contains(&pack));
+        let mut from = PageAt { block: 0, page: 0 };
+        // Most of the time there is nothing to look for.
+        while !without.waiting.is_empty()
+            && let Some(at) = ledger.next_page(from, is_there)
+        {
+            match ledger.find(at) {
+                Ok(Where::InPack { pack, .. }) if without.lost.contains(&pack) => missing.lost += 1,
+                _ => missing.waiting += 1,
+            }
+            from = PageAt { block: at.block, page: at.page.saturating_add(1) };
+        }
+        (missing.away, missing.emptied) = (without.away, without.emptied);
+        self.show.send_if_modified(|seen| {
+            let changed = seen.missing != missing;
+            seen.missing = missing;
+            changed
+        });
     }
 
     /// Whether no way is left.
     fn note_trouble(&mut self, trouble: &Trouble) -> bool {
         if let (Some(stores), Some(store)) = (&mut self.stores, trouble.store) {
             stores.lose(store, &trouble.error);
+            self.show_what_is_missing();
         } else {
             tracing::debug!(error = %trouble.error, "a page did not come");
         }
@@ -472,6 +541,7 @@ impl Driver {
             stores.lost[usize::from(store.0)] = false;
             tracing::info!(store = store.0, "a store answers again, and has what was put there");
         }
+        self.show_what_is_missing();
         self.seek_the_gone().await
     }
 

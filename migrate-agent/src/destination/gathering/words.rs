@@ -23,6 +23,7 @@ impl Driver {
                     stores.complete = true;
                 }
                 self.idle = false;
+                self.show_what_is_missing();
                 self.ask_stores().await
             }
             _ => Ok(()),

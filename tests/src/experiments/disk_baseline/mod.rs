@@ -43,7 +43,8 @@ struct Case {
     name: &'static str,
     /// The guest wants to write so much, bytes/s.
     wants: u64,
-    /// It is held to so much.
+    /// It is held to so much; without, a guest that wants more than is guaranteed is held to that once the bulk
+    /// phase is over.
     limit: Option<u64>,
     how: How,
 }
