@@ -214,6 +214,8 @@ pub struct PolicyConfig {
     pub attempts: u32,
     /// The pause to aim for at the switchover, milliseconds.
     pub downtime_limit_ms: u32,
+    /// Pages of a pack that goes to a store (SOLive's batch), 1 to 4000; 0 for the agents' default, 63.
+    pub batch_pages: u32,
     /// Over which window VMs are measured, milliseconds; 0 for the agents' default.
     pub measure_window_ms: u32,
 }
@@ -230,6 +232,7 @@ impl Default for PolicyConfig {
             hot_spot_leave: 0.75,
             attempts: 3,
             downtime_limit_ms: 300,
+            batch_pages: 0,
             measure_window_ms: 0,
         }
     }

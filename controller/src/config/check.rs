@@ -166,6 +166,11 @@ fn check_ranges(file: &Path, config: &Config) -> Result<(), ConfigError> {
     if !(1..=20).contains(&policy.attempts) {
         return wrong("policy.attempts", policy.attempts.to_string(), "1 to 20");
     }
+    // Beyond it the agents refuse: 16 MiB, of which several are in memory at once.
+    if policy.batch_pages > 4000 {
+        let given = policy.batch_pages.to_string();
+        return wrong("policy.batch_pages", given, "1 to 4000, or 0 for the agents' default");
+    }
     if config.controller.listen.is_empty() {
         return wrong("controller.listen", "[]".to_owned(), "at least one address");
     }

@@ -103,4 +103,6 @@ fn nothing_is_served_or_called_across_the_network_without_certificates() {
 fn figures_out_of_range_say_the_range() {
     let said = error(&format!("{GOOD}\n[policy]\nfloor = 1.5\n"));
     assert!(said.contains("policy.floor = 1.5") && said.contains("0 to 0.9"), "{said}");
+    let said = error(&format!("{GOOD}\n[policy]\nbatch_pages = 5000\n"));
+    assert!(said.contains("policy.batch_pages = 5000") && said.contains("1 to 4000"), "{said}");
 }

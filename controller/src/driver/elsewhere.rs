@@ -44,7 +44,8 @@ impl Hands {
             stores.push(open);
         }
         let redundancy = agent::Redundancy::from(chosen.redundancy);
-        Ok(Some(ScatterPlan { stores, redundancy: redundancy.into(), batch_pages: 0 }))
+        let batch_pages = self.planner.site.config.policy.batch_pages;
+        Ok(Some(ScatterPlan { stores, redundancy: redundancy.into(), batch_pages }))
     }
 
     /// Reserves the source's way to each of its stores, so that they take in together what it sends.

@@ -334,3 +334,52 @@ impl Gathered {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lifeboat_protocol::agent::Disk;
+
+    use super::*;
+
+    fn status(change: impl FnOnce(&mut VmDefinition)) -> VmStatus {
+        let mut definition = VmDefinition::default();
+        change(&mut definition);
+        VmStatus { definition: Some(definition), ..VmStatus::default() }
+    }
+
+    const ALL: [Mode; 4] = [Mode::PreCopy, Mode::Cold, Mode::PostCopy, Mode::ScatterGather];
+
+    #[test]
+    fn an_owners_word_keeps_a_vm_from_these_modes_and_no_other() {
+        let refused = |status: &VmStatus| ALL.map(|mode| unfetchable(mode, status));
+        assert_eq!(refused(&status(|_| ())), [None, None, None, None]);
+        let [pre_copy, cold, post_copy, scattered] =
+            refused(&status(|vm| vm.forbid_post_copy = true));
+        assert_eq!((pre_copy, cold), (None, None));
+        assert!(post_copy.unwrap().contains("owner forbids post-copy (forbid_post_copy)"));
+        assert!(scattered.unwrap().contains("owner forbids scatter-gather (forbid_post_copy)"));
+        let [.., post_copy, scattered] = refused(&status(|vm| vm.forbid_intermediaries = true));
+        assert_eq!(post_copy, None);
+        assert!(scattered.unwrap().contains("at other hosts (forbid_intermediaries)"));
+    }
+
+    #[test]
+    fn an_owners_word_keeps_disks_from_following_and_from_other_hosts() {
+        let with_a_disk = |change: fn(&mut VmDefinition)| {
+            status(|vm| {
+                vm.disks = vec![Disk { format: "raw".to_owned(), ..Disk::default() }];
+                change(vm);
+            })
+        };
+        let all = [DiskMode::Copy, DiskMode::OnDemand, DiskMode::Scatter];
+        let refused = |status: &VmStatus| all.map(|disk| cannot_follow(disk, status));
+        assert_eq!(refused(&with_a_disk(|_| ())), [None, None, None]);
+        let [copy, on_demand, scatter] = refused(&with_a_disk(|vm| vm.forbid_post_copy = true));
+        assert_eq!(copy, None);
+        assert!(on_demand.unwrap().contains("(forbid_post_copy); use --disk copy"));
+        assert!(scatter.unwrap().contains("(forbid_post_copy)"));
+        let [.., on_demand, scatter] = refused(&with_a_disk(|vm| vm.forbid_intermediaries = true));
+        assert_eq!(on_demand, None);
+        assert!(scatter.unwrap().contains("(forbid_intermediaries)"));
+    }
+}

@@ -3,7 +3,7 @@
 //! "gathering" means. Used by `destination.rs` and by the answer to the source's question.
 //!
 //! It holds what opens the pages in stores, so its file is the agent's alone. Which page is where is
-//! not in it: that is asked of QEMU, of the source and of the packs themselves.
+//! not in it: QEMU knows what it has, and the gather's journal keeps what the source has told of the rest.
 
 use std::fs;
 use std::path::PathBuf;

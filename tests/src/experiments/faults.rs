@@ -65,12 +65,14 @@ const PAUSE: Duration = Duration::from_micros(500);
 /// The name of the value that is fetched bare: no pack of a migration has such a number.
 const BARE: PackId = PackId(u64::MAX);
 
-const FAULT: &str = "fault_p99_us";
+pub(super) const FAULT: &str = "fault_p99_us";
 const GET: &str = "bare_get_p99_us";
-const SERVED: &str = "faults_served_from_the_store";
+pub(super) const SERVED: &str = "faults_served_from_the_store";
 const GETS: &str = "bare_gets";
+pub(super) const EVICTED: &str = "eviction_seconds";
+pub(super) const GATHERED: &str = "gathered_seconds";
 const OVERTAKEN: &str = "batches_that_overtook_a_fault_at_most";
-const WRONG: &str = "wrong_bytes_reported";
+pub(super) const WRONG: &str = "wrong_bytes_reported";
 const CASE: &str = "while the destination gathers";
 
 /// Raises three hosts, moves the guest to and fro, judges.
@@ -83,7 +85,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let _allowed = Allowed::now()?;
     let mut rig = Rig::raise(&setting).await?;
     for run in 0..runs {
-        let figures = rig.measure(run).await?;
+        let figures = rig.measure(run, Asked { batch_pages: 0, background: GATHER }).await?;
         record.samples.push(Sample { case: CASE.to_owned(), run, figures });
         setting.keep(&record, run + 1, runs);
     }
@@ -136,7 +138,17 @@ fn checks(record: &Record) -> Vec<Check> {
     ]
 }
 
-struct Rig {
+/// How the guest's pages go.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    /// In batches of so many; 0: as is usual.
+    pub(super) batch_pages: u32,
+    /// The background's pace; zero: as fast as it goes.
+    pub(super) background: BitsPerSec,
+}
+
+/// Three hosts and a guest on one of the first two.
+pub(super) struct Rig {
     namespaces: [Namespace; 3],
     agents: [Agent; 3],
     identities: [TlsIdentity; 2],
@@ -144,7 +156,11 @@ struct Rig {
 }
 
 impl Rig {
-    async fn raise(setting: &Setting<'_>) -> Result<Self, RigError> {
+    /// Starts the hosts' agents and the guest.
+    ///
+    /// # Errors
+    /// When the network cannot be made, or a program does not start.
+    pub(super) async fn raise(setting: &Setting<'_>) -> Result<Self, RigError> {
         let folder = setting.folder;
         // QEMUs and stores run as somebody else, who has to pass through.
         fs::set_permissions(folder, fs::Permissions::from_mode(0o755))
@@ -183,17 +199,25 @@ impl Rig {
         Ok(Self { namespaces, agents, identities, _switch: switch })
     }
 
-    /// Moves the guest to the other host.
-    async fn measure(&mut self, run: usize) -> Result<BTreeMap<&'static str, f64>, RigError> {
+    /// Moves the guest to the other host. `run` counts these moves.
+    ///
+    /// # Errors
+    /// When the migration fails.
+    pub(super) async fn measure(
+        &mut self,
+        run: usize,
+        asked: Asked,
+    ) -> Result<BTreeMap<&'static str, f64>, RigError> {
         let migration = format!("m{}", run + 1);
         let to = (run + 1) % 2;
         let Self { namespaces, agents: [one, other, keeper], identities, .. } = self;
         let (source, destination) = if to == 1 { (one, other) } else { (other, one) };
         let store = keeper.store(&migration, VM, ROOM).await?;
         let bare = Bare::new(&namespaces[to], &identities[to], &store, &migration).await?;
-        let plan = ScatterPlan { stores: vec![store], ..ScatterPlan::default() };
+        let batch_pages = asked.batch_pages;
+        let plan = ScatterPlan { stores: vec![store], batch_pages, ..ScatterPlan::default() };
         let mode = Mode::ScatterGather;
-        let manner = Manner { mode, scatter: Some(plan), gather_limit: GATHER };
+        let manner = Manner { mode, scatter: Some(plan), gather_limit: asked.background };
         let prepared = Prepared::at(source, destination, VM, &migration, manner).await?;
         prepared.start(source, DOWNTIME, None).await?;
         let sent = source.ended(&migration, PATIENCE).await?;
@@ -226,8 +250,8 @@ impl Rig {
             (SERVED, progress.faults_from_stores as f64),
             (GETS, gets.len() as f64),
             (OVERTAKEN, progress.fault_overtaken as f64),
-            ("eviction_seconds", sent.eviction_ms as f64 / 1e3),
-            ("gathered_seconds", progress.total_ms as f64 / 1e3),
+            (EVICTED, sent.eviction_ms as f64 / 1e3),
+            (GATHERED, progress.total_ms as f64 / 1e3),
             (WRONG, wrong),
         ]))
     }

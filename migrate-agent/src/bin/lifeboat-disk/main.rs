@@ -2,8 +2,8 @@
 //! outlives it.
 //!
 //! The agent starts `hold` and `move` once for each VM that leaves with its disks, and `hold`
-//! and `arrive` where they may follow it. `serve` is for
-//! whoever wants a tracked mount of images by hand. All it does is in `disk::fuse` and
+//! and `arrive` where they may follow it. `serve` is for whoever
+//! wants a mount of images by hand, which marks and limits nothing. All it does is in `disk::fuse` and
 //! `disk::process`; deliberately nothing of it is here.
 
 use std::io::Write;

@@ -12,8 +12,10 @@
 //! What others show: SOLive figure 5 has the time per page fall steeply from single pages to batches and
 //! then stay.
 //!
-//! Not here: real guests. How many faults a guest has by batch size depends on the guest.
+//! Then a real guest of 192 MiB is scattered in batches of each size (`guests`): how often it asks for a page that is in
+//! the store, and how long it takes until it has left and until all of it is there.
 
+mod guests;
 mod store;
 
 use std::collections::BTreeMap;
@@ -58,17 +60,19 @@ fn case(batch: u16) -> String {
 pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let runs = setting.runs.unwrap_or(if setting.quick { 3 } else { 9 });
     let pages = if setting.quick { 4096 } else { 16_384 };
+    let moves = if setting.quick { 1 } else { 5 };
     let rig = Rig::raise(setting.folder).await?;
-    let mut record = blank(&setting, runs, pages);
+    let mut record = blank(&setting, [runs, moves], pages);
     for run in 0..runs {
         for batch in BATCHES {
             let figures = measure(&rig, batch, pages).await?;
             record.samples.push(Sample { case: case(batch), run, figures });
         }
-        setting.keep(&record, run + 1, runs);
+        setting.keep(&record, run + 1, runs + moves);
     }
-    record.checks = checks(&record);
     rig.end().await?;
+    guests::measure(&setting, &mut record, (moves, runs, runs + moves)).await?;
+    record.checks = checks(&record);
     Ok(record)
 }
 
@@ -105,7 +109,7 @@ fn at(waits: &[Duration], percent: usize) -> f64 {
     waits.get(place).map_or(f64::NAN, |wait| wait.as_secs_f64() * 1e6)
 }
 
-fn blank(setting: &Setting<'_>, runs: usize, pages: u32) -> Record {
+fn blank(setting: &Setting<'_>, [runs, moves]: [usize; 2], pages: u32) -> Record {
     Record {
         name: NAME.to_owned(),
         question: "what does a page cost on its way to a store and back, by batch size?".to_owned(),
@@ -125,6 +129,7 @@ fn blank(setting: &Setting<'_>, runs: usize, pages: u32) -> Record {
             "under_way": UNDER_WAY,
             "single_pages": DEMANDS,
             "runs": runs,
+            "guest_moves_by_batch": moves,
         }),
         samples: Vec::new(),
         checks: Vec::new(),
@@ -143,7 +148,13 @@ fn checks(record: &Record) -> Vec<Check> {
         let claim = format!("how often cheaper a page is in a batch of 63, {how} under way");
         Check::median(&claim, Bound::AtLeast(5.0), &times_cheaper(record, figure))
     };
-    vec![cheaper("one pack", PUT_ONE)]
+    let wrong =
+        BATCHES.iter().flat_map(|batch| record.figures(&guests::case(*batch), guests::WRONG));
+    let wrong: Vec<f64> = wrong.collect();
+    vec![
+        cheaper("one pack", PUT_ONE),
+        Check::worst("wrong bytes reported by the guest", Bound::AtMost(0.0), &wrong),
+    ]
 }
 
 /// Microseconds per page, and what a fault waits, over the batch size.
@@ -153,6 +164,9 @@ pub fn plots(record: &Record) -> Vec<Plot> {
     let cases: Vec<(f64, &str)> = cases.iter().map(|(at, name)| (*at, name.as_str())).collect();
     let names = BATCHES.map(|batch| batch.to_string());
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let moves: Vec<(f64, String)> =
+        (0_u32..).map(f64::from).zip(BATCHES.map(guests::case)).collect();
+    let moves: Vec<(f64, &str)> = moves.iter().map(|(at, name)| (*at, name.as_str())).collect();
     let plot = |name: &str, title: &str, height: &str, series: &[(&str, &'static str)]| Plot {
         name: format!("{NAME}-{name}"),
         title: title.to_owned(),
@@ -161,7 +175,11 @@ pub fn plots(record: &Record) -> Vec<Plot> {
         height: height.to_owned(),
         series: series
             .iter()
-            .map(|(name, figure)| Series::of(record, name, Shape::Line, figure, &cases))
+            .map(|(name, figure)| {
+                let of_a_guest = figure_of_a_guest(figure);
+                let cases = if of_a_guest { &moves } else { &cases };
+                Series::of(record, name, Shape::Line, figure, cases)
+            })
             .collect(),
     };
     vec![
@@ -177,7 +195,25 @@ pub fn plots(record: &Record) -> Vec<Plot> {
             "us",
             &[("half of them at most", DEMAND_MEDIAN), ("99 % at most", DEMAND_WORST)],
         ),
+        plot(
+            "guest-faults",
+            "How often a guest asks for a page in the store",
+            "pages asked for",
+            &[("pages", guests::FAULTS)],
+        ),
+        plot("guest-waits", "What a guest waits for them", "us", &[("99 % at most", guests::WAIT)]),
+        plot(
+            "guest-times",
+            "How long a guest's migration takes",
+            "s",
+            &[("until it has left", guests::EVICTED), ("until all is there", guests::GATHERED)],
+        ),
     ]
+}
+
+/// Whether it is one of those that a guest's migration has.
+fn figure_of_a_guest(figure: &str) -> bool {
+    [guests::FAULTS, guests::WAIT, guests::EVICTED, guests::GATHERED].contains(&figure)
 }
 
 #[cfg(test)]
