@@ -306,17 +306,17 @@ fn a_vm_under_way_is_limited_by_a_word_and_one_that_is_not_is_not() {
     };
     controller.until("a VM is sent", |service| first(service).is_some());
     let vm = first(&controller.service).unwrap();
-    let limited = limit(&vm, Some(80_000_000), Some(5_000_000)).unwrap();
+    let limited = limit(&vm, Some(80_000_000), None).unwrap();
     assert_eq!((limited.migration.as_str(), limited.host.as_str()), ("e1-m1", "h1"));
     // More than its way carries is what its way carries, and so is none.
     let most = limit(&vm, Some(0), None).unwrap().network_bits_per_sec.unwrap();
-    assert_eq!(limit(&vm, Some(u64::MAX), Some(0)).unwrap().network_bits_per_sec, Some(most));
-    let set = [("network", 10_000_000), ("disk", 5_000_000)];
-    let set = set.into_iter().chain([("network", most / 8), ("network", most / 8), ("disk", 0)]);
-    let set: Vec<_> = set.map(|(what, bytes)| (what, "e1-m1".to_owned(), bytes)).collect();
+    assert_eq!(limit(&vm, Some(u64::MAX), None).unwrap().network_bits_per_sec, Some(most));
+    let refused = limit(&vm, Some(8), Some(5_000_000)).unwrap_err();
+    assert!(refused.contains("no disk that only its host has"), "{refused}");
+    let set = [10_000_000, most / 8, most / 8].map(|rate| ("network", "e1-m1".to_owned(), rate));
     assert_eq!(cloud.truth().limits, set);
     let audit = std::fs::read_to_string(cloud.path("state/audit.jsonl")).unwrap();
-    let line = format!("limit {vm} --network 80000000 bit/s --disk 5000000 byte/s");
+    let line = format!("limit {vm} --network 8 bit/s --disk 5000000 byte/s");
     assert!(audit.contains(&line), "{audit}");
     cloud.truth().frozen = false;
     assert_eq!(controller.to_the_end(&id).state, "done");
@@ -331,12 +331,12 @@ fn what_an_order_sets_is_not_limited_by_a_word() {
     let mut asked = request(&["h1"]);
     asked.reservation = "strict".to_owned();
     let id = controller.evacuate(&asked).unwrap();
-    let limited = |network, disk| {
+    let limited = |network| {
         let vm = controller.status(&id).migrations.first().map(|m| m.vm.clone());
         let asked = LimitRequest {
             vm: vm.unwrap_or_default(),
             network_bits_per_sec: network,
-            disk_bytes_per_sec: disk,
+            disk_bytes_per_sec: None,
         };
         controller.runtime.block_on(controller.service.limit(&asked, &caller()))
     };
@@ -344,9 +344,8 @@ fn what_an_order_sets_is_not_limited_by_a_word() {
         let fleet = service.driver.fleet();
         fleet.all()[0].vms.iter().any(|record| record.phase == VmPhase::Sending)
     });
-    let refused = limited(Some(8_000_000), None).unwrap_err().to_string();
+    let refused = limited(Some(8_000_000)).unwrap_err().to_string();
     assert!(refused.contains("strict"), "{refused}");
-    assert_eq!(limited(None, Some(7)).unwrap().disk_bytes_per_sec, Some(7));
     cloud.truth().frozen = false;
     assert_eq!(controller.to_the_end(&id).state, "done");
 }

@@ -51,8 +51,8 @@ impl Service {
         if request.disk_bytes_per_sec.is_some() && leg.disk_date.is_some() {
             return Err(refused("it has a date (--by), and its disks are limited as that takes"));
         }
-        if request.disk_bytes_per_sec.is_some_and(|limit| limit > 0) && self.forbids(&vm) {
-            return Err(refused("its owner forbids to slow it down (forbid_throttling)"));
+        if request.disk_bytes_per_sec.is_some() {
+            self.may_limit_disks(&vm).map_err(refused)?;
         }
         let mut reply = wire::LimitReply {
             vm: vm.to_string(),
@@ -87,8 +87,15 @@ impl Service {
         })
     }
 
-    fn forbids(&self, vm: &VmId) -> bool {
-        let definition = self.inventory.owner(vm).and_then(|(_, status)| status.definition);
-        definition.is_some_and(|definition| definition.forbid_throttling)
+    fn may_limit_disks(&self, vm: &VmId) -> Result<(), &'static str> {
+        let known = self.inventory.owner(vm).and_then(|(_, status)| status.definition);
+        let definition = known.unwrap_or_default();
+        if definition.disks.iter().all(|disk| !disk.shared_storage.is_empty()) {
+            return Err("it has no disk that only its host has, and others are not limited");
+        }
+        match definition.forbid_throttling {
+            true => Err("its owner forbids that it is slowed down (forbid_throttling)"),
+            false => Ok(()),
+        }
     }
 }

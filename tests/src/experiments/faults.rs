@@ -14,6 +14,8 @@
 //!
 //! What others show: SOLive (V-B) names the wait for faults as the price of scatter-gather, and states
 //! no figure.
+//!
+//! `solive-5` moves the same guest between the same hosts, in packs of several sizes.
 
 use std::collections::BTreeMap;
 use std::fs;

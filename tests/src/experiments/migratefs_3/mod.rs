@@ -8,8 +8,9 @@
 //!
 //! MigrateFS figure 3, at the level of the disk layer: the process that serves a VM's disks while they
 //! leave, its real mounts, no agent and no guest. Everything is opened with O_DIRECT, as QEMU does with
-//! `cache=none`, but for what bonnie++ reads (`little_memory`). Bonnie++ works in a file system on a loop device over the image, which is where a
-//! guest's kernel stands. The three ways take turns, and neighbours are compared.
+//! `cache=none`, but for what bonnie++ reads (`little_memory`). Bonnie++ works in a file system on a loop
+//! device over the image, which is where a guest's kernel stands. The three ways take turns, and neighbours
+//! are compared.
 //!
 //! The mirror is bindfs (libfuse 2): what the paper calls Mirror, a file system that only passes on.
 //!

@@ -167,53 +167,50 @@ pub fn plots(record: &Record) -> Vec<Plot> {
     let moves: Vec<(f64, String)> =
         (0_u32..).map(f64::from).zip(BATCHES.map(guests::case)).collect();
     let moves: Vec<(f64, &str)> = moves.iter().map(|(at, name)| (*at, name.as_str())).collect();
-    let plot = |name: &str, title: &str, height: &str, series: &[(&str, &'static str)]| Plot {
-        name: format!("{NAME}-{name}"),
-        title: title.to_owned(),
-        others_show: record.others_show.clone(),
-        ground: Ground::names("pages per pack", &names),
-        height: height.to_owned(),
-        series: series
-            .iter()
-            .map(|(name, figure)| {
-                let of_a_guest = figure_of_a_guest(figure);
-                let cases = if of_a_guest { &moves } else { &cases };
-                Series::of(record, name, Shape::Line, figure, cases)
-            })
-            .collect(),
-    };
+    let plot =
+        |(name, title): (&str, &str), height: &str, cases: &[_], series: &[(&str, &str)]| Plot {
+            name: format!("{NAME}-{name}"),
+            title: title.to_owned(),
+            others_show: record.others_show.clone(),
+            ground: Ground::names("pages per pack", &names),
+            height: height.to_owned(),
+            series: series
+                .iter()
+                .map(|(name, figure)| Series::of(record, name, Shape::Line, figure, cases))
+                .collect(),
+        };
     vec![
         plot(
-            "pages",
-            "A page's cost by batch size",
+            ("pages", "A page's cost by batch size"),
             "us per page",
+            &cases,
             &[("put, one under way", PUT_ONE), ("put, eight", PUT_MANY), ("get, eight", GET)],
         ),
         plot(
-            "faults",
-            "What one page waits while packs are fetched",
+            ("faults", "What one page waits while packs are fetched"),
             "us",
+            &cases,
             &[("half of them at most", DEMAND_MEDIAN), ("99 % at most", DEMAND_WORST)],
         ),
         plot(
-            "guest-faults",
-            "How often a guest asks for a page in the store",
+            ("guest-faults", "How often a guest asks for a page in the store"),
             "pages asked for",
+            &moves,
             &[("pages", guests::FAULTS)],
         ),
-        plot("guest-waits", "What a guest waits for them", "us", &[("99 % at most", guests::WAIT)]),
         plot(
-            "guest-times",
-            "How long a guest's migration takes",
+            ("guest-waits", "What a guest waits for them"),
+            "us",
+            &moves,
+            &[("99 % at most", guests::WAIT)],
+        ),
+        plot(
+            ("guest-times", "How long a guest's migration takes"),
             "s",
+            &moves,
             &[("until it has left", guests::EVICTED), ("until all is there", guests::GATHERED)],
         ),
     ]
-}
-
-/// Whether it is one of those that a guest's migration has.
-fn figure_of_a_guest(figure: &str) -> bool {
-    [guests::FAULTS, guests::WAIT, guests::EVICTED, guests::GATHERED].contains(&figure)
 }
 
 #[cfg(test)]
