@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use lifeboat_protocol::FAILED_STORE;
 use lifeboat_protocol::agent::agent_client::AgentClient;
 use lifeboat_protocol::agent::{
     BaseChain, ClaimVmRequest, ClassifierRequest, Command, CommandOnMigration, DescribeHostRequest,
@@ -92,6 +93,8 @@ pub enum AgentError {
         doing: &'static str,
         /// Its words.
         detail: String,
+        /// The intermediary at which it would have failed.
+        store: Option<HostId>,
     },
     /// An address that no connection can be made from.
     #[error(
@@ -112,6 +115,15 @@ impl AgentError {
         matches!(self, Self::Unreachable { .. } | Self::Late { .. })
     }
 
+    /// The intermediary whose fault it was.
+    #[must_use]
+    pub fn failed_store(&self) -> Option<HostId> {
+        match self {
+            Self::Refused { store, .. } => store.clone(),
+            _ => None,
+        }
+    }
+
     /// What a stream ended with.
     #[must_use]
     pub fn of_stream(host: &HostId, doing: &'static str, status: &Status) -> Self {
@@ -127,7 +139,11 @@ impl AgentError {
             }
             Code::DeadlineExceeded => Self::Late { host, doing, after: WORK },
             Code::NotFound => Self::NotKnown { host, doing, detail },
-            _ => Self::Refused { host, doing, detail },
+            _ => {
+                let store = status.metadata().get(FAILED_STORE);
+                let store = store.and_then(|name| HostId::new(name.to_str().ok()?).ok());
+                Self::Refused { host, doing, detail, store }
+            }
         }
     }
 }

@@ -216,6 +216,8 @@ pub struct PolicyConfig {
     pub downtime_limit_ms: u32,
     /// Pages of a pack that goes to a store (SOLive's batch), 1 to 4000; 0 for the agents' default, 63.
     pub batch_pages: u32,
+    /// Whether pages go to stores while their guest still runs at its source, where that empties it sooner.
+    pub scatter_ahead: bool,
     /// Over which window VMs are measured, milliseconds; 0 for the agents' default.
     pub measure_window_ms: u32,
 }
@@ -233,6 +235,7 @@ impl Default for PolicyConfig {
             attempts: 3,
             downtime_limit_ms: 300,
             batch_pages: 0,
+            scatter_ahead: true,
             measure_window_ms: 0,
         }
     }

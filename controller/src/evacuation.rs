@@ -53,7 +53,7 @@ mod progress;
 mod vm;
 
 pub use elsewhere::StoresOwed;
-pub use event::{Action, Change, Choice, Event, PageTicket, PlannedLeg, Settlement};
+pub use event::{Action, Change, Choice, Event, PageTicket, PlannedLeg, Settlement, Waiting};
 pub use fleet::{AdmissionError, Fleet};
 pub use machine::{Evacuation, EvacuationState, Limits};
 pub use order::EvacuationOrder;

@@ -35,9 +35,12 @@ use crate::clock::{self, UnixMs};
 use crate::config::Site;
 use crate::evacuation::{
     Choice, ChosenDiskStore, DiskDate, EvacuationOrder, Fleet, PlannedLeg, Prediction, VmRecord,
+    Waiting,
 };
 use crate::inventory::Inventory;
 use crate::network::{Hop, Network};
+
+use elsewhere::FailedStores;
 
 pub use deadline::DiskPromise;
 pub use ways::PageFlowError;
@@ -259,14 +262,16 @@ impl Planner {
         promised.leaving.extend(order.hosts.iter().filter(|_| order.empties_hosts()).cloned());
         for source in &order.hosts {
             let wanted = |vm: &VmId| order.wants(vm);
-            let made = self.plan_host(order, source, &promised, &wanted, &order.to).await?;
+            let made = self
+                .plan_host(order, source, &promised, &wanted, &order.to, &FailedStores::new())
+                .await?;
             for step in &made.plan.moves {
                 promised.arrivals.push((step.vm.clone(), step.destination.clone()));
             }
             full.add(self, source, made);
         }
-        self.choose_stores(order, &mut full).await;
-        self.choose_disk_stores(order, &mut full).await;
+        self.choose_stores(order, &mut full, &FailedStores::new()).await;
+        self.choose_disk_stores(order, &mut full, &FailedStores::new()).await;
         let held_back = full.keep_date(order);
         full.notes = notes::notes(order, &full);
         full.notes.extend(self.paced_notes(&full).await);
@@ -282,18 +287,21 @@ impl Planner {
         &self,
         order: &EvacuationOrder,
         promised: &Promised,
-        waiting: &[(VmId, HostId, Vec<HostId>)],
+        waiting: &[Waiting],
     ) -> (Option<Box<Choice>>, Vec<(VmId, String)>) {
         let mut no_place = Vec::new();
-        let sources: BTreeSet<&HostId> = waiting.iter().map(|(_, host, _)| host).collect();
+        let sources: BTreeSet<&HostId> = waiting.iter().map(|one| &one.source).collect();
+        let failed = waiting.iter().map(|one| (one.vm.clone(), one.failed_stores.clone()));
+        let failed: FailedStores = failed.collect();
         for source in order.hosts.iter().filter(|host| sources.contains(host)) {
             let here: BTreeMap<&VmId, &Vec<HostId>> = waiting
                 .iter()
-                .filter(|(_, host, _)| host == source)
-                .map(|(vm, _, tried)| (vm, tried))
+                .filter(|one| one.source == *source)
+                .map(|one| (&one.vm, &one.tried))
                 .collect();
             let wanted = |vm: &VmId| here.contains_key(vm);
-            let made = match self.plan_host(order, source, promised, &wanted, &order.to).await {
+            let made = self.plan_host(order, source, promised, &wanted, &order.to, &failed).await;
+            let made = match made {
                 Ok(made) => made,
                 Err(error) => {
                     let why = error.to_string();
@@ -303,12 +311,12 @@ impl Planner {
             };
             let mut full = FullPlan::default();
             full.add(self, source, made);
-            self.choose_stores(order, &mut full).await;
-            self.choose_disk_stores(order, &mut full).await;
+            self.choose_stores(order, &mut full, &failed).await;
+            self.choose_disk_stores(order, &mut full, &failed).await;
             full.keep_date(order);
             for goes in &full.goes {
                 let tried = here.get(&goes.step.vm).map_or(&[][..], |tried| tried.as_slice());
-                match self.untried(order, source, promised, goes, tried).await {
+                match self.untried(order, promised, goes, tried, &failed).await {
                     Ok(goes) => return (Some(Box::new(chosen(&goes))), no_place),
                     Err(why) => no_place.push((goes.step.vm.clone(), why)),
                 }
@@ -325,11 +333,12 @@ impl Planner {
     async fn untried(
         &self,
         order: &EvacuationOrder,
-        source: &HostId,
         promised: &Promised,
         goes: &Goes,
         tried: &[HostId],
+        failed: &FailedStores,
     ) -> Result<Goes, String> {
+        let source = &goes.source;
         if !tried.contains(&goes.step.destination) {
             return Ok(goes.clone());
         }
@@ -343,11 +352,11 @@ impl Planner {
             return Err("every destination that is allowed has failed it".to_owned());
         }
         let only = |vm: &VmId| *vm == goes.step.vm;
-        let made = self.plan_host(order, source, promised, &only, &left).await;
+        let made = self.plan_host(order, source, promised, &only, &left, failed).await;
         let mut full = FullPlan::default();
         full.add(self, source, made.map_err(|error| error.to_string())?);
-        self.choose_stores(order, &mut full).await;
-        self.choose_disk_stores(order, &mut full).await;
+        self.choose_stores(order, &mut full, failed).await;
+        self.choose_disk_stores(order, &mut full, failed).await;
         full.keep_date(order);
         let stays = full.stays.first().map(Stays::sentence);
         full.goes.into_iter().next().ok_or_else(|| stays.unwrap_or_default())
@@ -360,6 +369,7 @@ impl Planner {
         promised: &Promised,
         wanted: &(dyn Fn(&VmId) -> bool + Sync),
         allowed: &[HostId],
+        failed: &FailedStores,
     ) -> Result<HostPlan, PlannerError> {
         let (mut facts, mut stuck) = self.gather(order, source, promised, wanted).await?;
         let topology = self.fresh_topology().await;
@@ -380,6 +390,7 @@ impl Planner {
         let first = modes::First {
             planner: self,
             order,
+            failed,
             source,
             facts: &facts,
             plan: &made,

@@ -411,7 +411,7 @@ impl Service {
         };
         let Some((id, record)) = found else { return Ok(()) };
         let settlement = match record.source == *host {
-            true => Settlement::Stayed { reason: "claimed at its source".to_owned() },
+            true => Settlement::Stayed { reason: "claimed at its source".to_owned(), store: None },
             false => Settlement::Moved(None),
         };
         Ok(self.driver.tell(id, Event::Settled { migration, settlement }).await?)

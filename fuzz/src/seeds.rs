@@ -214,7 +214,7 @@ fn page_frames() -> BytesMut {
         width: Width::LEAST,
         store: StoreId(1),
         protection: Protection::None,
-        pages: vec![at(1), at(2)],
+        pages: vec![Some(at(1)), None, Some(at(2))],
     };
     let frames = [
         Frame::Hello(hello),

@@ -270,7 +270,10 @@ impl DestinationTask {
             }
             Err(failure) => {
                 tracing::warn!(reason = %failure.line(), "migration given up before LOADED");
-                self.progress.update(|progress| progress.reason = failure.line());
+                self.progress.update(|progress| {
+                    progress.reason = failure.line();
+                    failure.store_host().clone_into(&mut progress.failed_store_host);
+                });
                 if let Some(writer) = &mut self.writer {
                     // Best effort, and before the clean-up: a guest may stand still for this.
                     let _ = writer.send(&Frame::Refused(failure.line())).await;

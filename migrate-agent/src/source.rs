@@ -238,7 +238,10 @@ impl SourceTask {
             Err(failure) => {
                 tracing::warn!(reason = %failure.line(), "migration given up before COMMIT");
                 let cancelled = matches!(failure, Failure::Cancelled(_));
-                self.progress.update(|progress| progress.reason = failure.line());
+                self.progress.update(|progress| {
+                    progress.reason = failure.line();
+                    failure.store_host().clone_into(&mut progress.failed_store_host);
+                });
                 self.settle_failure(cancelled).await;
                 return self.progress.now();
             }
@@ -307,6 +310,7 @@ impl SourceTask {
     }
 
     async fn settle_failure(&mut self, cancelled: bool) {
+        self.scattering = None;
         self.tell(Event::GiveUp).await;
         self.end_storing().await;
         self.settle_disks_here().await;

@@ -35,7 +35,7 @@ pub enum StoreLinkError {
     #[error("store {store} cannot be reached")]
     Connect {
         /// Host and address.
-        store: String,
+        store: StoreName,
         /// What the system said.
         #[source]
         source: std::io::Error,
@@ -44,23 +44,57 @@ pub enum StoreLinkError {
     #[error("store {store} does not answer within {} ms", CONNECT_LIMIT.as_millis())]
     Silent {
         /// Host and address.
-        store: String,
+        store: StoreName,
     },
     /// It wants TLS, and this host has no certificates.
     #[error("store {store} is reached over TLS, and this host has no certificates (`tls_dir`)")]
     NoCertificates {
         /// Host and address.
-        store: String,
+        store: StoreName,
     },
     /// It does not let us in, or is not the one that it was.
     #[error("store {store} cannot be used")]
     Store {
         /// Host and address.
-        store: String,
+        store: StoreName,
         /// What it said.
         #[source]
         source: StoreError,
     },
+}
+
+impl StoreLinkError {
+    /// What a store said when it was in use.
+    pub(crate) fn of(at: &StoreAt, source: StoreError) -> Self {
+        Self::Store { store: name_of(at), source }
+    }
+
+    /// The intermediary's host; empty for a store that was named by its address.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        match self {
+            Self::Connect { store, .. }
+            | Self::Silent { store }
+            | Self::NoCertificates { store }
+            | Self::Store { store, .. } => &store.host,
+        }
+    }
+}
+
+/// Which store it is, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreName {
+    host: String,
+    address: String,
+}
+
+impl std::fmt::Display for StoreName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.host.as_str() {
+            "" => f.write_str(&self.address),
+            host => write!(f, "at {host} ({})", self.address),
+        }
+    }
 }
 
 /// What a plan for a migration's stores lacks.
@@ -95,6 +129,8 @@ pub struct Plan {
     pub redundancy: Redundancy,
     /// Pages of a pack.
     pub batch: Batch,
+    /// Pages go there while the guest still runs at the source.
+    pub while_live: bool,
 }
 
 impl Plan {
@@ -124,6 +160,7 @@ impl Plan {
             offers: plan.stores.iter().map(offer).collect(),
             redundancy,
             batch: batch.ok_or(PlanError::Batch(plan.batch_pages))?,
+            while_live: plan.while_live,
         })
     }
 }
@@ -137,11 +174,8 @@ fn offer(store: &PageStore) -> Offer {
     Offer { room: Bytes(store.memory_bytes), rate }
 }
 
-fn name_of(at: &StoreAt) -> String {
-    match at.host.is_empty() {
-        true => at.address.clone(),
-        false => format!("at {} ({})", at.host, at.address),
-    }
+fn name_of(at: &StoreAt) -> StoreName {
+    StoreName { host: at.host.clone(), address: at.address.clone() }
 }
 
 /// Comes into a store. `expected`: the run that pages were put into; `patience`: how long an answer
@@ -199,7 +233,8 @@ mod tests {
 
     fn plan(stores: usize, redundancy: PlannedRedundancy, batch_pages: u32) -> ScatterPlan {
         let store = PageStore { memory_bytes: 7, ..PageStore::default() };
-        ScatterPlan { stores: vec![store; stores], redundancy: redundancy.into(), batch_pages }
+        let redundancy = redundancy.into();
+        ScatterPlan { stores: vec![store; stores], redundancy, batch_pages, while_live: false }
     }
 
     #[test]

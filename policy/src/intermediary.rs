@@ -12,6 +12,8 @@ pub use lifeboat_protocol::terms::Redundancy;
 use lifeboat_protocol::units::{BitsPerSec, Bytes};
 use serde::{Deserialize, Serialize};
 
+use crate::predict::Ahead;
+
 /// Stores that are asked for at least. Parity over two would be a mirror with more work.
 const fn stores_least(redundancy: Redundancy) -> usize {
     match redundancy {
@@ -70,6 +72,9 @@ pub struct ChosenStores {
     pub stores: Vec<ChosenStore>,
     /// How the loss of one is made up for.
     pub redundancy: Redundancy,
+    /// What it brings that pages go there while the guest still runs at its source; `None`: they go afterwards.
+    #[serde(default)]
+    pub ahead: Option<Ahead>,
 }
 
 /// Why pages cannot wait anywhere.
@@ -192,7 +197,7 @@ fn fitted(chosen: &[&Candidate], wish: &Wish) -> Option<ChosenStores> {
     let rate = |one: &Candidate| one.rate.min(half.max(equal));
     let stores =
         chosen.iter().map(|one| ChosenStore { host: one.host.clone(), memory, rate: rate(one) });
-    Some(ChosenStores { stores: stores.collect(), redundancy })
+    Some(ChosenStores { stores: stores.collect(), redundancy, ahead: None })
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub use host::{
 use std::time::Duration;
 
 use lifeboat_protocol::units::{Bytes, BytesPerSec, PAGE_BYTES};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::measured::MeasuredVm;
 use crate::stop::StopCriteria;
@@ -203,6 +203,38 @@ pub fn eviction(
     let again = once.bytes.0 as f64 * (factor - 1.0).max(0.0) / sent.0.max(1) as f64;
     let disks = disk_copy(vm, direct).time;
     once.total_time.saturating_add(span(again)).saturating_add(disks)
+}
+
+/// What pages bring that go to stores while their guest still runs at its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ahead {
+    /// By so much sooner the source is rid of the guest.
+    pub sooner: Duration,
+    /// What goes in vain, because the guest writes to it afterwards.
+    pub in_vain: Bytes,
+}
+
+/// Less of a guest than this is not worth it: while it runs, its CPUs are its own.
+const AHEAD_LEAST: f64 = 0.05;
+
+/// Whether pages of a guest are to go to stores while its own agent takes its memory in: the source's link has
+/// nothing else to do in that time, which matters where it is nearly as fast as memory. `sent`: bytes/s on the
+/// wire, of which each page takes `factor` times its own. `None` where it saves less than a twentieth, or half
+/// of it would go in vain.
+#[must_use]
+pub fn ahead(vm: &MeasuredVm, sent: BytesPerSec, factor: f64) -> Option<Ahead> {
+    let page_bytes = (PAGE_BYTES + PAGE_HEADER) as f64 * FRAMING * factor.max(1.0);
+    let pages = vm.non_zero.0 as f64;
+    let seconds = vm.non_zero.bytes().0 as f64 / ABSORBED_AT.0 as f64;
+    let gone = (sent.0 as f64 * seconds / page_bytes).min(pages);
+    // As if everything that it writes to had gone.
+    let in_vain = dirtied(vm, vm.memory.pages().0.max(vm.non_zero.0), seconds).min(gone);
+    let counting = gone - in_vain;
+    let pays = counting >= pages * AHEAD_LEAST && counting >= in_vain && counting > 0.0;
+    pays.then(|| Ahead {
+        sooner: span(counting * page_bytes / sent.0.max(1) as f64),
+        in_vain: Bytes((in_vain * page_bytes) as u64),
+    })
 }
 
 /// What a VM's local disks take before its memory moves.

@@ -31,3 +31,6 @@ pub mod controller {
 }
 
 mod convert;
+
+/// The metadata of an agent's refusal that names the intermediary at which it would have failed.
+pub const FAILED_STORE: &str = "lifeboat-failed-store";

@@ -19,13 +19,14 @@ use crate::network::{Hop, NetworkError, PageFlow, ReservationRequest, Reserved};
 use crate::reservations;
 
 impl Hands {
-    /// Opens every store of a leg; `None` for one that has none.
+    /// Opens every store of a leg; `None` for one that has none. An error comes with the host at which there
+    /// was none.
     pub(super) async fn open_stores(
         &self,
         vm: &VmId,
         source: &HostId,
         leg: &Leg,
-    ) -> Result<Option<ScatterPlan>, String> {
+    ) -> Result<Option<ScatterPlan>, (String, Option<HostId>)> {
         let Some(chosen) = &leg.stores else { return Ok(None) };
         let mut stores = Vec::new();
         for store in &chosen.stores {
@@ -38,14 +39,19 @@ impl Hands {
                 destination_host: leg.destination.to_string(),
             };
             let reply = self.planner.agents.prepare_store(&store.host, request).await;
-            let reply = reply.map_err(|error| format!("no store at {}: {error}", store.host))?;
-            let mut open = reply.store.ok_or_else(|| format!("{} names no store", store.host))?;
+            let at_fault = |reason: String| (reason, Some(store.host.clone()));
+            let reply =
+                reply.map_err(|error| at_fault(format!("no store at {}: {error}", store.host)))?;
+            let mut open =
+                reply.store.ok_or_else(|| at_fault(format!("{} names no store", store.host)))?;
             open.rate_bits_per_sec = store.rate.0;
             stores.push(open);
         }
         let redundancy = agent::Redundancy::from(chosen.redundancy);
         let batch_pages = self.planner.site.config.policy.batch_pages;
-        Ok(Some(ScatterPlan { stores, redundancy: redundancy.into(), batch_pages }))
+        let while_live = chosen.ahead.is_some();
+        let redundancy = redundancy.into();
+        Ok(Some(ScatterPlan { stores, redundancy, batch_pages, while_live }))
     }
 
     /// Reserves the source's way to each of its stores, so that they take in together what it sends.
@@ -131,9 +137,10 @@ impl Hands {
         (source, leg): (&HostId, &Leg),
         definition: &VmDefinition,
         generation: u64,
-    ) -> Result<Option<DiskStore>, String> {
+    ) -> Result<Option<DiskStore>, (String, Option<HostId>)> {
         let Some(chosen) = &leg.disk_store else { return Ok(None) };
-        let order = Self::order(wiring, id).ok_or("the evacuation is gone")?;
+        let gone = || ("the evacuation is gone".to_owned(), None);
+        let order = Self::order(wiring, id).ok_or_else(gone)?;
         let there = self.planner.inventory.host(&leg.destination);
         let there = there.and_then(|entry| entry.description).unwrap_or_default();
         let (store, to) = (&chosen.host, &leg.destination);
@@ -154,8 +161,9 @@ impl Hands {
             onward_bits_per_sec: on.0,
         };
         let reply = self.planner.agents.prepare_disk_store(store, request).await;
-        let reply = reply.map_err(|error| format!("no room at {store}: {error}"))?;
-        let open = reply.store.ok_or_else(|| format!("{store} names no room"))?;
+        let at_fault = |reason: String| (reason, Some(store.clone()));
+        let reply = reply.map_err(|error| at_fault(format!("no room at {store}: {error}")))?;
+        let open = reply.store.ok_or_else(|| at_fault(format!("{store} names no room")))?;
         Ok(Some(DiskStore { rate_bits_per_sec: to_store.0, ..open }))
     }
 

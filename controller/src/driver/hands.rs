@@ -14,7 +14,9 @@ use tokio::sync::mpsc;
 use super::{Input, lock, report};
 use crate::bases;
 use crate::clock;
-use crate::evacuation::{Action, EvacuationOrder, Event, Fleet, Leg, PageTicket, VmRecord};
+use crate::evacuation::{
+    Action, EvacuationOrder, Event, Fleet, Leg, PageTicket, VmRecord, Waiting,
+};
 use crate::network::{FollowVm, Hop, NetworkError, ReservationRequest, Reserved};
 use crate::planner::{Planner, Promised};
 use crate::reservations;
@@ -155,7 +157,7 @@ impl Hands {
         &self,
         wiring: &Wiring,
         id: &EvacuationId,
-        waiting: &[(VmId, HostId, Vec<HostId>)],
+        waiting: &[Waiting],
     ) -> Option<Event> {
         let order = Self::order(wiring, id)?;
         let begun = clock::now();
@@ -256,13 +258,13 @@ impl Hands {
         });
         let Some(status) = found else {
             let reason = format!("{source} does not know the VM any more");
-            return Event::PrepareFailed { migration, reason };
+            return Event::PrepareFailed { migration, reason, store: None };
         };
         let mut definition = status.definition.unwrap_or_default();
         let disks_there = self.disks_there(vm, source, leg, &mut definition).await;
         let scatter = match self.open_stores(vm, source, leg).await {
             Ok(scatter) => scatter,
-            Err(reason) => return Event::PrepareFailed { migration, reason },
+            Err((reason, store)) => return Event::PrepareFailed { migration, reason, store },
         };
         if let Some(scatter) = &scatter {
             self.reserve_store_ways(wiring, id, source, leg, scatter).await;
@@ -272,7 +274,7 @@ impl Hands {
         let opened = self.open_disk_store(wiring, id, from, &definition, status.generation).await;
         let disk_store = match opened {
             Ok(store) => store,
-            Err(reason) => return Event::PrepareFailed { migration, reason },
+            Err((reason, store)) => return Event::PrepareFailed { migration, reason, store },
         };
         let source_entry = self.planner.inventory.host(source);
         let disk = Self::order(wiring, id).map_or(DiskMode::Copy, |order| order.disk.into());
@@ -295,7 +297,7 @@ impl Hands {
             // It would take a disk for whole of which a part is to follow.
             Ok(reply) if disk != DiskMode::Copy && reply.disk() != disk => {
                 let _ = self.planner.agents.cancel(&leg.destination, &migration, OLDER).await;
-                Event::PrepareFailed { migration, reason: OLDER.to_owned() }
+                Event::PrepareFailed { migration, reason: OLDER.to_owned(), store: None }
             }
             Ok(reply) => {
                 let (address, token, seeded) = (reply.page_address, reply.token, reply.seeded);
@@ -303,7 +305,10 @@ impl Hands {
                     PageTicket { address, token, seeded, disks_there, scatter, disk_store };
                 Event::Prepared { migration, ticket }
             }
-            Err(error) => Event::PrepareFailed { migration, reason: error.to_string() },
+            Err(error) => {
+                let (reason, store) = (error.to_string(), error.failed_store());
+                Event::PrepareFailed { migration, reason, store }
+            }
         }
     }
 

@@ -37,6 +37,13 @@ impl Said {
         matches!(self.phase(), Some(Phase::PostCopy | Phase::Gather | Phase::DiskRest))
     }
 
+    fn failed_store(&self) -> Option<HostId> {
+        match self {
+            Self::Progress(progress) => HostId::new(progress.failed_store_host.as_str()).ok(),
+            Self::NotKnown | Self::Silent(_) => None,
+        }
+    }
+
     fn reason(&self) -> String {
         match self {
             Self::Progress(progress) => progress.reason.clone(),
@@ -139,11 +146,13 @@ pub(super) fn judge(source: &Said, destination: &Said, committed: bool) -> Optio
         // After COMMIT, a destination fails only by refusing, durably; and a source that were still
         // waiting for its word would know the migration. It has taken its guest back.
         (Said::NotKnown, _) if committed && destination.phase() == Some(Phase::Failed) => {
-            Some(Settlement::Stayed { reason: destination.reason() })
+            Some(Settlement::Stayed { reason: destination.reason(), store: None })
         }
         (Said::NotKnown, _) if committed => None,
         (Said::NotKnown, _) | (_, Some(Phase::Failed | Phase::Cancelled)) => {
-            Some(Settlement::Stayed { reason: source.reason() })
+            // Either side may have met an intermediary that is of no use.
+            let store = source.failed_store().or_else(|| destination.failed_store());
+            Some(Settlement::Stayed { reason: source.reason(), store })
         }
         _ => None,
     }

@@ -79,6 +79,8 @@ pub enum Settlement {
     Stayed {
         /// Why it did not move.
         reason: String,
+        /// The intermediary whose fault it was.
+        store: Option<HostId>,
     },
     /// The destination failed after COMMIT.
     Lost {
@@ -150,6 +152,8 @@ pub enum Event {
         migration: MigrationId,
         /// Why.
         reason: String,
+        /// The intermediary whose fault it was.
+        store: Option<HostId>,
     },
     /// The source has begun.
     Started {
@@ -208,6 +212,19 @@ pub enum Event {
     Tick,
 }
 
+/// A VM that waits for its turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// Which.
+    pub vm: VmId,
+    /// Where it is.
+    pub source: HostId,
+    /// Destinations that failed it.
+    pub tried: Vec<HostId>,
+    /// Intermediaries that failed it.
+    pub failed_stores: Vec<HostId>,
+}
+
 /// What to do. The driver performs it after the state that wanted it is durable.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
@@ -215,8 +232,8 @@ pub enum Action {
     Plan,
     /// Measure these VMs, order them, and say who goes next.
     Choose {
-        /// Who waits, with the destinations that already failed them.
-        waiting: Vec<(VmId, HostId, Vec<HostId>)>,
+        /// Who waits.
+        waiting: Vec<Waiting>,
     },
     /// Reserve the leg's path.
     Reserve {

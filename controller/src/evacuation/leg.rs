@@ -29,6 +29,7 @@ pub(super) fn new_leg(migration: MigrationId, planned: PlannedLeg, now: UnixMs) 
         committed: false,
         uncertain_since: None,
         cancel_sent: false,
+        failed_store: None,
         outcome: None,
     }
 }
@@ -44,6 +45,15 @@ pub(super) fn end_leg(
     record.phase = VmPhase::Releasing;
     actions.extend(release(record));
     Change::State
+}
+
+/// An intermediary of the leg is the reason why it does not get anywhere, and not its destination.
+pub(super) fn blame(record: &mut VmRecord, store: Option<HostId>) {
+    if let (Some(leg), Some(store)) = (record.leg.as_mut(), store)
+        && leg.store_hosts().contains(&store)
+    {
+        leg.failed_store = Some(store);
+    }
 }
 
 /// The phases in which a migration's way can be changed.
@@ -86,7 +96,7 @@ pub(super) fn prove_uncertain(record: &mut VmRecord, progress: MigrationProgress
         }
         Phase::Failed | Phase::Cancelled => {
             let reason = progress.reason;
-            resolve_uncertain(record, Settlement::Stayed { reason })
+            resolve_uncertain(record, Settlement::Stayed { reason, store: None })
         }
         _ => Change::Nothing,
     }
@@ -99,10 +109,10 @@ pub(super) fn resolve_uncertain(record: &mut VmRecord, settlement: Settlement) -
             record.progress = progress.map(|progress| *progress).or(record.progress.take());
             (arrived(record), String::new())
         }
-        Settlement::Stayed { reason } if reason.is_empty() => {
+        Settlement::Stayed { reason, .. } if reason.is_empty() => {
             (VmPhase::LeftBehind, "it was found at its source".to_owned())
         }
-        Settlement::Stayed { reason } => (VmPhase::LeftBehind, reason),
+        Settlement::Stayed { reason, .. } => (VmPhase::LeftBehind, reason),
         Settlement::Lost { reason } => (VmPhase::Lost, reason),
         Settlement::Uncertain { .. } => return Change::Nothing,
     };

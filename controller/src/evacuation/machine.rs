@@ -4,14 +4,14 @@
 //! older attempt, or a second answer. `tests` walk every pair of phase and event.
 
 use lifeboat_protocol::agent::{MigrationProgress, Phase};
-use lifeboat_protocol::ids::{EvacuationId, MigrationId, VmId};
+use lifeboat_protocol::ids::{EvacuationId, HostId, MigrationId, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::elsewhere::StoresOwed;
-use super::event::{Action, Change, Choice, Event, PageTicket, Settlement};
+use super::event::{Action, Change, Choice, Event, PageTicket, Settlement, Waiting};
 use super::leg::{
-    CANCELLED, ON_ITS_WAY, arrived, cancel_again, commit_seen, cut_off, end_leg, follow, new_leg,
-    new_way, prove_uncertain, release, resolve_uncertain, settle, watch,
+    CANCELLED, ON_ITS_WAY, arrived, blame, cancel_again, commit_seen, cut_off, end_leg, follow,
+    new_leg, new_way, prove_uncertain, release, resolve_uncertain, settle, watch,
 };
 use super::order::EvacuationOrder;
 use super::progress::leg_share;
@@ -169,7 +169,8 @@ impl Evacuation {
                 self.reserve_failed(&migration, reason, actions)
             }
             Event::Prepared { migration, ticket } => self.prepared(&migration, ticket, actions),
-            Event::PrepareFailed { migration, reason } => {
+            Event::PrepareFailed { migration, reason, store } => {
+                self.blame(&migration, store);
                 self.doubt(&migration, &[VmPhase::Preparing], &reason, actions)
             }
             Event::Started { .. } => Change::Nothing,
@@ -364,6 +365,12 @@ impl Evacuation {
         Change::State
     }
 
+    fn blame(&mut self, migration: &MigrationId, store: Option<HostId>) {
+        if let Some(record) = self.find(migration) {
+            blame(record, store);
+        }
+    }
+
     /// What became of the leg is not certain: the agents are asked before anything else happens.
     fn doubt(
         &mut self,
@@ -449,9 +456,12 @@ impl Evacuation {
                 actions.push(follow(record));
                 Outcome::Moved
             }
-            // What led to the doubt says more than how it was resolved.
-            Settlement::Stayed { reason } if record.reason.is_empty() => Outcome::Stayed(reason),
-            Settlement::Stayed { .. } => Outcome::Stayed(record.reason.clone()),
+            Settlement::Stayed { reason, store } => {
+                blame(record, store);
+                // What led to the doubt says more than how it was resolved.
+                let why = if record.reason.is_empty() { reason } else { record.reason.clone() };
+                Outcome::Stayed(why)
+            }
             Settlement::Lost { reason } => Outcome::Lost(reason),
             Settlement::Uncertain { reason } => Outcome::Uncertain(reason),
         };
@@ -465,7 +475,7 @@ impl Evacuation {
             return Change::Nothing;
         };
         let Some(leg) = record.leg.as_ref() else { return Change::Nothing };
-        let destination = leg.destination.clone();
+        let (destination, failed_store) = (leg.destination.clone(), leg.failed_store.clone());
         (record.phase, record.reason) = match leg.outcome.clone() {
             Some(Outcome::Moved) => (arrived(record), String::new()),
             Some(Outcome::Lost(reason)) => (VmPhase::Lost, reason),
@@ -479,7 +489,10 @@ impl Evacuation {
         if record.phase == VmPhase::LeftBehind && record.reason.is_empty() {
             "the agent gave no reason".clone_into(&mut record.reason);
         }
-        record.tried.push(destination);
+        match failed_store {
+            Some(store) => record.failed_stores.push(store),
+            None => record.tried.push(destination),
+        }
         if !failures.is_empty() {
             self.detail = format!("not all could be given back: {}", failures.join("; "));
         }
@@ -596,7 +609,12 @@ impl Evacuation {
         let mut waiting = Vec::new();
         for record in self.vms.iter_mut().filter(|record| record.phase == VmPhase::Waiting) {
             record.phase = VmPhase::Measuring;
-            waiting.push((record.vm.clone(), record.source.clone(), record.tried.clone()));
+            waiting.push(Waiting {
+                vm: record.vm.clone(),
+                source: record.source.clone(),
+                tried: record.tried.clone(),
+                failed_stores: record.failed_stores.clone(),
+            });
         }
         actions.push(Action::Choose { waiting });
     }

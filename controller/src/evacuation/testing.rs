@@ -74,6 +74,7 @@ pub(crate) fn scattered(name: &str, to: &str) -> Box<Choice> {
     choice.leg.stores = Some(ChosenStores {
         stores: vec![store("h8"), store("h9")],
         redundancy: Redundancy::Mirror,
+        ahead: None,
     });
     choice
 }

@@ -82,7 +82,7 @@ fn a_destination_that_failed_is_told_to_the_next_choice_and_the_third_failure_is
         evacuation.apply(UnixMs(1), released, &mut actions);
         if n < 3 {
             let Some(Action::Choose { waiting }) = actions.first() else { panic!("{actions:?}") };
-            assert_eq!(waiting[0].2.len(), n as usize);
+            assert_eq!(waiting[0].tried.len(), n as usize);
         }
     }
     let record = evacuation.record(&vm("a")).unwrap();
@@ -140,6 +140,44 @@ fn stores_are_owed_from_before_they_are_opened_until_they_have_gone() {
 }
 
 #[test]
+fn an_intermediary_that_failed_is_told_to_the_next_choice_and_its_destination_may_be_tried_again() {
+    // Nobody opens a store there; or one side of the migration finds that it is of no use.
+    for at_the_opening in [true, false] {
+        let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
+        let named = |store: Option<&str>| store.map(host);
+        let reason = "no".to_owned();
+        let stayed = |store| Settlement::Stayed { reason: "no".to_owned(), store: named(store) };
+        let settled = |store| Event::Settled { migration: migration(1), settlement: stayed(store) };
+        let prepare_failed = |store| Event::PrepareFailed {
+            migration: migration(1),
+            reason: reason.clone(),
+            store: named(store),
+        };
+        let of_another = Some("h77");
+        let events = match at_the_opening {
+            true => [prepare_failed(Some("h9")), settled(of_another)],
+            false => [prepare_failed(None), settled(Some("h9"))],
+        };
+        let chosen = Event::Chosen { choice: Some(scattered("a", "h2")), no_place: vec![] };
+        evacuation.apply(UnixMs(1), chosen, &mut actions);
+        let reserved = Event::Reserved { migration: migration(1), reserved: Reserved::default() };
+        evacuation.apply(UnixMs(1), reserved, &mut actions);
+        for event in events {
+            evacuation.apply(UnixMs(1), event, &mut actions);
+        }
+        actions.clear();
+        let released = Event::Released { migration: migration(1), failures: vec![] };
+        evacuation.apply(UnixMs(1), released, &mut actions);
+        let waiting = actions.iter().find_map(|action| match action {
+            Action::Choose { waiting } => waiting.first(),
+            _ => None,
+        });
+        let waiting = waiting.expect("it is its turn again");
+        assert_eq!((&waiting.tried[..], &waiting.failed_stores[..]), (&[][..], &[host("h9")][..]));
+    }
+}
+
+#[test]
 fn stores_of_a_vm_in_doubt_stay_and_those_of_a_failed_leg_go() {
     let started = |outcome: Settlement| {
         let (mut evacuation, mut actions) = begun(&["a"], order("h1"));
@@ -149,7 +187,7 @@ fn stores_of_a_vm_in_doubt_stay_and_those_of_a_failed_leg_go() {
         let events = [
             chosen,
             reserved,
-            Event::PrepareFailed { migration: migration(1), reason },
+            Event::PrepareFailed { migration: migration(1), reason, store: None },
             Event::Settled { migration: migration(1), settlement: outcome },
             Event::Released { migration: migration(1), failures: vec![] },
         ];
@@ -158,7 +196,7 @@ fn stores_of_a_vm_in_doubt_stay_and_those_of_a_failed_leg_go() {
         }
         (evacuation, actions)
     };
-    let (_, actions) = started(Settlement::Stayed { reason: String::new() });
+    let (_, actions) = started(Settlement::Stayed { reason: String::new(), store: None });
     assert_eq!(about_stores(&actions), ["release"]);
     let (mut doubt, mut actions) = started(Settlement::Uncertain { reason: "silent".to_owned() });
     assert!(about_stores(&actions).is_empty());

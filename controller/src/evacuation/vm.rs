@@ -178,6 +178,9 @@ pub struct Leg {
     pub uncertain_since: Option<UnixMs>,
     /// Whether the agents were told to cancel it.
     pub cancel_sent: bool,
+    /// The intermediary whose fault it was that it did not get anywhere.
+    #[serde(default)]
+    pub failed_store: Option<HostId>,
     /// How it ended, from Releasing on.
     pub outcome: Option<Outcome>,
 }
@@ -272,6 +275,9 @@ pub struct VmRecord {
     pub attempts: u32,
     /// Destinations that failed; they are not tried again.
     pub tried: Vec<HostId>,
+    /// Intermediaries that failed; nothing of it is put there again.
+    #[serde(default)]
+    pub failed_stores: Vec<HostId>,
     /// The current leg, or the last one.
     pub leg: Option<Leg>,
     /// The first plan's word, shown while it waits.
@@ -297,6 +303,7 @@ impl VmRecord {
             phase: VmPhase::Waiting,
             attempts: 0,
             tried: Vec::new(),
+            failed_stores: Vec::new(),
             leg: None,
             prediction,
             progress: None,

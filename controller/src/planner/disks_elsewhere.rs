@@ -14,7 +14,7 @@ use lifeboat_protocol::terms::{DiskMode, Urgency};
 use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 use lifeboat_topology::Topology;
 
-use super::elsewhere::way_rate;
+use super::elsewhere::{FAILED_BEFORE, FailedStores, way_rate};
 use super::measure::criteria;
 use super::{FullPlan, Goes, Planner, Stays};
 use crate::evacuation::{ChosenDiskStore, EvacuationOrder};
@@ -37,14 +37,20 @@ struct Keeper {
 impl Planner {
     /// Names the intermediary of every VM whose disks are to go by way of one. A VM for which there is none
     /// stays.
-    pub(super) async fn choose_disk_stores(&self, order: &EvacuationOrder, full: &mut FullPlan) {
+    pub(super) async fn choose_disk_stores(
+        &self,
+        order: &EvacuationOrder,
+        full: &mut FullPlan,
+        failed: &FailedStores,
+    ) {
         if order.disk != DiskMode::Scatter {
             return;
         }
         let topology = self.fresh_topology().await;
         let (mut kept, mut taken) = (Vec::new(), BTreeMap::<HostId, Bytes>::new());
         for mut goes in std::mem::take(&mut full.goes) {
-            let mut keepers = self.keepers(order, &goes, &topology);
+            let failed = failed.get(&goes.step.vm).map_or(&[][..], Vec::as_slice);
+            let mut keepers = self.keepers(order, (&goes, failed), &topology);
             for one in &mut keepers {
                 one.room = one.room - taken.get(&one.host).copied().unwrap_or_default();
             }
@@ -110,7 +116,12 @@ impl Planner {
         kept.collect()
     }
 
-    fn keepers(&self, order: &EvacuationOrder, goes: &Goes, topology: &Topology) -> Vec<Keeper> {
+    fn keepers(
+        &self,
+        order: &EvacuationOrder,
+        (goes, failed): (&Goes, &[HostId]),
+        topology: &Topology,
+    ) -> Vec<Keeper> {
         let hosts = self.inventory.hosts();
         let named =
             |host: &HostId| order.intermediaries.is_empty() || order.intermediaries.contains(host);
@@ -123,6 +134,7 @@ impl Planner {
                 () if !entry.connected => Some("its agent does not answer".to_owned()),
                 () if order.hosts.contains(host) => Some("it is being evacuated itself".to_owned()),
                 () if entry.cordoned => Some("it is cordoned".to_owned()),
+                () if failed.contains(host) => Some(FAILED_BEFORE.to_owned()),
                 () => cannot_keep(&said),
             };
             let room = said.disk_rooms.iter().map(|room| room.free_bytes).max();

@@ -2,19 +2,20 @@
 //! operator should know of its answer.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use lifeboat_policy::intermediary::{
     Candidate, ChosenStores, NoStoresError, Redundancy, Wish, choose,
 };
 use lifeboat_policy::measured::MeasuredVm;
-use lifeboat_policy::predict::eviction;
-use lifeboat_protocol::ids::HostId;
+use lifeboat_policy::predict::{ahead, eviction};
+use lifeboat_protocol::ids::{HostId, VmId};
 use lifeboat_protocol::terms::{Mode, Urgency};
 use lifeboat_protocol::units::{BitsPerSec, Bytes, BytesPerSec};
 use lifeboat_topology::Topology;
 
 use super::measure::criteria;
-use super::{FullPlan, Goes, Planner, Stays};
+use super::{FullPlan, Goes, Planner, Stays, millis};
 use crate::evacuation::EvacuationOrder;
 use crate::inventory::HostEntry;
 use crate::network::{Hop, PortRef};
@@ -23,13 +24,21 @@ use crate::network::{Hop, PortRef};
 const PACKED: f64 = 1.3;
 const PACKED_LEAST: Bytes = Bytes::from_mib(32);
 
+/// Why an intermediary is not taken again.
+pub(super) const FAILED_BEFORE: &str = "an attempt to move this VM failed at it";
+
 /// What others that leave will have taken of each host's room.
 type Taken = BTreeMap<HostId, Bytes>;
+
+/// The intermediaries that have failed each VM in this evacuation.
+pub(super) type FailedStores = BTreeMap<VmId, Vec<HostId>>;
 
 /// A VM whose pages might wait elsewhere.
 pub(super) struct Leaver<'a> {
     pub(super) source: &'a HostId,
     pub(super) destination: &'a HostId,
+    /// Intermediaries that have failed it.
+    pub(super) failed: &'a [HostId],
     pub(super) figures: &'a MeasuredVm,
     /// What is to be reserved for it on its host's uplink.
     pub(super) reserved: BitsPerSec,
@@ -53,8 +62,9 @@ fn narrowed(ways: Vec<(Vec<Hop>, BitsPerSec)>) -> Vec<Vec<Hop>> {
 }
 
 impl<'a> Leaver<'a> {
-    fn of(goes: &'a Goes) -> Self {
+    fn of(goes: &'a Goes, failed: &'a FailedStores) -> Self {
         Self {
+            failed: failed.get(&goes.step.vm).map_or(&[], Vec::as_slice),
             source: &goes.source,
             destination: &goes.step.destination,
             figures: &goes.figures,
@@ -65,7 +75,12 @@ impl<'a> Leaver<'a> {
 
 impl Planner {
     /// Names the stores of every VM that is to be scattered. One for which there are none stays.
-    pub(super) async fn choose_stores(&self, order: &EvacuationOrder, full: &mut FullPlan) {
+    pub(super) async fn choose_stores(
+        &self,
+        order: &EvacuationOrder,
+        full: &mut FullPlan,
+        failed: &FailedStores,
+    ) {
         if full.goes.iter().all(|goes| goes.step.mode != Mode::ScatterGather) {
             return;
         }
@@ -77,17 +92,23 @@ impl Planner {
                 continue;
             }
             // Beside the stores of those before it where there is room for both, or after them.
-            let beside = self.stores_beside(order, &Leaver::of(&goes), &topology, &taken);
+            let beside = self.stores_beside(order, &Leaver::of(&goes, failed), &topology, &taken);
             goes.after_stores = beside.is_err();
-            match beside.or_else(|_| self.stores_for(order, &Leaver::of(&goes), &topology)) {
-                Ok(chosen) => {
+            match beside.or_else(|_| self.stores_for(order, &Leaver::of(&goes, failed), &topology))
+            {
+                Ok(mut chosen) => {
                     for store in &chosen.stores {
                         *taken.entry(store.host.clone()).or_default() += store.memory;
                     }
-                    let sent = sent(&Leaver::of(&goes), &chosen);
+                    let sent = sent(&Leaver::of(&goes, failed), &chosen);
                     let (factor, criteria) = (factor(&chosen), criteria(order));
                     let direct = goes.step.predicted.bandwidth.bytes_per_sec();
-                    goes.eviction = Some(eviction(&goes.figures, direct, sent, factor, &criteria));
+                    let all = eviction(&goes.figures, direct, sent, factor, &criteria);
+                    if self.site.config.policy.scatter_ahead {
+                        chosen.ahead = ahead(&goes.figures, sent, factor);
+                    }
+                    let sooner = chosen.ahead.map_or(Duration::ZERO, |ahead| ahead.sooner);
+                    goes.eviction = Some(all.saturating_sub(sooner));
                     let ways = self.store_ways(&goes.source, &chosen, order.urgency).await;
                     goes.store_hops = ways.into_iter().flatten().collect();
                     goes.stores = Some(chosen);
@@ -189,7 +210,10 @@ impl Planner {
             near_only: whole_rack && order.intermediaries.is_empty(),
             count: match order.intermediaries.len() {
                 0 => order.intermediary_count as usize,
-                named => named,
+                // One that has failed is not waited for.
+                _ => {
+                    order.intermediaries.iter().filter(|host| !leaver.failed.contains(host)).count()
+                }
             },
             redundancy: order.redundancy,
         }
@@ -214,6 +238,7 @@ impl Planner {
                 () if !entry.connected => "its agent does not answer".to_owned(),
                 () if order.hosts.contains(host) => "it is being evacuated itself".to_owned(),
                 () if entry.cordoned => "it is cordoned".to_owned(),
+                () if leaver.failed.contains(host) => FAILED_BEFORE.to_owned(),
                 () => said.store_obstacle.clone(),
             };
             Candidate {
@@ -260,6 +285,13 @@ pub(super) fn note(goes: &Goes) -> Option<String> {
         Redundancy::None => "; the loss of a store before all is gathered is the loss of the VM",
         Redundancy::Mirror | Redundancy::Parity => "",
     };
+    let begins = chosen.ahead.map_or_else(String::new, |ahead| {
+        let (sooner, vain) = (millis(ahead.sooner), ahead.in_vain);
+        format!(
+            "; they begin to go while it still runs at {}: {sooner} ms sooner, {vain} in vain",
+            goes.source
+        )
+    });
     let after = match goes.after_stores {
         true => {
             "; they have no room there beside those of the VMs before it, so it waits until theirs have been \
@@ -268,7 +300,7 @@ pub(super) fn note(goes: &Goes) -> Option<String> {
         false => "",
     };
     Some(format!(
-        "{}'s pages wait at {} until {} has them; redundancy {}{risk}{after}",
+        "{}'s pages wait at {} until {} has them; redundancy {}{risk}{begins}{after}",
         goes.step.vm,
         stores.collect::<Vec<_>>().join(", "),
         goes.step.destination,

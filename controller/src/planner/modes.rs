@@ -16,7 +16,7 @@ use lifeboat_protocol::terms::Mode;
 use lifeboat_protocol::units::{BitsPerSec, BytesPerSec};
 use lifeboat_topology::Topology;
 
-use super::elsewhere::{Leaver, factor, sent};
+use super::elsewhere::{FailedStores, Leaver, factor, sent};
 use super::measure::Gathered;
 use super::{Planner, Stays};
 use crate::evacuation::EvacuationOrder;
@@ -25,6 +25,7 @@ use crate::evacuation::EvacuationOrder;
 pub(super) struct First<'a> {
     pub(super) planner: &'a Planner,
     pub(super) order: &'a EvacuationOrder,
+    pub(super) failed: &'a FailedStores,
     pub(super) source: &'a HostId,
     pub(super) facts: &'a Gathered,
     pub(super) plan: &'a Plan,
@@ -79,6 +80,7 @@ impl First<'_> {
         Leaver {
             source: self.source,
             destination: &step.destination,
+            failed: self.failed.get(&step.vm).map_or(&[], Vec::as_slice),
             figures: &vm.measured,
             reserved: hops.first().map_or(BitsPerSec::ZERO, |hop| hop.rate),
         }

@@ -270,7 +270,9 @@ impl Recorder {
         self.asked.lock().unwrap().push(format!("{verb} {agent} {}", ports.join(",")));
         if self.refuses.load(Ordering::Relaxed) {
             let (host, detail) = (agent.clone(), "tc is missing".to_owned());
-            return Err(AgentError::Refused { host, doing: "classify ports", detail }.into());
+            return Err(
+                AgentError::Refused { host, doing: "classify ports", detail, store: None }.into()
+            );
         }
         Ok(())
     }

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use lifeboat_protocol::agent::MigrationProgress;
 use lifeboat_protocol::terms::Mode;
+use lifeboat_scatter_gather::link::Frame;
 use lifeboat_scatter_gather::link::pages::PageKey;
 use lifeboat_scatter_gather::seal::KEY_BYTES;
 use tokio::net::UnixStream;
 
 use super::DestinationTask;
-use super::gathering::journal::Journal;
+use super::gathering::index;
+use super::gathering::journal::{Journal, JournalError};
 use super::gathering::recover::{TakenUp, arrived_again, shake_hands};
 use super::gathering::{Again, Gathering, Known, Reachable};
 use crate::clock;
@@ -130,18 +132,29 @@ impl DestinationTask {
         let mut qemu = UnixStream::connect(path).await.map_err(Failure::Socket)?;
         let layout = layout(&kept)?;
         let TakenUp { bitmaps, answers, wanted } = shake_hands(&mut qemu, &layout).await?;
-        let journal = self.context.store.journal_path(&self.vm);
-        let (journal, told) = Journal::go_on(&journal)?;
-        let mut arrived = arrived_again(layout, kept.ram, &bitmaps, &told)?;
+        let (mut journal, mut told) = self.what_was_told()?;
+        let key = kept.scattered.as_ref().and_then(key);
         let reachable = match &kept.scattered {
             None => None,
             Some(stores) => {
-                arrived.key = key(stores);
                 let identity = self.context.identity.as_ref();
                 let places = stores.stores.clone();
                 Some(Reachable::reach_again(places, &kept.migration, identity).await)
             }
         };
+        // The source, which would tell it again, may have gone.
+        if let (true, Some(reachable), Some(key)) = (kept.released, &reachable, &key)
+            && !told.contains(&Frame::Scattered)
+        {
+            told = index::rebuilt(reachable, key).await;
+            journal = Journal::begin(&self.context.store.journal_path(&self.vm))
+                .map_err(JournalError::from)?;
+            for frame in &told {
+                journal.add(frame).map_err(JournalError::from)?;
+            }
+        }
+        let mut arrived = arrived_again(layout, kept.ram, &bitmaps, &told)?;
+        arrived.key = key;
         let committed = matches!(self.machine.state(), State::Owning | State::Over(_));
         let known = Known { journal, again: Some(Again { told, answers, wanted }), committed };
         tracing::warn!(pages = arrived.elsewhere, "the guest's pages are gathered on");
@@ -151,6 +164,20 @@ impl DestinationTask {
             self.take_lane(purpose, reader, writer).await;
         }
         Ok(())
+    }
+
+    /// What the source has told of the guest's pages. A journal that cannot be read is begun anew: it is told again,
+    /// by the source or by the stores.
+    fn what_was_told(&self) -> Result<(Journal, Vec<Frame>), Failure> {
+        let path = self.context.store.journal_path(&self.vm);
+        match Journal::go_on(&path) {
+            Ok(found) => Ok(found),
+            Err(error) => {
+                let error = crate::vms::chain(&error);
+                tracing::error!(vm = %self.vm, error, "it is asked for anew");
+                Ok((Journal::begin(&path).map_err(JournalError::from)?, Vec::new()))
+            }
+        }
     }
 
     /// COMMIT is durable: may the guest run, as far as its pages go?

@@ -36,6 +36,9 @@ pub struct StoreAt {
     pub secret: String,
     /// Without TLS.
     pub plain: bool,
+    /// The run of it that pages are put into: another one has lost them. `None` where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
 }
 
 impl std::fmt::Debug for StoreAt {
@@ -52,6 +55,7 @@ impl From<&PageStore> for StoreAt {
             user: store.user.clone(),
             secret: store.secret.clone(),
             plain: store.plain,
+            run: None,
         }
     }
 }

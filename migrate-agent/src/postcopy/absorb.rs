@@ -11,12 +11,15 @@
 //! stays in the stream. Some pages are remembered by their hash, so that a mapping that is not the
 //! guest's RAM is noticed before COMMIT.
 
+use std::sync::{Arc, OnceLock};
+
 use bytes::Bytes;
 use lifeboat_scatter_gather::link::pages::{Note, PageRun};
 use lifeboat_scatter_gather::page::PageAt;
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::contents::Contents;
 use crate::qemu::stream::{
     PAGE_BYTES, RamLayout, RamRecord, Record, StreamError, StreamReader, StreamWriter,
 };
@@ -59,10 +62,6 @@ pub enum AbsorbError {
     },
 }
 
-const UNKNOWN: u8 = 0;
-const ZERO: u8 = 1;
-const DATA: u8 = 2;
-
 /// Bytes of QEMU in, what is to be passed on out.
 #[derive(Debug)]
 pub struct Absorber {
@@ -70,8 +69,8 @@ pub struct Absorber {
     writer: StreamWriter,
     /// Pages of the RAM that can be read from outside.
     pages: u64,
-    block: Option<u16>,
-    contents: Vec<u8>,
+    /// Known once the stream has named its blocks.
+    contents: Arc<OnceLock<Arc<Contents>>>,
     /// Hash of every [`SAMPLE_EVERY`]th page that is not zero.
     samples: Vec<u64>,
 }
@@ -84,10 +83,15 @@ impl Absorber {
             reader: StreamReader::new(),
             writer: StreamWriter::new(),
             pages,
-            block: None,
-            contents: Vec::new(),
+            contents: Arc::default(),
             samples: Vec::new(),
         }
+    }
+
+    /// What is known of the pages while they are absorbed; empty until the stream has named its blocks.
+    #[must_use]
+    pub fn contents(&self) -> Arc<OnceLock<Arc<Contents>>> {
+        Arc::clone(&self.contents)
     }
 
     /// Takes in what arrived; gives what is to be passed on.
@@ -103,20 +107,27 @@ impl Absorber {
     }
 
     fn take(&mut self, record: Record) -> Result<(), AbsorbError> {
-        match record {
-            Record::Ram(RamRecord::Page { at, data, .. }) if Some(at.block) == self.block => {
-                self.note(at, DATA);
-                if at.page.is_multiple_of(SAMPLE_EVERY) {
-                    self.samples[(at.page / SAMPLE_EVERY) as usize] = xxh3_64(&data);
+        let contents = self.contents.get();
+        let ram = contents.map(|contents| contents.block());
+        match (record, contents) {
+            (Record::Ram(RamRecord::Page { at, data, .. }), Some(contents))
+                if Some(at.block) == ram =>
+            {
+                // The reader has checked that the page is of its block.
+                contents.note(at.page, false);
+                if at.page.is_multiple_of(SAMPLE_EVERY)
+                    && let Some(sample) = self.samples.get_mut((at.page / SAMPLE_EVERY) as usize)
+                {
+                    *sample = xxh3_64(&data);
                 }
             }
-            Record::Ram(RamRecord::Zero { at, .. }) if Some(at.block) == self.block => {
-                self.note(at, ZERO);
+            (Record::Ram(RamRecord::Zero { at, .. }), Some(contents)) if Some(at.block) == ram => {
+                contents.note(at.page, true);
             }
             // Names of blocks are written anew: those before may have been left out.
-            Record::Ram(RamRecord::Page { at, data, .. }) => self.writer.page(at, data),
-            Record::Ram(RamRecord::Zero { at, .. }) => self.writer.zero(at),
-            record => {
+            (Record::Ram(RamRecord::Page { at, data, .. }), _) => self.writer.page(at, data),
+            (Record::Ram(RamRecord::Zero { at, .. }), _) => self.writer.zero(at),
+            (record, _) => {
                 if let Record::RamStart { layout, .. } = &record {
                     self.find_ram(layout)?;
                 }
@@ -124,11 +135,6 @@ impl Absorber {
             }
         }
         Ok(())
-    }
-
-    fn note(&mut self, at: PageAt, content: u8) {
-        // The reader has checked that the page is of its block.
-        self.contents[at.page as usize] = content;
     }
 
     fn find_ram(&mut self, layout: &RamLayout) -> Result<(), AbsorbError> {
@@ -140,10 +146,10 @@ impl Absorber {
         let [block] = fits[..] else {
             return Err(AbsorbError::Blocks { pages: self.pages, found: fits.len() });
         };
-        let pages = layout.blocks()[block].pages as usize;
-        self.block = u16::try_from(block).ok();
-        self.contents = vec![UNKNOWN; pages];
-        self.samples = vec![0; pages.div_ceil(SAMPLE_EVERY as usize)];
+        let pages = layout.blocks()[block].pages;
+        if self.contents.set(Arc::new(Contents::new(block as u16, pages))).is_ok() {
+            self.samples = vec![0; pages.div_ceil(SAMPLE_EVERY) as usize];
+        }
         Ok(())
     }
 
@@ -153,19 +159,18 @@ impl Absorber {
     /// [`AbsorbError::Incomplete`], and what the stream's end lacks.
     pub fn finish(self) -> Result<Absorbed, AbsorbError> {
         self.reader.finish()?;
-        let missing = self.contents.iter().filter(|content| **content == UNKNOWN).count();
-        let Some(block) = self.block.filter(|_| missing == 0) else {
+        let missing = self.contents.get().map_or(0, |contents| contents.unknown() as usize);
+        let Some(contents) = self.contents.get().filter(|_| missing == 0) else {
             return Err(AbsorbError::Incomplete(missing));
         };
-        Ok(Absorbed { block, contents: self.contents, samples: self.samples })
+        Ok(Absorbed { contents: Arc::clone(contents), samples: self.samples })
     }
 }
 
 /// What a guest's RAM held when it was stopped.
 #[derive(Debug)]
 pub struct Absorbed {
-    block: u16,
-    contents: Vec<u8>,
+    contents: Arc<Contents>,
     samples: Vec<u64>,
 }
 
@@ -173,44 +178,39 @@ impl Absorbed {
     /// The block that is RAM.
     #[must_use]
     pub fn block(&self) -> u16 {
-        self.block
+        self.contents.block()
+    }
+
+    /// What each page holds.
+    #[must_use]
+    pub fn contents(&self) -> &Arc<Contents> {
+        &self.contents
     }
 
     /// All pages, in order, and whether each is zero.
     pub fn all(&self) -> impl Iterator<Item = (PageAt, bool)> {
-        let block = self.block;
-        let numbered = (0_u32..).zip(&self.contents);
-        numbered.map(move |(page, content)| (PageAt { block, page }, *content == ZERO))
+        self.contents.all()
     }
 
     /// Pages that are not zero, in order.
     pub fn data(&self) -> impl Iterator<Item = PageAt> {
-        self.pages(DATA)
+        self.all().filter(|(_, zero)| !zero).map(|(at, _)| at)
     }
 
     /// Pages of zeroes, in order.
     pub fn zeroes(&self) -> impl Iterator<Item = PageAt> {
-        self.pages(ZERO)
-    }
-
-    fn pages(&self, wanted: u8) -> impl Iterator<Item = PageAt> {
-        let numbered = (0_u32..).zip(&self.contents);
-        let block = self.block;
-        numbered
-            .filter(move |(_, content)| **content == wanted)
-            .map(move |(page, _)| PageAt { block, page })
+        self.all().filter(|(_, zero)| *zero).map(|(at, _)| at)
     }
 
     /// All pages as notes.
     #[must_use]
     pub fn notes(&self) -> Vec<Note> {
         let mut notes: Vec<Note> = Vec::new();
-        for (page, content) in (0_u32..).zip(&self.contents) {
-            let zero = *content == ZERO;
+        for (PageAt { block, page }, zero) in self.all() {
             match notes.last_mut() {
                 Some(note) if note.zero == zero => note.run.count += 1,
                 _ => {
-                    let run = PageRun { block: self.block, first: page, count: 1 };
+                    let run = PageRun { block, first: page, count: 1 };
                     notes.push(Note { run, zero });
                 }
             }
@@ -231,7 +231,7 @@ impl Absorbed {
         let numbered = (0_u32..).step_by(SAMPLE_EVERY as usize).zip(&self.samples);
         // The guest stands still meanwhile.
         for (at, hash) in numbered.step_by(1 + self.samples.len() / COMPARED_MOST) {
-            if self.contents[at as usize] == DATA {
+            if self.contents.is_data(at) {
                 read(at, &mut page)?;
                 looked += 1;
                 differing += usize::from(xxh3_64(&page) != *hash);

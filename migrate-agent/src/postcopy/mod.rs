@@ -16,9 +16,10 @@
 //! ```
 //!
 //! [`phase`] is the machine of the phases, [`service`] decides which page comes next, [`Gather`]
-//! joins the two. [`absorb`] is the source's part.
+//! joins the two. [`absorb`] is the source's part, with what it knows of each page in [`contents`].
 
 pub mod absorb;
+pub mod contents;
 pub mod phase;
 pub mod service;
 
@@ -68,8 +69,10 @@ pub enum Event {
     Failed(PageAt),
     /// No way is left to a page; the source may still tell another.
     Gone(PageAt),
-    /// A page of the background's batch has come.
+    /// A page of the background's batch has come from the source.
     BatchCame(PageAt),
+    /// A page has come with the pack that the background asked for, from this place in it.
+    PackCame(PageAt, Where),
     /// The background's batch that was asked for first has ended, whether all of it came or not.
     BatchEnded,
     /// The pace allows another batch.
@@ -147,12 +150,16 @@ impl Gather {
             Event::Failed(at) if self.serves(at)? => self.service.failed(at, actions)?,
             Event::Gone(at) if self.serves(at)? => self.service.lose(at)?,
             Event::BatchCame(at) if self.serves(at)? => self.service.batch_came(at, actions)?,
+            Event::PackCame(at, place) if self.serves(at)? => {
+                self.service.pack_came(at, place, actions)?;
+            }
             // QEMU asks again for what is on its way, and answers come when nobody waits any more.
             Event::Fault(_)
             | Event::Came(_)
             | Event::Failed(_)
             | Event::Gone(_)
-            | Event::BatchCame(_) => {}
+            | Event::BatchCame(_)
+            | Event::PackCame(..) => {}
             Event::BatchEnded => self.service.batch_ended(),
             Event::Turn if self.phase.is_serving() => self.service.turn(actions),
             Event::Turn => {}

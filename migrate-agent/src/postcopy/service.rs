@@ -191,6 +191,23 @@ impl Service {
         self.place(at, actions)
     }
 
+    /// A page has come with its whole pack. What is in a pack counts only where the ledger has the page there: one
+    /// that was written to after it had been packed is in another place.
+    ///
+    /// # Errors
+    /// The ledger's.
+    pub fn pack_came(
+        &mut self,
+        at: PageAt,
+        place: Where,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), LedgerError> {
+        if self.ledger.find(at)? != place {
+            return Ok(());
+        }
+        self.place(at, actions)
+    }
+
     /// A demand failed: it is fetched again, from where the page is by now. Which way leads there
     /// with a store less is the driver's.
     ///

@@ -46,6 +46,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         2 => at().prop_map(Event::Failed),
         1 => at().prop_map(Event::Gone),
         4 => at().prop_map(Event::BatchCame),
+        4 => (0..PAGES).prop_map(|n| Event::PackCame(page(n), home(n))),
+        2 => (0..PAGES, 0..PAGES).prop_map(|(n, m)| Event::PackCame(page(n), home(m))),
         2 => Just(Event::BatchEnded),
         4 => Just(Event::Turn),
         2 => (0..PAGES).prop_map(|n| Event::Noted(page(n), home(n))),
@@ -157,7 +159,11 @@ proptest! {
                     Action::FetchBatch(batch) => {
                         batches += 1;
                         let came = if batches == lose_batch { Vec::new() } else { pages_of(batch) };
-                        todo.extend(came.into_iter().map(Event::BatchCame));
+                        let place = |at: PageAt| gather.ledger().find(at).unwrap();
+                        todo.extend(came.into_iter().map(|at| match batch {
+                            Batch::Pack(_) => Event::PackCame(at, place(at)),
+                            Batch::Source(_) => Event::BatchCame(at),
+                        }));
                         todo.push(Event::BatchEnded);
                     }
                     Action::Close => todo.push(Event::Shut),
@@ -248,6 +254,18 @@ fn a_demand_that_the_background_answers_is_not_placed_again() {
     does(&mut gather, Event::Fault(page(2)));
     assert_eq!(does(&mut gather, Event::BatchCame(page(2))), [Action::Place(page(2))]);
     assert_eq!(does(&mut gather, Event::Came(page(2))), []);
+}
+
+#[test]
+fn what_is_in_a_pack_counts_only_where_the_page_is_said_to_be_there() {
+    let mut gather = gather(true);
+    let old = home(2);
+    let new = Where::InPack { pack: PackId(9), slot: 0 };
+    assert!(matches!(old, Where::InPack { .. }));
+    does(&mut gather, Event::Noted(page(2), new));
+    assert_eq!(does(&mut gather, Event::PackCame(page(2), old)), [], "it was written to since");
+    assert_eq!(does(&mut gather, Event::PackCame(page(2), new)), [Action::Place(page(2))]);
+    assert_eq!(does(&mut gather, Event::PackCame(page(2), new)), []);
 }
 
 #[test]

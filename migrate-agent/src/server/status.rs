@@ -4,6 +4,7 @@
 //! and the text says what. `UNAVAILABLE`: ask again. `INTERNAL`: this host has a problem. The text
 //! is the whole chain of causes, for an operator.
 
+use lifeboat_protocol::FAILED_STORE;
 use lifeboat_protocol::ids::NameError;
 use tonic::{Code, Status};
 
@@ -69,7 +70,15 @@ pub(super) fn of_registry(error: &RegistryError) -> Status {
             Code::Internal
         }
     };
-    status(code, error)
+    let mut status = status(code, error);
+    // For the controller, which then takes another intermediary and not another destination.
+    if let RegistryError::Failed(failure) = error
+        && let Ok(host) = failure.store_host().parse()
+        && !failure.store_host().is_empty()
+    {
+        status.metadata_mut().insert(FAILED_STORE, host);
+    }
+    status
 }
 
 pub(super) fn of_measure(error: &MeasureError) -> Status {

@@ -28,10 +28,10 @@ const BUDGET_DEFAULT: Bytes = Bytes(64 << 20);
 pub(super) async fn absorb(
     relay: Relay,
     from: UnixStream,
-    pages: u64,
+    absorber: Absorber,
     budget: Bytes,
 ) -> Result<Option<Absorbed>, Failure> {
-    let absorbed = read_all(&relay, from, pages, budget).await;
+    let absorbed = read_all(&relay, from, absorber, budget).await;
     relay.end();
     absorbed.map(Some)
 }
@@ -39,10 +39,9 @@ pub(super) async fn absorb(
 async fn read_all(
     relay: &Relay,
     mut from: UnixStream,
-    pages: u64,
+    mut absorber: Absorber,
     budget: Bytes,
 ) -> Result<Absorbed, Failure> {
-    let mut absorber = Absorber::new(pages);
     let mut buffer = BytesMut::new();
     loop {
         relay.wait_for_room().await;

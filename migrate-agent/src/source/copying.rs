@@ -24,7 +24,7 @@ use crate::clock;
 use crate::link::io::frame_name;
 use crate::link::relay::Relay;
 use crate::link::{FrameWriter, LinkError};
-use crate::postcopy::absorb::Absorbed;
+use crate::postcopy::absorb::{Absorbed, Absorber};
 use crate::progress::RateMeter;
 use crate::qemu::qmp::{MigrateInfo, MigrateParameters, MigrationStatus, Qmp, QmpError, QmpEvent};
 
@@ -137,13 +137,16 @@ impl SourceTask {
         let relay = Relay::new(self.limit);
         let writer = self.writer.take().ok_or(LinkError::Closed)?;
         let budget = self.absorb_budget();
-        let memory = self.memory.as_ref().map(|memory| memory.pages());
+        let absorber = self.memory.as_ref().map(|memory| Absorber::new(memory.pages()));
+        if let Some(absorber) = &absorber {
+            self.scatter_ahead(absorber.contents())?;
+        }
         Ok(Pump {
             fill: Some(crate::tasks::spawn("relay fill", {
                 let relay = relay.clone();
                 async move {
-                    match memory {
-                        Some(pages) => absorb(relay, socket, pages, budget).await,
+                    match absorber {
+                        Some(absorber) => absorb(relay, socket, absorber, budget).await,
                         None => Ok(relay.fill(socket).await.map(|()| None)?),
                     }
                 }
@@ -169,8 +172,9 @@ impl SourceTask {
     ) -> Result<(), Failure> {
         let mut watch = self.watch();
         qmp.migrate_set_parameters(MigrateParameters {
-            // With disks QEMU does not go by itself: whether they are in step is asked first.
-            downtime_limit_ms: match self.has_disks() {
+            // With disks QEMU does not go by itself: whether they are in step is asked first. Nor while pages
+            // go ahead on the link that its last ones take.
+            downtime_limit_ms: match self.has_disks() || self.scattering.is_some() {
                 true => Some(HOLD_MS),
                 false => Some(limit_ms(&watch.criteria)),
             },
@@ -215,6 +219,8 @@ impl SourceTask {
             self.show(&info, &pump.relay, &mut watch);
             self.show_slowing(&info, &watch.slowed);
             self.heed_disks(&info, &pump.relay, &mut watch).await?;
+            let passes = info.ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
+            self.heed_scattering(passes)?;
             match info.status {
                 MigrationStatus::PreSwitchover => {
                     return Ok(self.disks_must_be_in_step().await?);
@@ -276,6 +282,9 @@ impl SourceTask {
         self.progress.update(|progress| progress.throttle_percent = 0);
         // From here on a blocked stream would freeze QEMU's main loop.
         relay.unbound();
+        if let Some(scattering) = &self.scattering {
+            scattering.hold();
+        }
         self.stop_seen.get_or_insert_with(clock::now);
         self.pause.begin();
         let micros = event.seconds.saturating_mul(1_000_000).saturating_add(event.microseconds);
@@ -284,7 +293,8 @@ impl SourceTask {
 
     fn show(&mut self, info: &MigrateInfo, relay: &Relay, watch: &mut Watch) {
         let Some(ram) = &info.ram else { return };
-        let sent = relay.sent();
+        let ahead = self.serving.as_ref().map_or(0, |serving| serving.pace.sent());
+        let sent = relay.sent() + ahead;
         let rate = watch.meter.read(clock::now(), sent);
         let limit = self.limit.map_or(0, |limit| limit.bits_per_sec().0);
         let dirty = ram.dirty_pages_rate.saturating_mul(ram.page_size);
@@ -321,6 +331,9 @@ impl SourceTask {
             if since.elapsed() < BACKLOG_PATIENCE {
                 return Ok(());
             }
+        }
+        if !self.scattering_is_quiet() {
+            return Ok(());
         }
         if !watch.disks_in_step {
             if watch.began.elapsed() > watch.criteria.max_time {

@@ -100,9 +100,11 @@ impl SourceTask {
         let sent = serving.pace.sent();
         let rate = meter.read(clock::now(), sent);
         let limit = self.limit.map_or(0, |limit| limit.bits_per_sec().0);
-        let stored = self.scattering.as_ref().map_or(0, |scattering| *scattering.stored.borrow());
+        let stored = self.scattering.as_ref().map(|scattering| *scattering.stored.borrow());
+        let stored = stored.unwrap_or_default();
         self.progress.update(|progress| {
-            progress.pages_stored = stored;
+            progress.pages_stored = stored.pages;
+            progress.pages_ahead = stored.ahead;
             let all = progress.pages_total.saturating_mul(4096);
             progress.bytes_sent = progress.bytes_sent.max(sent);
             progress.bytes_remaining = all.saturating_sub(sent);

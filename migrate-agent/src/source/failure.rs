@@ -136,6 +136,15 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// The intermediary at which it failed; empty where it was none.
+    #[must_use]
+    pub fn store_host(&self) -> &str {
+        match self {
+            Self::Stores(error) | Self::Scatter(ScatteringError::Link(error)) => error.host(),
+            _ => "",
+        }
+    }
+
     /// The whole chain of causes in one line, for reports.
     #[must_use]
     pub fn line(&self) -> String {

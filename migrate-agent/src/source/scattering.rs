@@ -5,7 +5,8 @@
 //!                                                   '-- acknowledged --> told to the destination
 //! ```
 //!
-//! Begun after COMMIT, at the migration's pace. Every page that is not zero goes into a pack, also one
+//! Begun after COMMIT, at the migration's pace; where it pays (`policy::ahead`) part of it while the guest
+//! still runs here ([`ahead`]). Every page that is not zero goes into a pack, also one
 //! that the guest has asked for meanwhile: what is in stores is then all of the guest, whatever becomes
 //! of the destination's agent. Where stores fail so that redundancy cannot help, the destination is told
 //! to fetch the rest from here.
@@ -15,8 +16,10 @@
 //!
 //! Used by `source.rs`; what goes where is decided by `lifeboat_scatter_gather::scatter`.
 
+mod ahead;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lifeboat_protocol::ids::MigrationId;
@@ -27,17 +30,19 @@ use lifeboat_scatter_gather::pack::{
     Batch, Coder, PackBuilder, PackError, RUNS_MOST, Width, pack_bytes_most,
 };
 use lifeboat_scatter_gather::page::{PackId, PageAt};
+use lifeboat_scatter_gather::redundancy::directory::Protection;
 use lifeboat_scatter_gather::redundancy::placement::{PlacementError, Placer};
 use lifeboat_scatter_gather::redundancy::{Redundancy, StoreId};
 use lifeboat_scatter_gather::scatter::{Action, Event, Object, Scatter, ScatterError};
 use lifeboat_scatter_gather::seal::{KEY_BYTES, MigrationKey, MigrationTag};
 use lifeboat_scatter_gather::store::{RedisStore, StoreError};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::serving::{self, Pace, Teller};
 use super::{Failure, SourceTask};
 use crate::postcopy::absorb::Absorbed;
+use crate::postcopy::contents::Contents;
 use crate::qemu::ram::Ram;
 use crate::stores::{self, Plan, StoreLinkError};
 use crate::tls::TlsIdentity;
@@ -82,6 +87,7 @@ pub enum ScatteringError {
 }
 
 /// A migration's stores, reached, with what seals its pages.
+#[derive(Clone)]
 pub(super) struct Stores {
     plan: Plan,
     open: Vec<RedisStore>,
@@ -109,12 +115,23 @@ impl Stores {
         PageKey(self.key)
     }
 
+    /// Whether scattering begins while the guest still runs.
+    pub(super) fn are_for_a_live_guest(&self) -> bool {
+        self.plan.while_live
+    }
+
     /// Whether the guest fits.
     pub(super) fn must_fit(&self, absorbed: &Absorbed) -> Result<(), ScatteringError> {
+        // What was read ahead in vain takes room, too.
+        let stale = absorbed.contents().stale().div_ceil(self.plan.batch.pages().into());
+        self.must_have_room(packs_of(absorbed.all(), self.plan.batch).saturating_add(stale))
+    }
+
+    /// Whether so many packs fit, with what protects them.
+    fn must_have_room(&self, packs: u64) -> Result<(), ScatteringError> {
         // Where pages are compressed, packs of all widths are open at the end.
         let open = Width::NUMBER as u64 - 1;
-        let packs = packs_of(absorbed.all(), self.plan.batch).saturating_add(open);
-        let packs = packs.saturating_mul(self.pack_bytes());
+        let packs = packs.saturating_add(open).saturating_mul(self.pack_bytes());
         let stores = self.plan.stores.len() as u64;
         let needed = match self.plan.redundancy {
             Redundancy::None => packs,
@@ -156,10 +173,36 @@ fn packs_of(pages: impl Iterator<Item = (PageAt, bool)>, batch: Batch) -> u64 {
     packs + u64::from(slots > 0 || zero_runs > 0)
 }
 
+/// What is known of the pages of a guest whose stream is absorbed; nothing before that has begun.
+pub(super) type Known = Arc<OnceLock<Arc<Contents>>>;
+
+/// Pages that are in stores and told.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Stored {
+    /// All.
+    pub(super) pages: u64,
+    /// Those that went there while the guest ran here.
+    pub(super) ahead: u64,
+}
+
+/// How far the guest is.
+enum Stage {
+    /// It runs here.
+    Live,
+    /// It is about to stop: nothing may stand on the link before the last of its stream.
+    Held,
+    /// It runs at the destination.
+    Left(Arc<Absorbed>, Teller),
+}
+
 /// The task that scatters. Dropping it ends it.
 pub(super) struct Scattering {
-    /// Pages that are in stores.
-    pub(super) stored: watch::Receiver<u64>,
+    /// What is in stores and told.
+    pub(super) stored: watch::Receiver<Stored>,
+    stage: watch::Sender<Stage>,
+    /// Nothing is under way, and will not be before the guest has left.
+    quiet: watch::Receiver<bool>,
+    failed: mpsc::Receiver<Failure>,
     task: JoinHandle<()>,
 }
 
@@ -170,40 +213,84 @@ impl Drop for Scattering {
 }
 
 impl Scattering {
-    /// Begins; what is acknowledged is told by way of `teller`.
-    pub(super) fn start(
-        stores: Stores,
+    /// Begins at a stage. `contents`: what is known of the pages, for while the guest runs.
+    fn start(
+        (stores, stage): (Stores, Stage),
         migration: &MigrationId,
-        (memory, absorbed): (Arc<Ram>, Arc<Absorbed>),
-        (pace, teller): (Arc<Pace>, Teller),
+        (memory, contents): (Arc<Ram>, Known),
+        pace: Arc<Pace>,
     ) -> Result<Self, ScatteringError> {
         let tag = MigrationTag::new(migration);
         let scatter = stores.scatter(pace.limit())?;
         let mut sealers = MigrationKey::new(stores.key).into_sealers(tag, 1);
         let coder = Coder::Sealed(sealers.remove(0));
         let builder = PackBuilder::new(tag, stores.plan.batch, coder, PackId(0));
-        let (show, stored) = watch::channel(0);
+        let (show, stored) = watch::channel(Stored::default());
+        let (stage, now) = watch::channel(stage);
+        let (show_quiet, quiet) = watch::channel(false);
+        let (fail, failed) = mpsc::channel(1);
         let driver = Driver {
-            pages: absorbed.all().collect(),
-            stores: stores.open,
+            pages: VecDeque::new(),
+            stores: stores.open.clone(),
             memory,
             builder,
             scatter,
             pace,
-            teller,
+            teller: None,
             show,
-            contents: BTreeMap::new(),
+            packs: BTreeMap::new(),
             resending: Vec::new(),
             compress: true,
             under_way: JoinSet::new(),
             ended: false,
+            ahead: ahead::Ahead::new(stores, contents),
         };
-        let task = crate::tasks::spawn("scatter", driver.run());
-        Ok(Self { stored, task })
+        let task = crate::tasks::spawn("scatter", driver.run(now, show_quiet, fail));
+        Ok(Self { stored, stage, quiet, failed, task })
+    }
+
+    /// The guest is about to stop.
+    pub(super) fn hold(&self) {
+        self.stage.send_if_modified(|stage| {
+            let live = matches!(stage, Stage::Live);
+            if live {
+                *stage = Stage::Held;
+            }
+            live
+        });
+    }
+
+    /// Whether it has heard so, and nothing is under way.
+    pub(super) fn is_quiet(&self) -> bool {
+        *self.quiet.borrow()
+    }
+
+    /// The guest has left: the rest of its pages goes, and what is in stores is told.
+    fn go_on(&self, absorbed: Arc<Absorbed>, teller: Teller) {
+        self.stage.send_replace(Stage::Left(absorbed, teller));
+    }
+
+    /// Before the guest has left: why it cannot go on.
+    pub(super) fn failure(&mut self) -> Option<Failure> {
+        self.failed.try_recv().ok()
     }
 }
 
 type Put = (StoreId, Object, Result<(), StoreError>);
+
+/// What is in a pack.
+#[derive(Default)]
+struct InPack {
+    /// How wide its slots are.
+    width: Width,
+    /// Its pages, by slot; `None` for one that does not count any more.
+    pages: Vec<Option<PageAt>>,
+    /// Of its first pages, which were read while the guest ran: what was read. Empty once they are known
+    /// to hold still what they held.
+    hashes: Vec<u64>,
+    /// How many of those did.
+    ahead: u64,
+}
 
 struct Driver {
     /// What is still to be packed, in order, and whether it is zero.
@@ -213,26 +300,54 @@ struct Driver {
     builder: PackBuilder,
     scatter: Scatter,
     pace: Arc<Pace>,
-    teller: Teller,
-    show: watch::Sender<u64>,
-    /// How wide each pack's slots are, and its pages, by slot.
-    contents: BTreeMap<PackId, (Width, Vec<PageAt>)>,
+    /// Once the guest has left.
+    teller: Option<Teller>,
+    show: watch::Sender<Stored>,
+    packs: BTreeMap<PackId, InPack>,
     /// Packs that no store has any more and whose pages are on their way again.
     resending: Vec<PackId>,
     /// Stores or pace are slower than this task.
     compress: bool,
     under_way: JoinSet<Put>,
     ended: bool,
+    ahead: ahead::Ahead,
 }
 
 impl Driver {
-    async fn run(mut self) {
-        match self.scatter_all().await {
+    async fn run(
+        mut self,
+        mut stage: watch::Receiver<Stage>,
+        quiet: watch::Sender<bool>,
+        fail: mpsc::Sender<Failure>,
+    ) {
+        let before = self.go_ahead(&mut stage).await;
+        quiet.send_replace(true);
+        let failed = before.err().map(|failure| {
+            let reason = failure.line();
+            // Nobody asks any more once the guest has left.
+            let _ = fail.try_send(failure);
+            reason
+        });
+        let (absorbed, teller) = match stage.wait_for(|now| matches!(now, Stage::Left(..))).await {
+            Ok(now) => match &*now {
+                Stage::Left(absorbed, teller) => (Arc::clone(absorbed), teller.clone()),
+                Stage::Live | Stage::Held => return,
+            },
+            Err(_) => return,
+        };
+        self.teller = Some(teller.clone());
+        let ended = match failed {
+            Some(reason) => Err(reason),
+            None => {
+                self.take_the_rest(absorbed.contents());
+                self.scatter_all().await.map_err(|failure| failure.line())
+            }
+        };
+        match ended {
             Ok(()) => tracing::info!("every page is in a store"),
-            Err(failure) => {
-                let reason = failure.line();
+            Err(reason) => {
                 tracing::error!(reason, "scattering ends; the destination fetches what is left");
-                self.teller.tell(Frame::Abort(reason));
+                teller.tell(Frame::Abort(reason));
             }
         }
     }
@@ -242,10 +357,14 @@ impl Driver {
             while let Some(Ok(put)) = self.under_way.try_join_next() {
                 self.take_answer(put).await?;
             }
+            let compared = self.compare_next()?;
             if self.scatter.kept() < WINDOW_BYTES && !self.ended {
                 // All that was put has been acknowledged while this task was busy.
-                self.compress &= !self.under_way.is_empty() || self.contents.is_empty();
+                self.compress &= !self.under_way.is_empty() || self.packs.is_empty();
                 self.next_pack().await?;
+                continue;
+            }
+            if compared {
                 continue;
             }
             // From here on it waits.
@@ -273,7 +392,7 @@ impl Driver {
             }
             chosen.push((at, zero));
         }
-        if chosen.is_empty() {
+        if chosen.is_empty() && self.ahead.is_compared() {
             let mut actions = Vec::new();
             while self.end_pack(&mut actions)? {}
             for pack in std::mem::take(&mut self.resending) {
@@ -293,13 +412,20 @@ impl Driver {
             if zero {
                 self.builder.zero(at).map_err(ScatteringError::from)?;
             } else if let Some((_, bytes)) = read.next() {
-                let slot = self.builder.page(at, &bytes).map_err(ScatteringError::from)?;
-                let (width, pages) = self.contents.entry(slot.pack).or_default();
-                *width = slot.width;
-                pages.push(at);
+                self.pack(at, &bytes, None)?;
             }
         }
         self.perform(actions).await
+    }
+
+    /// Puts a page into the open pack; `hash` of one that the guest may still write to.
+    fn pack(&mut self, at: PageAt, bytes: &[u8], hash: Option<u64>) -> Result<(), Failure> {
+        let slot = self.builder.page(at, bytes).map_err(ScatteringError::from)?;
+        let pack = self.packs.entry(slot.pack).or_default();
+        pack.width = slot.width;
+        pack.pages.push(Some(at));
+        pack.hashes.extend(hash);
+        Ok(())
     }
 
     /// Ends a pack, if one is open.
@@ -314,16 +440,19 @@ impl Driver {
     }
 
     async fn take_answer(&mut self, (store, object, answer): Put) -> Result<(), Failure> {
-        let event = match answer {
-            Ok(()) => Event::Acked(store, object),
-            Err(StoreError::Full(_)) => Event::Full(store, object),
+        let mut actions = Vec::new();
+        match answer {
+            Ok(()) => self.apply(Event::Acked(store, object), &mut actions)?,
+            Err(StoreError::Full(_)) => self.apply(Event::Full(store, object), &mut actions)?,
             Err(error) => {
                 tracing::warn!(store = store.0, %error, "a store is lost");
-                Event::Lost(store)
+                if let Err(failure) = self.apply(Event::Lost(store), &mut actions) {
+                    // Whoever looks for another way has to know whose fault it was.
+                    let at = self.ahead.place(store);
+                    return Err(at.map_or(failure, |at| StoreLinkError::of(at, error).into()));
+                }
             }
-        };
-        let mut actions = Vec::new();
-        self.apply(event, &mut actions)?;
+        }
         self.perform(actions).await
     }
 
@@ -339,24 +468,48 @@ impl Driver {
                     self.put(store, object, bytes);
                 }
                 Action::AnnouncePack { pack, store, protection } => {
-                    let (width, pages) = self.contents.get(&pack).cloned().unwrap_or_default();
-                    self.show.send_modify(|stored| *stored += pages.len() as u64);
-                    let note = PackNote { pack, width, store, protection, pages };
-                    self.teller.tell(Frame::Pack(note));
+                    self.announce(pack, store, protection);
                 }
                 Action::AnnounceParity { stripe, store } => {
-                    self.teller.tell(Frame::Parity { stripe, store });
+                    self.tell(Frame::Parity { stripe, store });
                 }
-                Action::Resend(pack) => {
-                    let pages = self.contents.get(&pack).into_iter().flat_map(|(_, pages)| pages);
-                    self.pages.extend(pages.map(|at| (*at, false)));
-                    self.resending.push(pack);
-                    self.ended = false;
-                }
-                Action::Evict => self.teller.tell(Frame::Scattered),
+                Action::Resend(pack) => self.resend(pack),
+                Action::Evict => self.tell(Frame::Scattered),
             }
         }
         Ok(())
+    }
+
+    /// Tells that a pack is acknowledged, once what is in it is known to count.
+    fn announce(&mut self, pack: PackId, store: StoreId, protection: Protection) {
+        let Some(InPack { width, pages, hashes, ahead }) = self.packs.get(&pack) else { return };
+        if !hashes.is_empty() {
+            return self.ahead.wait_for_comparison(pack, store, protection);
+        }
+        let note = PackNote { pack, width: *width, store, protection, pages: pages.clone() };
+        let (counting, ahead) = (note.pages.iter().flatten().count() as u64, *ahead);
+        self.show.send_modify(|stored| {
+            stored.pages += counting;
+            stored.ahead += ahead;
+        });
+        self.tell(Frame::Pack(note));
+    }
+
+    fn tell(&mut self, frame: Frame) {
+        match &self.teller {
+            Some(teller) => teller.tell(frame),
+            None => self.ahead.tell_later(frame),
+        }
+    }
+
+    fn resend(&mut self, pack: PackId) {
+        let pages = self.packs.get(&pack).into_iter().flat_map(|pack| &pack.pages).flatten();
+        let pages: Vec<PageAt> = pages.copied().collect();
+        // Before the guest has left they only count as not read.
+        let again = self.ahead.give_back(pages);
+        self.pages.extend(again.into_iter().map(|at| (at, false)));
+        self.resending.push(pack);
+        self.ended = false;
     }
 
     fn put(&mut self, store: StoreId, object: Object, bytes: bytes::Bytes) {
@@ -373,16 +526,36 @@ impl Driver {
 }
 
 impl SourceTask {
+    /// QEMU's stream begins: where it pays, pages go into stores from now on.
+    pub(super) fn scatter_ahead(&mut self, contents: Known) -> Result<(), ScatteringError> {
+        if let Some(stores) = self.stores.clone().filter(Stores::are_for_a_live_guest) {
+            self.scattering = self.scatter(stores, Stage::Live, contents)?;
+        }
+        Ok(())
+    }
+
+    fn scatter(
+        &self,
+        stores: Stores,
+        stage: Stage,
+        contents: Known,
+    ) -> Result<Option<Scattering>, ScatteringError> {
+        let (Some(serving), Some(memory)) = (&self.serving, &self.memory) else { return Ok(None) };
+        let pace = Arc::clone(&serving.pace);
+        let of_guest = (Arc::clone(memory), contents);
+        Scattering::start((stores, stage), &self.order.migration, of_guest, pace).map(Some)
+    }
+
     /// RUNNING has come: the pages go into stores.
     pub(super) fn begin_scattering(&mut self) {
         let (Some(stores), Some(serving)) = (self.stores.take(), &self.serving) else { return };
-        let (Some(memory), Some(absorbed)) = (self.memory.clone(), self.absorbed.clone()) else {
-            return;
-        };
-        let teller = serving.teller();
-        let outlets = (Arc::clone(&serving.pace), teller.clone());
-        match Scattering::start(stores, &self.order.migration, (memory, absorbed), outlets) {
-            Ok(scattering) => self.scattering = Some(scattering),
+        let (Some(absorbed), teller) = (self.absorbed.clone(), serving.teller()) else { return };
+        if let Some(scattering) = &self.scattering {
+            return scattering.go_on(absorbed, teller);
+        }
+        let stage = Stage::Left(absorbed, teller.clone());
+        match self.scatter(stores, stage, Known::default()) {
+            Ok(scattering) => self.scattering = scattering,
             Err(error) => teller.tell(Frame::Abort(Failure::from(error).line())),
         }
     }

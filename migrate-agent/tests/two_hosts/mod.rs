@@ -501,15 +501,28 @@ impl World {
             .clone()
     }
 
+    /// Its QEMU has ended, or is about to.
+    async fn has_no_guest(&self, host: &Host) {
+        let ended = async {
+            while host.guests.lives(&vm()) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), ended).await.expect("it lives and is silent");
+    }
+
     /// Ticks come from exactly this host.
     pub(crate) async fn runs_only_at(&self, runs: &Host, rests: &Host) {
         assert_eq!(
             runs.guests.qmp(&vm()).await.unwrap().query_status().await.unwrap().status,
             RunState::Running
         );
-        if rests.guests.lives(&vm()) {
-            let qmp = rests.guests.qmp(&vm()).await.unwrap();
-            assert_ne!(qmp.query_status().await.unwrap().status, RunState::Running);
+        let asked =
+            async { Some(rests.guests.qmp(&vm()).await.ok()?.query_status().await.ok()?.status) };
+        match asked.await {
+            Some(status) => assert_ne!(status, RunState::Running),
+            // It is ending, or has ended.
+            None => self.has_no_guest(rests).await,
         }
         let (running, resting) = (runs.guests.ticks(), rests.guests.ticks());
         tokio::time::sleep(Duration::from_millis(300)).await;

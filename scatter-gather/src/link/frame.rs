@@ -26,7 +26,7 @@ pub const HEADER_BYTES: usize = 8;
 /// overtake between two frames.
 pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// The link's version; a peer of another one is refused at HELLO.
-pub const LINK_VERSION: u16 = 2;
+pub const LINK_VERSION: u16 = 3;
 /// Bytes of the token that the destination gives to the controller and the source shows.
 pub const TOKEN_BYTES: usize = 32;
 /// Longest reason, in bytes; a longer one is cut at a character.

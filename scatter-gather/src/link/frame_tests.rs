@@ -99,7 +99,9 @@ fn any_word() -> impl Strategy<Value = Frame> {
         any::<u64>().prop_map(Protection::Stripe),
     ];
     let width = proptest::sample::select(Width::all().collect::<Vec<_>>());
-    let pack = (any::<(u64, u8)>(), width, protection, vec(any_at(), 0..70)).prop_map(
+    let slot =
+        proptest::option::of(any_at().prop_map(|at| PageAt { block: at.block % 1000, ..at }));
+    let pack = (any::<(u64, u8)>(), width, protection, vec(slot, 0..70)).prop_map(
         |((pack, store), width, protection, pages)| PackNote {
             pack: PackId(pack),
             width,

@@ -8,6 +8,7 @@
 //!  COMPRESSED  length be32 | LZ4 block of a PAGES payload of that length
 //!  PACK    pack be64 | width u8 | store u8 | kind u8 | value be64 | n x (block be16 | page be32)
 //!          kind: 0 no protection, 1 mirrored in store `value`, 2 in stripe `value`
+//!          block ffff: what is in this slot does not count
 //! ```
 //!
 //! Whether a page is the guest's is for whoever keeps its ledger; here only lengths are checked.
@@ -37,6 +38,8 @@ const RUN_BYTES: usize = 10;
 const AT_BYTES: usize = 6;
 const PACK_HEAD_BYTES: usize = 8 + 1 + 1 + 1 + 8;
 const LENGTH_BYTES: usize = 4;
+/// The block of a slot that does not count: no guest has so many.
+const NO_BLOCK: u16 = u16::MAX;
 
 /// Some pages in a row of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,8 +97,8 @@ pub struct PackNote {
     pub store: StoreId,
     /// What protects it.
     pub protection: Protection,
-    /// Its pages, by slot.
-    pub pages: Vec<PageAt>,
+    /// Its pages, by slot; `None` for one that was written to after it had been read, and is elsewhere.
+    pub pages: Vec<Option<PageAt>>,
 }
 
 /// The key of a migration's pages, on its way to the destination.
@@ -262,7 +265,8 @@ pub(super) fn encode_pack(note: &PackNote) -> BytesMut {
     };
     to.put_u8(kind);
     to.put_u64(value);
-    note.pages.iter().for_each(|at| put_at(*at, &mut to));
+    let nothing = PageAt { block: NO_BLOCK, page: 0 };
+    note.pages.iter().for_each(|at| put_at(at.unwrap_or(nothing), &mut to));
     to
 }
 
@@ -280,7 +284,8 @@ pub(super) fn decode_pack(mut from: Bytes) -> Option<PackNote> {
         2 => Protection::Stripe(value),
         _ => return None,
     };
-    let pages = (0..slots / AT_BYTES).map(|_| get_at(&mut from)).collect();
+    let slot = |at: PageAt| (at.block != NO_BLOCK).then_some(at);
+    let pages = (0..slots / AT_BYTES).map(|_| slot(get_at(&mut from))).collect();
     Some(PackNote { pack, width, store, protection, pages })
 }
 

@@ -21,6 +21,7 @@
 //! of 256 KiB almost to the end: one page more would cost 64 KiB (docs/decisions/0011).
 
 mod builder;
+mod index;
 mod reader;
 mod width;
 
@@ -35,6 +36,7 @@ use crate::page::{PackId, PageAt};
 use crate::seal::SealError;
 
 pub use builder::{Coder, Pack, PackBuilder, Slot};
+pub use index::Index;
 pub use reader::{Contents, OpenPage, Reading, ZeroRun};
 pub use width::Width;
 

@@ -61,6 +61,8 @@ pub struct OpenPage {
 /// What a pack holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents {
+    /// How wide its slots are.
+    pub width: Width,
     /// The pages, by slot.
     pub pages: Vec<OpenPage>,
     /// The pages of zeroes.
@@ -96,7 +98,7 @@ impl Reading {
             pages.push(self.open(header.lane, (slot, header.width), bytes)?);
         }
         let zeroes = rest.chunks_exact(RUN_BYTES).map(ZeroRun::decode).collect();
-        Ok(Contents { pages, zeroes })
+        Ok(Contents { width: header.width, pages, zeroes })
     }
 
     /// Opens one slot that was fetched without its pack, which has slots of this width, and expects

@@ -26,6 +26,14 @@ const CLEARED_AT_ONCE: usize = 500;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunId(String);
 
+impl RunId {
+    /// A run that was noted before.
+    #[must_use]
+    pub fn noted(text: String) -> Self {
+        Self(text)
+    }
+}
+
 impl fmt::Display for RunId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -178,6 +186,19 @@ impl RedisStore {
         packs.sort_unstable();
         packs.dedup();
         Ok(packs)
+    }
+
+    /// The stripes whose parity lies here, ascending: for rebuilding a lost index.
+    ///
+    /// # Errors
+    /// As the connection goes.
+    pub async fn stripes(&self) -> Result<Vec<u64>, StoreError> {
+        let names = self.names().await?;
+        let mut stripes: Vec<u64> =
+            names.iter().filter_map(|name| self.keys.stripe_of(name)).collect();
+        stripes.sort_unstable();
+        stripes.dedup();
+        Ok(stripes)
     }
 
     /// All names of the migration, some perhaps twice.

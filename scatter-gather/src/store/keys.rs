@@ -55,6 +55,12 @@ impl KeySpace {
         Key(format!("{}x:{stripe}", self.prefix))
     }
 
+    /// The stripe of a name, for rebuilding an index; `None` for any other name.
+    #[must_use]
+    pub fn stripe_of(&self, name: &str) -> Option<u64> {
+        name.strip_prefix(&self.prefix)?.strip_prefix("x:")?.parse().ok()
+    }
+
     /// The pack of a name, for rebuilding an index; `None` for any other name.
     #[must_use]
     pub fn pack_of(&self, name: &str) -> Option<PackId> {
@@ -70,6 +76,8 @@ fn a_name_says_whose_it_is_and_what() {
     assert_eq!(pack.as_str(), "lifeboat:m1:p:7");
     assert_eq!(keys.pack_of(pack.as_str()), Some(PackId(7)));
     assert_eq!(keys.parity(3).as_str(), "lifeboat:m1:x:3");
+    assert_eq!(keys.stripe_of("lifeboat:m1:x:3"), Some(3));
+    assert_eq!(keys.stripe_of(pack.as_str()), None);
     for other in ["lifeboat:m1:x:3", "lifeboat:m2:p:7", "lifeboat:m1:p:", "p:7"] {
         assert_eq!(keys.pack_of(other), None);
     }

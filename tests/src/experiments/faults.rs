@@ -72,6 +72,8 @@ const GET: &str = "bare_get_p99_us";
 pub(super) const SERVED: &str = "faults_served_from_the_store";
 const GETS: &str = "bare_gets";
 pub(super) const EVICTED: &str = "eviction_seconds";
+pub(super) const DOWNTIME_MS: &str = "downtime_ms";
+pub(super) const AHEAD: &str = "pages_ahead";
 pub(super) const GATHERED: &str = "gathered_seconds";
 const OVERTAKEN: &str = "batches_that_overtook_a_fault_at_most";
 pub(super) const WRONG: &str = "wrong_bytes_reported";
@@ -87,7 +89,8 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let _allowed = Allowed::now()?;
     let mut rig = Rig::raise(&setting).await?;
     for run in 0..runs {
-        let figures = rig.measure(run, Asked { batch_pages: 0, background: GATHER }).await?;
+        let asked = Asked { background: GATHER, ..Asked::default() };
+        let figures = rig.measure(run, asked).await?;
         record.samples.push(Sample { case: CASE.to_owned(), run, figures });
         setting.keep(&record, run + 1, runs);
     }
@@ -141,12 +144,21 @@ fn checks(record: &Record) -> Vec<Check> {
 }
 
 /// How the guest's pages go.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Asked {
     /// In batches of so many; 0: as is usual.
     pub(super) batch_pages: u32,
     /// The background's pace; zero: as fast as it goes.
     pub(super) background: BitsPerSec,
+    /// From while the guest still runs at its source.
+    pub(super) ahead: bool,
+    /// What the source may send.
+    pub(super) limit: Option<BitsPerSec>,
+}
+
+/// What it is, for records.
+pub(super) fn guest() -> serde_json::Value {
+    json!({ "memory_bytes": MEMORY.0, "kernel_arguments": KERNEL_ARGUMENTS })
 }
 
 /// Three hosts and a guest on one of the first two.
@@ -216,12 +228,13 @@ impl Rig {
         let (source, destination) = if to == 1 { (one, other) } else { (other, one) };
         let store = keeper.store(&migration, VM, ROOM).await?;
         let bare = Bare::new(&namespaces[to], &identities[to], &store, &migration).await?;
-        let batch_pages = asked.batch_pages;
-        let plan = ScatterPlan { stores: vec![store], batch_pages, ..ScatterPlan::default() };
+        let (batch_pages, while_live) = (asked.batch_pages, asked.ahead);
+        let stores = vec![store];
+        let plan = ScatterPlan { stores, batch_pages, while_live, ..ScatterPlan::default() };
         let mode = Mode::ScatterGather;
         let manner = Manner { mode, scatter: Some(plan), gather_limit: asked.background };
         let prepared = Prepared::at(source, destination, VM, &migration, manner).await?;
-        prepared.start(source, DOWNTIME, None).await?;
+        prepared.start(source, DOWNTIME, asked.limit.map(|limit| limit.0)).await?;
         let sent = source.ended(&migration, PATIENCE).await?;
         if sent.phase() != Phase::Completed {
             let why = format!("{:?}: {}", sent.phase(), sent.reason);
@@ -253,6 +266,9 @@ impl Rig {
             (GETS, gets.len() as f64),
             (OVERTAKEN, progress.fault_overtaken as f64),
             (EVICTED, sent.eviction_ms as f64 / 1e3),
+            (DOWNTIME_MS, sent.downtime_us as f64 / 1e3),
+            (AHEAD, sent.pages_ahead as f64),
+            ("megabytes_sent", sent.bytes_sent as f64 / 1e6),
             (GATHERED, progress.total_ms as f64 / 1e3),
             (WRONG, wrong),
         ]))

@@ -4,6 +4,7 @@
 //! and a line in [`EXPERIMENTS`]; one that redraws a figure has a line in [`plots`], too. The
 //! convention (samples, checks, spread) is `lifeboat_lab::experiment`.
 
+pub mod ahead;
 pub mod disk_baseline;
 pub mod downtime;
 pub mod eviction;
@@ -93,6 +94,10 @@ pub const EXPERIMENTS: &[Entry] = &[
         about: "what does a guest wait for a page that is in a store, against one bare GET?",
     },
     Entry {
+        name: ahead::NAME,
+        about: "how much sooner is a host rid of a guest whose pages go to stores while it runs?",
+    },
+    Entry {
         name: eviction::NAME,
         about: "how soon is a guest off its host by our ways, and by QEMU's own?",
     },
@@ -164,6 +169,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         overhead::NAME => Some(overhead::run(setting).await),
         solive_5::NAME => Some(solive_5::run(setting).await),
         faults::NAME => Some(faults::run(setting).await),
+        ahead::NAME => Some(ahead::run(setting).await),
         eviction::NAME => Some(eviction::run(setting).await),
         downtime::NAME => Some(downtime::run(setting)),
         tenant::NAME => Some(tenant::run(setting).await),

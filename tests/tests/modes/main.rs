@@ -5,6 +5,7 @@
 //! Real QEMU, redis-server, agents and controller as processes, in one network namespace; needs root
 //! and `lab/image`'s guest. QEMU's user needs userfaultfd: the machine's setting is put back.
 
+mod left_out;
 mod refused;
 mod site;
 
@@ -33,7 +34,8 @@ fn hosts_are_emptied_by_post_copy_and_by_scatter_gather() {
     private::settle().unwrap();
     let _allowed = Allowed::now().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let begin = Begin { hosts: 5, qemu: None, vms: &[("vm", definition())], profiles: &[] };
+    let vms = [("vm", definition())];
+    let begin = Begin::of(5, &vms);
     let mut site = Site::start(folder.path(), &images(), &begin);
     site.await_sight("h1");
     site.ticks_on("h1");

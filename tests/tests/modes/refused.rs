@@ -167,7 +167,7 @@ fn a_plan_refuses_what_could_not_fetch_its_pages() {
     let vms = VMS.map(|(name, ..)| (name, definition(name)));
     let profiles = profiles(folder.path());
     let qemu = without_vfio(folder.path());
-    let begin = Begin { hosts: 4, qemu: Some(&qemu), vms: &vms, profiles: &profiles };
+    let begin = Begin { qemu: Some(&qemu), profiles: &profiles, ..Begin::of(4, &vms) };
     let site = Site::start(folder.path(), folder.path(), &begin);
     site.await_running("h1", VMS.len());
     add_bitmap(&site);

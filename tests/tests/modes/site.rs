@@ -34,6 +34,15 @@ pub(crate) struct Begin<'a> {
     pub(crate) vms: &'a [(&'a str, String)],
     /// Profiles of QEMU arguments, by name; every host has them.
     pub(crate) profiles: &'a [(&'a str, String)],
+    /// What one host has in place of redis-server.
+    pub(crate) redis: Option<(u16, &'a Path)>,
+}
+
+impl<'a> Begin<'a> {
+    /// So many hosts, with these guests at the first.
+    pub(crate) fn of(hosts: u16, vms: &'a [(&'a str, String)]) -> Self {
+        Self { hosts, qemu: None, vms, profiles: &[], redis: None }
+    }
 }
 
 /// The site. Its processes end with the test's namespaces.
@@ -89,7 +98,10 @@ impl Site {
         for (name, profile) in begin.profiles {
             fs::write(own.join(format!("profiles/{name}.toml")), profile).unwrap();
         }
-        let qemu = begin.qemu.map(|qemu| format!("program = \"{}\"\n", qemu.display()));
+        let program = |program: &Path| format!("program = \"{}\"\n", program.display());
+        let qemu = begin.qemu.map(program);
+        let redis = begin.redis.filter(|(host, _)| *host == number);
+        let redis = redis.map(|(_, path)| program(path));
         let text = format!(
             "host = \"h{number}\"\nlisten = [\"unix:{0}/agent.sock\"]\n\
              page_listen = \"127.0.0.1:70{number:02}\"\npage_address = \"127.0.0.1:70{number:02}\"\n\
@@ -98,10 +110,11 @@ impl Site {
              roles = [\"hypervisor\", \"intermediary\"]\n\
              [qemu]\nuser = \"nobody\"\naccelerator = \"tcg\"\n{2}\
              [ovs]\ndatabase = \"unix:{0}/no-switch-here.sock\"\n\
-             [intermediary]\nports = \"71{number}0-71{number}9\"\n",
+             [intermediary]\nports = \"71{number}0-71{number}9\"\n{3}",
             own.display(),
             images.display(),
             qemu.unwrap_or_default(),
+            redis.unwrap_or_default(),
         );
         let file = own.join("agent.toml");
         fs::write(&file, text).unwrap();

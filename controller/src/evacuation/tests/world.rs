@@ -130,7 +130,7 @@ impl World {
                 // Every other one by way of stores.
                 let way = if luck.is_multiple_of(2) { choice } else { scattered };
                 let choice =
-                    first.map(|(vm, _, tried)| way(vm.as_str(), &format!("h{}", tried.len() + 2)));
+                    first.map(|one| way(one.vm.as_str(), &format!("h{}", one.tried.len() + 2)));
                 self.tell(Event::Chosen { choice, no_place: vec![] });
             }
             Action::Reserve { leg, .. } if luck == 1 => {
@@ -141,7 +141,8 @@ impl World {
                 self.tell(Event::Reserved { migration: leg.migration, reserved });
             }
             Action::Prepare { leg, .. } if luck == 1 => {
-                self.tell(Event::PrepareFailed { migration: leg.migration, reason });
+                let store = leg.store_hosts().pop();
+                self.tell(Event::PrepareFailed { migration: leg.migration, reason, store });
             }
             Action::Prepare { leg, .. } => {
                 self.tell(Event::Prepared { migration: leg.migration, ticket: ticket() });
@@ -231,7 +232,7 @@ impl World {
                 entry.1 = Truth::Ended { moved: true };
                 Settlement::Moved(None)
             }
-            _ => Settlement::Stayed { reason: "cancelled".to_owned() },
+            _ => Settlement::Stayed { reason: "cancelled".to_owned(), store: None },
         };
         self.tell(Event::Settled { migration: migration.clone(), settlement });
     }

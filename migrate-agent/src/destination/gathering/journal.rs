@@ -27,6 +27,8 @@ pub enum JournalError {
 pub(in crate::destination) struct Journal {
     file: File,
     buffer: BytesMut,
+    /// It is not whole any more: a frame could not be written. What was written before stays of use.
+    broken: bool,
 }
 
 impl Journal {
@@ -34,14 +36,20 @@ impl Journal {
     pub(in crate::destination) fn begin(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        Ok(Self { file, buffer: BytesMut::new() })
+        Ok(Self { file, buffer: BytesMut::new(), broken: false })
     }
 
-    /// Adds a frame.
+    /// Adds a frame. After one that could not be added none is, so that what is there is what was told, up to
+    /// some point: whoever reads it misses its end ([`super::index`]).
     pub(in crate::destination) fn add(&mut self, frame: &Frame) -> io::Result<()> {
+        if self.broken {
+            return Ok(());
+        }
         self.buffer.clear();
         encode(frame, &mut self.buffer);
-        self.file.write_all(&self.buffer)
+        let written = self.file.write_all(&self.buffer);
+        self.broken = written.is_err();
+        written
     }
 
     /// Reads what is there and goes on behind it.
@@ -54,7 +62,7 @@ impl Journal {
         }
         let file = OpenOptions::new().append(true).open(path)?;
         file.set_len((whole - bytes.len()) as u64)?;
-        Ok((Self { file, buffer: BytesMut::new() }, frames))
+        Ok((Self { file, buffer: BytesMut::new(), broken: false }, frames))
     }
 }
 

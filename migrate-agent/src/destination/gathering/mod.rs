@@ -13,9 +13,11 @@
 //!
 //! Used by `destination.rs`, by way of [`Gathering`]. Who owns the guest is not known here.
 
+pub(super) mod index;
 pub(crate) mod journal;
 mod lanes;
 mod pace;
+mod reachable;
 pub(super) mod recover;
 mod stores;
 mod waits;
@@ -49,7 +51,7 @@ use crate::source::Failure;
 use journal::Journal;
 use lanes::Lane;
 use pace::Pace;
-pub(super) use stores::Reachable;
+pub(super) use reachable::Reachable;
 use stores::{Came, Fetched, Stores};
 pub(super) use waits::Waited;
 use waits::Waits;
@@ -520,7 +522,7 @@ impl Driver {
         Ok(())
     }
 
-    /// The background's batch has come.
+    /// The background's batch has come from the source.
     async fn take_batch(&mut self, Came { pages, wire }: Came) -> Result<(), Failure> {
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.show.send_modify(|seen| seen.bytes += bytes);
@@ -528,10 +530,8 @@ impl Driver {
             self.came.insert(at, data);
             self.arrive(at, Event::BatchCame(at)).await?;
         }
-        match self.end_batch() {
-            Some(Batch::Pack(_)) => self.pace.took(self.began.elapsed(), wire),
-            _ => self.pace.came(bytes, wire),
-        }
+        self.end_batch();
+        self.pace.came(bytes, wire);
         self.apply(Event::BatchEnded).await
     }
 
@@ -543,11 +543,13 @@ impl Driver {
         self.batches.pop_front()
     }
 
-    /// A page has come: it is written, unless it was here already.
+    /// A page has come: it is written, unless it was here already, or what came does not count.
     async fn arrive(&mut self, at: PageAt, event: Event) -> Result<(), Failure> {
-        self.gone.remove(&at);
         self.apply(event).await?;
         self.came.remove(&at);
+        if self.gather.ledger().find(at) == Ok(Where::Placed) {
+            self.gone.remove(&at);
+        }
         Ok(())
     }
 

@@ -11,105 +11,34 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use lifeboat_protocol::ids::MigrationId;
 use lifeboat_scatter_gather::ledger::Where;
 use lifeboat_scatter_gather::link::pages::{PackNote, PageKey};
-use lifeboat_scatter_gather::pack::{PackError, Reading, Width};
+use lifeboat_scatter_gather::pack::{Contents, PackError, Reading, Width};
 use lifeboat_scatter_gather::page::{PAGE_BYTES, PackId, PageAt};
-use lifeboat_scatter_gather::redundancy::directory::{Directory, Way};
+use lifeboat_scatter_gather::redundancy::directory::Directory;
 use lifeboat_scatter_gather::redundancy::parity::{Parity, ParityError, body_offset, restore};
 use lifeboat_scatter_gather::redundancy::{StoreId, StoreSet};
 use lifeboat_scatter_gather::seal::{MigrationKey, MigrationTag};
-use lifeboat_scatter_gather::store::{Key, RedisStore, StoreError};
+use lifeboat_scatter_gather::store::{Key, StoreError};
 use tokio::sync::mpsc;
 
+use super::reachable::{Open, OpenWay, Reachable, Reached, reach, set_of};
 use super::{Batch, Driver, Missing};
-use crate::handover::gathering::StoreAt;
 use crate::postcopy::Event;
 use crate::source::Failure;
-use crate::stores::{self, StoreLinkError};
-use crate::tls::TlsIdentity;
+use crate::stores::StoreLinkError;
 
 /// How long a store may take to give a page or a pack: beyond it the redundant copy is quicker.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// A store that failed is tried again this often.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
-
-/// One store, reached.
-#[derive(Debug, Clone)]
-pub(super) struct Reached {
-    demands: RedisStore,
-    background: RedisStore,
-}
-
-/// A migration's stores, reached before its guest is touched.
-pub(in crate::destination) struct Reachable {
-    places: Vec<StoreAt>,
-    reached: Vec<Option<Reached>>,
-    migration: MigrationId,
-    identity: Option<TlsIdentity>,
-}
-
-impl Reachable {
-    /// Reaches every store.
-    pub(in crate::destination) async fn reach(
-        places: Vec<StoreAt>,
-        migration: &MigrationId,
-        identity: Option<&TlsIdentity>,
-    ) -> Result<Self, StoreLinkError> {
-        let mut reached = Vec::new();
-        for at in &places {
-            reached.push(Some(reach(at, migration, identity, None).await?));
-        }
-        let (migration, identity) = (migration.clone(), identity.cloned());
-        Ok(Self { places, reached, migration, identity })
-    }
-
-    /// Reaches those that answer: the guest is here, and its pages are where they are.
-    pub(in crate::destination) async fn reach_again(
-        places: Vec<StoreAt>,
-        migration: &MigrationId,
-        identity: Option<&TlsIdentity>,
-    ) -> Self {
-        let mut reached = Vec::new();
-        for at in &places {
-            match reach(at, migration, identity, None).await {
-                Ok(open) => reached.push(Some(open)),
-                Err(error) => {
-                    tracing::error!(%error, "a store is passed over");
-                    reached.push(None);
-                }
-            }
-        }
-        let (migration, identity) = (migration.clone(), identity.cloned());
-        Self { places, reached, migration, identity }
-    }
-
-    /// The stores.
-    pub(in crate::destination) fn places(&self) -> &[StoreAt] {
-        &self.places
-    }
-}
-
-async fn reach(
-    at: &StoreAt,
-    migration: &MigrationId,
-    identity: Option<&TlsIdentity>,
-    before: Option<&Reached>,
-) -> Result<Reached, StoreLinkError> {
-    let run = before.map(|before| before.demands.run().clone());
-    let demands = stores::connect(at, migration, identity, run, PATIENCE).await?;
-    let same = Some(demands.run().clone());
-    let background = stores::connect(at, migration, identity, same, PATIENCE).await?;
-    Ok(Reached { demands, background })
-}
 
 /// What has come of a question to stores.
 pub(super) enum Fetched {
     /// To a demand.
     Page(PageAt, Result<Bytes, Trouble>),
     /// To the background's batch.
-    Pack(Result<Came, Trouble>),
+    Pack(Result<CamePack, Trouble>),
     /// A store answers again.
     Back(StoreId, Reached),
     /// A store answers, and has nothing of what was put there.
@@ -123,15 +52,31 @@ pub(super) struct Came {
     pub(super) wire: u64,
 }
 
+/// A pack, opened.
+pub(super) struct CamePack {
+    /// Its pages, by slot.
+    pages: Vec<(PageAt, Where, Bytes)>,
+    wire: u64,
+}
+
+impl CamePack {
+    fn of(pack: PackId, (contents, wire): (Contents, u64)) -> Self {
+        let place = |slot| Where::InPack { pack, slot };
+        let pages = contents.pages.into_iter().map(|page| (page.at, place(page.slot), page.data));
+        Self { pages: pages.collect(), wire }
+    }
+}
+
 /// Why a page did not come, and whose fault that was.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
 pub(super) struct Trouble {
     store: Option<StoreId>,
     error: TroubleError,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum TroubleError {
+pub(super) enum TroubleError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -202,21 +147,7 @@ impl Stores {
 
     /// Where to read a pack now, with the connections to do it.
     fn way(&self, pack: PackId, background: bool) -> Result<OpenWay, TroubleError> {
-        let open = |store: StoreId| {
-            let reached = self.reachable.reached.get(usize::from(store.0));
-            let reached = reached.and_then(Option::as_ref).ok_or(TroubleError::NoWay(pack))?;
-            let chosen = if background { &reached.background } else { &reached.demands };
-            Ok::<_, TroubleError>((store, chosen.clone()))
-        };
-        match self.directory.way(pack, self.lost()) {
-            Ok(Way::From(store)) => Ok(OpenWay::From(open(store)?)),
-            Ok(Way::Rebuild { stripe, parity, others }) => {
-                let other = |(pack, store): (PackId, StoreId)| Ok((pack, open(store)?));
-                let others = others.into_iter().map(other).collect::<Result<_, TroubleError>>()?;
-                Ok(OpenWay::Rebuild { stripe, parity: open(parity)?, others })
-            }
-            Ok(Way::Lost) | Err(_) => Err(TroubleError::NoWay(pack)),
-        }
+        self.reachable.way(pack, self.directory.way(pack, self.lost()), background)
     }
 
     /// Fetches one page, which waits in this slot.
@@ -239,11 +170,11 @@ impl Stores {
         let (way, reading) = (self.way(pack, true), Arc::clone(&self.reading));
         let results = self.results.clone();
         crate::tasks::spawn("pack from a store", async move {
-            let pages = match way {
-                Ok(way) => whole(way, pack, &reading).await,
+            let came = match way {
+                Ok(way) => whole(way, pack, &reading).await.map(|came| CamePack::of(pack, came)),
                 Err(error) => Err(Trouble { store: None, error }),
             };
-            let _ = results.send(Fetched::Pack(pages)).await;
+            let _ = results.send(Fetched::Pack(came)).await;
         });
     }
 
@@ -292,13 +223,6 @@ impl Stores {
     }
 }
 
-fn set_of(stores: &[bool]) -> StoreSet {
-    let mut set = StoreSet::default();
-    let chosen = (0_u8..).zip(stores).filter(|(_, is)| **is);
-    chosen.for_each(|(store, _)| set.add(StoreId(store)));
-    set
-}
-
 /// Packs to which no way leads now, those to which none will, and the hosts whose stores that is for.
 #[derive(Default)]
 struct WithoutWay {
@@ -306,14 +230,6 @@ struct WithoutWay {
     away: String,
     lost: HashSet<PackId>,
     emptied: String,
-}
-
-type Open = (StoreId, RedisStore);
-
-/// A way to a pack, with connections.
-enum OpenWay {
-    From(Open),
-    Rebuild { stripe: u64, parity: Open, others: Vec<(PackId, Open)> },
 }
 
 fn trouble<E: Into<TroubleError>>(store: StoreId) -> impl Fn(E) -> Trouble {
@@ -364,7 +280,12 @@ async fn page(
     opened.map(|page| page.data).map_err(|error| Trouble { store: from, error: error.into() })
 }
 
-async fn whole(way: OpenWay, pack: PackId, reading: &Reading) -> Result<Came, Trouble> {
+/// Fetches a pack and opens it; what it took on its way, bytes.
+pub(super) async fn whole(
+    way: OpenWay,
+    pack: PackId,
+    reading: &Reading,
+) -> Result<(Contents, u64), Trouble> {
     let get = async |open: &Open, key: Key| -> Result<BytesMut, Trouble> {
         open.1.get(&key).await.map_err(trouble(open.0))
     };
@@ -385,8 +306,7 @@ async fn whole(way: OpenWay, pack: PackId, reading: &Reading) -> Result<Came, Tr
     let wire = bytes.len() as u64;
     let contents = reading.pack(pack, bytes);
     let contents = contents.map_err(|error| Trouble { store: from, error: error.into() })?;
-    let pages = contents.pages.into_iter().map(|page| (page.at, page.data)).collect();
-    Ok(Came { pages, wire })
+    Ok((contents, wire))
 }
 
 impl Driver {
@@ -401,7 +321,8 @@ impl Driver {
             stores.narrow.insert(note.pack, note.width);
         }
         self.idle = false;
-        for (slot, at) in (0_u16..).zip(note.pages) {
+        let counting = (0_u16..).zip(note.pages).filter_map(|(slot, at)| Some((slot, at?)));
+        for (slot, at) in counting {
             self.apply(Event::Noted(at, Where::InPack { pack: note.pack, slot })).await?;
             // Asked of a source that is not there now: it is in a store.
             if self.demands.is_none() && self.asked.remove(&at) {
@@ -442,7 +363,7 @@ impl Driver {
                 let no_way = self.note_trouble(&trouble);
                 self.find_again(at, no_way).await
             }
-            Fetched::Pack(Ok(came)) => self.take_batch(came).await,
+            Fetched::Pack(Ok(came)) => self.take_came_pack(came).await,
             Fetched::Pack(Err(trouble)) => {
                 let no_way = self.note_trouble(&trouble);
                 if let (Some(Batch::Pack(pack)), true) = (self.end_batch(), no_way) {
@@ -460,6 +381,17 @@ impl Driver {
                 Ok(())
             }
         }
+    }
+
+    async fn take_came_pack(&mut self, CamePack { pages, wire }: CamePack) -> Result<(), Failure> {
+        self.show.send_modify(|seen| seen.bytes += (pages.len() * PAGE_BYTES) as u64);
+        for (at, place, data) in pages {
+            self.came.insert(at, data);
+            self.arrive(at, Event::PackCame(at, place)).await?;
+        }
+        self.end_batch();
+        self.pace.took(self.began.elapsed(), wire);
+        self.apply(Event::BatchEnded).await
     }
 
     /// Counts the pages that no store can give, whether or not the guest waits for one: whoever watches is to know

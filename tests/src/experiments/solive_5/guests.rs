@@ -5,7 +5,6 @@
 //! operator has it.
 
 use lifeboat_lab::experiment::{Record, Sample};
-use lifeboat_protocol::units::BitsPerSec;
 
 use super::{BATCHES, Setting};
 use crate::experiments::faults::{self, Asked};
@@ -38,7 +37,7 @@ pub(super) async fn measure(
     let mut moves = 0;
     for run in 0..runs {
         for batch in BATCHES {
-            let asked = Asked { batch_pages: batch.into(), background: BitsPerSec::ZERO };
+            let asked = Asked { batch_pages: batch.into(), ..Asked::default() };
             let figures = rig.measure(moves, asked).await?;
             record.samples.push(Sample { case: case(batch), run, figures });
             moves += 1;
