@@ -138,6 +138,10 @@ pub const EXPERIMENTS: &[Entry] = &[
         about: "what do reads wait for after an early hand-over, by how long the disk was watched?",
     },
     Entry {
+        name: livefs::order::NAME,
+        about: "what does it bring to send the busy segments last, or first where a guest moves before?",
+    },
+    Entry {
         name: migratefs_3::NAME,
         about: "what does a disk cost that is open through our mount, and is a limit kept?",
     },
@@ -180,6 +184,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         livefs::five::NAME => Some(livefs::five::run(setting).await),
         livefs::six::NAME => Some(livefs::six::run(setting).await),
         livefs::seven::NAME => Some(livefs::seven::run(setting).await),
+        livefs::order::NAME => Some(livefs::order::run(setting).await),
         migratefs_3::NAME => Some(migratefs_3::run(setting).await),
         migratefs_4::NAME => Some(migratefs_4::run(setting).await),
         disk_baseline::NAME => Some(disk_baseline::run(setting).await),

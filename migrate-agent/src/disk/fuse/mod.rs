@@ -24,6 +24,8 @@ mod server;
 
 pub use image_lock::Use;
 pub use images::Image;
+#[cfg(test)]
+pub(crate) use images::Images;
 pub use limit::SLOWEST;
 pub use memory::{MAX_DATA, MemoryError};
 pub use request::{Expiry, Hook, Op, PassThrough, Request};

@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::blocks::Pace;
 use super::frame::{Frame, HEADER, Kind, SPARES};
+use super::heat::Heat;
 use super::mirror::Mirror;
 use super::passes::{PassError, Passed, Work};
 use super::phases::{Action, Event, Phase, Veto};
@@ -103,7 +104,8 @@ where
         mirror: Arc::clone(&own.mirror),
         images: own.images.clone(),
         orders: Mutex::new(own.orders.clone()),
-        segment: own.choice.segment,
+        heat: Mutex::new(Heat::new(own.choice.weights)),
+        choice: own.choice,
         pace,
         bulk: tokio::sync::Mutex::new(FrameWriter::new(bulk.1)),
         control: to_control,

@@ -343,7 +343,9 @@ mod tests {
     /// LiveFS states less than 6 KB for its image of 6 GB, besides what its guest has written.
     #[test]
     fn what_both_sides_keep_of_an_image_is_under_8_kib_per_gib() {
+        use super::super::heat::{Heat, Place};
         use super::super::rank::{Strategy, Weights, order};
+        use crate::clock;
         use crate::disk::track::{Activity, DirtyMap, SegmentSize};
 
         const GIB: u64 = 64;
@@ -351,7 +353,11 @@ mod tests {
         let activity = Activity::new(SegmentSize::default(), length);
         let dirty = DirtyMap::new(block, length);
         let hot = order(&activity.traffic(), Weights::default(), Strategy::Hot { threshold: 0.0 });
-        let kept = activity.memory() + dirty.memory() + 8 * hot.segments.capacity();
+        let mut heat = Heat::new(Weights::default());
+        heat.look(clock::now(), &[activity.traffic()]);
+        let turns = size_of::<Place>() * hot.segments.len();
+        let orders = 8 * hot.segments.capacity() + heat.memory() + turns;
+        let kept = activity.memory() + dirty.memory() + orders;
         let source = kept as u64;
 
         let mut incoming = Incoming::new(block, length);

@@ -8,7 +8,8 @@
 //! | file | what it is |
 //! |---|---|
 //! | `phases` | the source's phases: pure |
-//! | `rank` | which segments go first: pure |
+//! | `rank` | which segments go first, of a disk that follows its VM: pure |
+//! | `heat` | which segment is next, where everything goes first: pure |
 //! | `versions`, `incoming` | what the destination has, and what is newer: pure |
 //! | `frame` | the frames between the two: pure |
 //! | `ledger` | what is on its way |
@@ -24,6 +25,7 @@ pub mod arriving;
 pub mod blocks;
 mod connection;
 pub mod frame;
+pub mod heat;
 pub mod incoming;
 pub mod kept;
 pub mod ledger;

@@ -19,13 +19,15 @@ use tokio::sync::mpsc;
 
 use super::blocks::{self, Pace};
 use super::frame::{Frame, HEADER, Kind, encode_runs};
+use super::heat::{Heat, Place};
 use super::ledger::Pending;
 use super::mirror::Mirror;
-use super::rank::SegmentOrder;
+use super::rank::{SegmentOrder, Strategy};
+use super::send::Choice;
 use super::stream::{FrameWriter, StreamError};
 use super::versions::Version;
+use crate::clock;
 use crate::disk::fuse::Image;
-use crate::disk::track::SegmentSize;
 
 /// Bytes that may be on their way: a window for 1 Gbit/s at 60 ms.
 const WINDOW: u64 = 8 << 20;
@@ -52,7 +54,8 @@ pub(super) struct Work<W> {
     pub(super) mirror: Arc<Mirror>,
     pub(super) images: Vec<Arc<Image>>,
     pub(super) orders: Mutex<Vec<SegmentOrder>>,
-    pub(super) segment: SegmentSize,
+    pub(super) choice: Choice,
+    pub(super) heat: Mutex<Heat>,
     pub(super) pace: Arc<Pace>,
     pub(super) bulk: tokio::sync::Mutex<FrameWriter<W>>,
     pub(super) control: mpsc::UnboundedSender<Frame>,
@@ -67,7 +70,10 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     pub(super) async fn pass(&self) -> Result<Passed, PassError> {
         self.announce_lengths();
         let (mut last, mut unflushed, mut sent) = (Version(0), 0, 0);
-        for (disk, range) in self.ranges(false) {
+        let mut turns = Turns { waiting: self.places(false), looked_after: None };
+        turns.waiting.reverse();
+        while let Some(place) = self.next_turn(&mut turns, sent) {
+            let (disk, range) = (place.0, self.blocks_at(place));
             let mut at = range.start;
             while !self.stopped.load(Ordering::Acquire) {
                 let Some(run) = self.send_run(disk, at..range.end, self.at_once(disk)).await?
@@ -119,7 +125,8 @@ impl<W: AsyncWrite + Unpin> Work<W> {
 
     /// Sends everything that is dirty, what the destination asks for first, until it has all.
     pub(super) async fn rest(&self) -> Result<(), PassError> {
-        for (disk, range) in self.ranges(true) {
+        for place in self.places(true) {
+            let (disk, range) = (place.0, self.blocks_at(place));
             let mut at = range.start;
             loop {
                 while let Some((disk, mut blocks)) = self.next_wanted() {
@@ -211,30 +218,48 @@ impl<W: AsyncWrite + Unpin> Work<W> {
         }
     }
 
-    /// The blocks that go before the hand-over, or all of them, segment by segment in their order.
-    /// Segments by which an image has grown since they were ordered go with the last.
-    fn ranges(&self, all: bool) -> Vec<(u16, Range<u64>)> {
+    /// The segments that go before the hand-over, or all of them, in their order. Those by which an image has
+    /// grown since they were ordered go with the last.
+    fn places(&self, all: bool) -> Vec<Place> {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut ranges = Vec::new();
-        for (number, (order, disk)) in orders.iter().zip(self.mirror.disks()).enumerate() {
-            let blocks = (self.segment.bytes() / disk.dirty.block().bytes()).max(1);
+        let mut places = Vec::new();
+        for (number, (order, disk)) in (0..).zip(orders.iter().zip(self.mirror.disks())) {
             let known = order.segments.len();
             let chosen = if all { known } else { order.before };
             let grown = if chosen == known { disk.activity.segments() } else { 0 };
             let segments = order.segments[..chosen].iter().copied();
-            for segment in segments.chain(known as u64..grown) {
-                ranges.push((number as u16, segment * blocks..(segment + 1) * blocks));
-            }
+            places.extend(segments.chain(known as u64..grown).map(|segment| (number, segment)));
         }
-        ranges
+        places
+    }
+
+    /// The blocks of a segment.
+    fn blocks_at(&self, (disk, segment): Place) -> Range<u64> {
+        let blocks = self.blocks_of(disk, self.choice.segment.bytes());
+        segment * blocks..(segment + 1) * blocks
+    }
+
+    /// The next one of a pass that has sent `sent` blocks so far. Where everything goes first, what has been
+    /// written meanwhile says which: looked at once for each segment that sends something.
+    fn next_turn(&self, turns: &mut Turns, sent: u64) -> Option<Place> {
+        let settled = self.choice.strategy != Strategy::Whole;
+        if !settled && turns.looked_after.replace(sent) != Some(sent) {
+            let traffic = self.mirror.disks().iter().map(|disk| disk.activity.traffic());
+            let traffic: Vec<_> = traffic.collect();
+            let mut heat = self.heat.lock().unwrap_or_else(PoisonError::into_inner);
+            heat.look(clock::now(), &traffic);
+            heat.order(&mut turns.waiting);
+        }
+        turns.waiting.pop()
     }
 
     /// Blocks that must go before the hand-over and are dirty.
     pub(super) fn left(&self) -> u64 {
-        let dirty = |(disk, range): (u16, Range<u64>)| {
-            self.mirror.disks()[usize::from(disk)].dirty.count_within(range)
+        let dirty = |place: Place| {
+            let disk = &self.mirror.disks()[usize::from(place.0)];
+            disk.dirty.count_within(self.blocks_at(place))
         };
-        self.ranges(false).into_iter().map(dirty).sum()
+        self.places(false).into_iter().map(dirty).sum()
     }
 
     /// Sends the first dirty block of `range` with those that follow it without a gap, at most `most`.
@@ -275,6 +300,14 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     }
 }
 
+/// The segments of a pass that have not had their turn.
+struct Turns {
+    /// The next at the end.
+    waiting: Vec<Place>,
+    /// How many blocks had been sent when they were last ordered.
+    looked_after: Option<u64>,
+}
+
 /// What a pass has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Passed {
@@ -307,17 +340,5 @@ fn runs(dirty: &crate::disk::track::DirtyMap, length: u64) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
-mod tests {
-    use super::*;
-    use crate::disk::track::{BlockSize, DirtyMap};
-
-    #[test]
-    fn dirty_blocks_are_listed_as_runs_up_to_the_end() {
-        let map = DirtyMap::new(BlockSize::new(4096).unwrap(), 1 << 20);
-        for block in [0, 1, 5, 7, 8, 9, 100] {
-            map.mark(&(block * 4096..block * 4096 + 1));
-        }
-        assert_eq!(runs(&map, 9 * 4096), [0..2, 5..6, 7..9]);
-    }
-}
+#[path = "passes_tests.rs"]
+mod tests;

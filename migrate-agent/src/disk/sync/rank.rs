@@ -6,8 +6,8 @@
 //! # Which end first
 //!
 //! Where the VM moves before its disk is complete, hot segments go first: what is there needs no
-//! fetching. Where the whole image goes first (pre-copy), the segments that are *written* most go last:
-//! sent early, they would be sent twice. Of what follows the VM those go last, too, that are written more
+//! fetching. Where the whole image goes first (pre-copy), the segments that are *written* most go last,
+//! which is settled while they go (`heat`). Of what follows the VM those go last, too, that are written more
 //! than read: a write to what is missing waits for nothing, and what it overwrites need not be sent.
 //! Deliberately not here: who counts (`track::Activity`).
 
@@ -44,7 +44,9 @@ impl Weights {
 /// When the VM moves, which decides what is sent first.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Strategy {
-    /// Everything is at the destination before the VM moves.
+    /// Everything is at the destination before the VM moves; which segment is next is [`Heat`]'s to say.
+    ///
+    /// [`Heat`]: super::heat::Heat
     Whole,
     /// What ranks at `threshold` or above is; the rest follows, on demand and by and by. Zero sends
     /// everything (pre-copy), infinity nothing (post-copy).
@@ -80,10 +82,7 @@ pub fn order(traffic: &[Traffic], weights: Weights, strategy: Strategy) -> Segme
     let mut segments: Vec<u64> = (0..traffic.len() as u64).collect();
     let of = |segment: &u64| traffic[*segment as usize];
     match strategy {
-        Strategy::Whole => {
-            segments.sort_by_key(|segment| of(segment).writes);
-            SegmentOrder { before: segments.len(), segments }
-        }
+        Strategy::Whole => SegmentOrder { before: segments.len(), segments },
         Strategy::Hot { threshold } => {
             let rank = |segment: &u64| weights.rank(of(segment));
             segments.sort_by(|a, b| rank(b).total_cmp(&rank(a)));
@@ -149,9 +148,9 @@ mod tests {
     }
 
     #[test]
-    fn written_segments_go_last_when_everything_goes_first() {
+    fn everything_goes_first_in_an_order_that_is_not_settled_here() {
         let whole = order(&TRAFFIC, Weights::default(), Strategy::Whole);
-        assert_eq!(whole, SegmentOrder { segments: vec![0, 1, 3, 2], before: 4 });
+        assert_eq!(whole, SegmentOrder { segments: vec![0, 1, 2, 3], before: 4 });
     }
 
     #[test]

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use lifeboat_agent::disk::sync::rank::Strategy;
 use lifeboat_lab::experiment::statistics::{median, ratios};
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
@@ -40,7 +41,8 @@ fn plan(kind: &str, block: u64, size: u64) -> Plan {
         "hybrid" => (BONNIE_THRESHOLD_PER_SEC * MONITORING.as_secs_f64(), MONITORING),
         _ => (f64::INFINITY, Duration::ZERO),
     };
-    Plan { block, threshold, monitoring, handover_segments: size, ..bonnie() }
+    let strategy = Strategy::Hot { threshold };
+    Plan { block, strategy, monitoring, handover_segments: size, ..bonnie() }
 }
 
 /// Measures every kind at every size in turn, judges.

@@ -1,4 +1,5 @@
-//! LiveFS' figures 5 to 7: a guest moves before its disk is complete, by what is sent before it does.
+//! LiveFS' figures 5 to 7: a guest moves before its disk is complete, by what is sent before it does; and the
+//! order in which segments go.
 //!
 //! ```text
 //!   guest ── FUSE mount ── source's driver ══ 240 Mbit/s ══ destination's ── FUSE mount ── guest
@@ -14,6 +15,7 @@
 
 pub mod five;
 mod guest;
+pub mod order;
 mod rig;
 pub mod seven;
 pub mod six;
@@ -24,6 +26,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
 use lifeboat_lab::experiment::Record;
 use serde_json::Value;
 
@@ -57,7 +60,8 @@ const BONNIE_THRESHOLD_PER_SEC: f64 = 8.0;
 fn bonnie() -> Plan {
     Plan {
         block: BLOCK,
-        threshold: f64::INFINITY,
+        strategy: Strategy::Hot { threshold: f64::INFINITY },
+        weights: Weights::default(),
         monitoring: Duration::ZERO,
         watched_already: false,
         handover_segments: 0,

@@ -1,13 +1,17 @@
 //! One early hand-over of an image with a guest on it: two real mounts, the real drivers between
 //! them, and the network limit of the source's driver as the link.
 //!
-//! Used by the three LiveFS experiments. Deliberately not here: agents, QMP and COMMIT.
+//! Used by the LiveFS experiments. Deliberately not here: agents, QMP and COMMIT.
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use lifeboat_agent::disk::fuse::{self, Hook, Server};
@@ -20,6 +24,7 @@ use lifeboat_agent::disk::sync::send::{Choice, Command, Outgoing, Progress, Send
 use lifeboat_agent::disk::track::{BlockSize, SegmentSize};
 use lifeboat_agent::tasks;
 use lifeboat_protocol::units::BytesPerSec;
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -39,8 +44,11 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub(super) struct Plan {
     /// What is sent again when a byte of it changes, bytes.
     pub block: u64,
-    /// What ranks so high goes before the guest: 0 is pre-copy, infinity post-copy.
-    pub threshold: f64,
+    /// What goes before the guest. Of what may follow it, whatever ranks at the threshold: 0 is pre-copy,
+    /// infinity post-copy.
+    pub strategy: Strategy,
+    /// How its reads count beside its writes.
+    pub weights: Weights,
     /// How long it is watched first.
     pub monitoring: Duration,
     /// Whether it was watched so long before the migration began.
@@ -66,6 +74,8 @@ pub(super) struct Outcome {
     pub after: Vec<Duration>,
     /// Blocks that were missing when the guest began there, as MiB.
     pub missing_mib: f64,
+    /// All that was sent, as MiB.
+    pub sent_mib: f64,
     /// Bytes that differ between both images, where the guest only reads.
     pub differ: Option<u64>,
 }
@@ -130,12 +140,13 @@ pub(super) async fn migrate(folder: &Path, plan: &Plan) -> Result<Outcome, RigEr
         tokio::time::sleep(plan.monitoring).await;
         way.order(Command::EndMonitoring).await?;
     }
-    way.until(Phase::Synchronous).await?;
+    way.until_in_step(plan).await?;
     let (moved, paused) = hand_over(&guest, &mut way, &destination).await?;
     let missing_mib = received.missing() as f64 * plan.block as f64 / MIB as f64;
     way.order(Command::Cede).await?;
     way.ended().await?;
     let ended = clock::now();
+    let sent_mib = way.sent.load(Ordering::Relaxed) as f64 / MIB as f64;
     let waits = tasks::blocking(move || guest.stop()).await?;
     answering.abort();
     let differ = plan.reads_only.then(|| differ(&here, &there)).transpose()?;
@@ -145,6 +156,7 @@ pub(super) async fn migrate(folder: &Path, plan: &Plan) -> Result<Outcome, RigEr
         paused,
         after: between(waits, moved, ended),
         missing_mib,
+        sent_mib,
         differ,
     })
 }
@@ -196,6 +208,8 @@ struct Way {
     progress: watch::Receiver<Progress>,
     sending: JoinHandle<Result<(), SendError>>,
     receiving: Vec<JoinHandle<()>>,
+    /// Bytes that came at the other end.
+    sent: Arc<AtomicU64>,
     _rate: watch::Sender<Option<BytesPerSec>>,
 }
 
@@ -208,9 +222,12 @@ impl Way {
         segment: SegmentSize,
     ) -> Result<Self, RigError> {
         let choice = Choice {
-            goal: Goal { left: plan.handover_segments * MIB / plan.block, early: true },
-            strategy: Strategy::Hot { threshold: plan.threshold },
-            weights: Weights::default(),
+            goal: Goal {
+                left: plan.handover_segments * MIB / plan.block,
+                early: plan.strategy != Strategy::Whole,
+            },
+            strategy: plan.strategy,
+            weights: plan.weights,
             segment,
             monitors: !plan.watched_already && !plan.monitoring.is_zero(),
             compares: false,
@@ -220,11 +237,14 @@ impl Way {
             .map_err(RigError::refused("an image's way"))?;
         let pair = || UnixStream::pair().map_err(RigError::io("cannot make a stream"));
         let ((control, control_end), (bulk, bulk_end)) = (pair()?, pair()?);
+        let sent = Arc::new(AtomicU64::new(0));
         let receive_at = |end: UnixStream| {
             let received = Arc::clone(received);
+            let (from, to) = end.into_split();
+            let from = Counted { from, counter: Arc::clone(&sent) };
             tasks::spawn("receive", async move {
                 // The source hears of it, too, and says so.
-                let _ = receive(received, end.into_split()).await;
+                let _ = receive(received, (from, to)).await;
             })
         };
         let receiving = [control_end, bulk_end].map(receive_at).into();
@@ -238,7 +258,7 @@ impl Way {
             let (control, bulk) = (control.into_split(), bulk.into_split());
             outgoing.run(control, bulk, limit, &mut orders, &told).await
         });
-        Ok(Self { commands, progress, sending, receiving, _rate: rate })
+        Ok(Self { commands, progress, sending, receiving, sent, _rate: rate })
     }
 
     async fn order(&mut self, command: Command) -> Result<(), RigError> {
@@ -255,11 +275,15 @@ impl Way {
         Err(RigError::refused("the migration")(format!("it ended before {what}")))
     }
 
-    async fn until(&mut self, phase: Phase) -> Result<(), RigError> {
-        let reached = self.progress.wait_for(|progress| progress.phase >= phase);
+    /// Waits until every write goes to both sides; with all that goes before the guest there.
+    async fn until_in_step(&mut self, plan: &Plan) -> Result<(), RigError> {
+        let whole = plan.strategy == Strategy::Whole;
+        let reached = self.progress.wait_for(|progress| {
+            progress.phase >= Phase::Synchronous && !(whole && progress.dirty > 0)
+        });
         let reached = tokio::time::timeout(PATIENCE, reached).await;
-        let reached = reached.map_err(|_| late(format!("{phase:?}")))?.map(drop);
-        self.unless_ended(reached, &format!("{phase:?}")).await
+        let reached = reached.map_err(|_| late("the synchronous phase".to_owned()))?.map(drop);
+        self.unless_ended(reached, "both sides were in step").await
     }
 
     /// Seals; the guest is paused.
@@ -284,6 +308,25 @@ impl Drop for Way {
     fn drop(&mut self) {
         self.sending.abort();
         self.receiving.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// A stream of which is counted what comes out of it.
+struct Counted<R> {
+    from: R,
+    counter: Arc<AtomicU64>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Counted<R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        let read = Pin::new(&mut self.from).poll_read(context, into);
+        self.counter.fetch_add((into.filled().len() - before) as u64, Ordering::Relaxed);
+        read
     }
 }
 

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
 use lifeboat_lab::experiment::statistics::{median, ratios};
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
@@ -62,7 +63,10 @@ fn afs() -> Load {
 fn plan(monitoring_ms: u64) -> Plan {
     Plan {
         block: BLOCK,
-        threshold: if monitoring_ms == 0 { f64::INFINITY } else { THRESHOLD },
+        strategy: Strategy::Hot {
+            threshold: if monitoring_ms == 0 { f64::INFINITY } else { THRESHOLD },
+        },
+        weights: Weights::default(),
         monitoring: Duration::from_millis(monitoring_ms),
         watched_already: false,
         handover_segments: HANDOVER_SIZE,

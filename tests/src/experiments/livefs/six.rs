@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use lifeboat_agent::disk::sync::rank::Strategy;
 use lifeboat_lab::experiment::statistics::median;
 use lifeboat_lab::experiment::{Bound, Check, Record, Sample};
 use serde_json::json;
@@ -37,7 +38,7 @@ fn case(when: &str, monitoring_ms: u64, size: u64) -> String {
 fn plan(watched_already: bool, monitoring_ms: u64, size: u64) -> Plan {
     let monitoring = Duration::from_millis(monitoring_ms);
     Plan {
-        threshold: BONNIE_THRESHOLD_PER_SEC * monitoring.as_secs_f64(),
+        strategy: Strategy::Hot { threshold: BONNIE_THRESHOLD_PER_SEC * monitoring.as_secs_f64() },
         monitoring,
         watched_already,
         handover_segments: size,
