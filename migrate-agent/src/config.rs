@@ -30,8 +30,10 @@
 //! path = "/srv/nfs1"
 //! ```
 //!
-//! What an intermediary may say of its stores is in `config/intermediary.rs`.
+//! What an intermediary may say of its stores is in `config/intermediary.rs`, how disks leave (`[disk]`) in
+//! `config/disk.rs`.
 
+mod disk;
 mod intermediary;
 
 use std::net::SocketAddr;
@@ -42,6 +44,7 @@ use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::units::{Bytes, text};
 use serde::Deserialize;
 
+use crate::disk::parameters::{ParameterError, Parameters};
 use crate::qemu::launch::Accelerator;
 use crate::qemu::process::User;
 use crate::toml_file::{self, FileError, SyntaxError};
@@ -89,6 +92,8 @@ pub struct DiskSettings {
     pub directories: Vec<PathBuf>,
     /// How long a disk is kept whose VM has left.
     pub kept_for: Duration,
+    /// How they leave.
+    pub parameters: Parameters,
 }
 
 /// The configuration, checked.
@@ -158,6 +163,9 @@ pub enum ConfigProblem {
     /// Nothing to listen on.
     #[error("names nothing to listen on")]
     Nothing,
+    /// How disks cannot leave.
+    #[error(transparent)]
+    Disk(#[from] ParameterError),
 }
 
 /// Why the configuration cannot be used.
@@ -191,6 +199,8 @@ struct RawConfig {
     disk_dirs: Option<Vec<PathBuf>>,
     #[serde(default = "a_day")]
     disk_retention_hours: u32,
+    #[serde(default)]
+    disk: disk::RawDisk,
     qemu: RawQemu,
     ovs: RawOvs,
     #[serde(default)]
@@ -294,6 +304,7 @@ impl RawConfig {
         let disks = DiskSettings {
             directories: directories.clone(),
             kept_for: Duration::from_secs(u64::from(self.disk_retention_hours) * 3600),
+            parameters: self.disk.check()?,
         };
         let vms = Settings {
             vms_dir: absolute("vms_dir", self.vms_dir)?,
@@ -446,6 +457,11 @@ path = "/srv/nfs1"
             ("\"tcg\"", "\"xen\"", "agent.toml:14: `qemu.accelerator`: unknown variant `xen`"),
             ("\"switch\"", "\"router\"", "agent.toml:4: `roles[1]`: unknown variant `router`"),
             ("host = \"h1\"", "host = \"../h1\"", "agent.toml:1: `host`: `../h1` is no name"),
+            (
+                "[qemu]",
+                "[disk]\nblock_size = \"5 KiB\"\n[qemu]",
+                "agent.toml:13: `disk.block_size`: a block of 5120 bytes",
+            ),
             (
                 "\"nfs1\"",
                 "\"nfs1\"\ncolour = 1",

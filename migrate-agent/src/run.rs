@@ -174,6 +174,7 @@ fn movers(config: &Config) -> Movers {
         run_dir: config.vms.run_dir.clone(),
         program: beside.unwrap_or_else(|_| name.into()),
         tls_dir: config.tls_dir.clone(),
+        parameters: config.disks.parameters,
     }
 }
 

@@ -14,6 +14,7 @@ use disk_lab::{Folders, Mounted, qemu_io, run, try_run};
 use lifeboat_agent::clock;
 use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, PassThrough, Request};
 use lifeboat_agent::disk::local::LocalDisk;
+use lifeboat_agent::disk::parameters::Parameters;
 use lifeboat_agent::disk::process::client::Movers;
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
@@ -255,7 +256,8 @@ async fn a_disk_process_starts_when_the_one_before_it_has_just_finished() {
     let disks =
         [LocalDisk { number: 0, path: path.clone(), format: "raw".into(), read_only: false }];
     let program = env!("CARGO_BIN_EXE_lifeboat-disk").into();
-    let movers = Movers { run_dir: folders.path("run"), program, tls_dir: None };
+    let parameters = Parameters::default();
+    let movers = Movers { run_dir: folders.path("run"), program, tls_dir: None, parameters };
     let vm = VmId::new("vm").unwrap();
     for round in 0..20 {
         let mover = movers.start(&vm, &disks).await.unwrap_or_else(|e| panic!("{round}: {e:#}"));

@@ -35,13 +35,13 @@ pub(super) struct RawIntermediary {
     redis: Option<String>,
 }
 
-mod optional {
+pub(super) mod optional {
     use super::{Bytes, Deserialize, text};
 
     #[derive(Deserialize)]
     struct Size(#[serde(with = "text")] Bytes);
 
-    pub(super) fn deserialize<'de, D>(from: D) -> Result<Option<Bytes>, D::Error>
+    pub(in crate::config) fn deserialize<'de, D>(from: D) -> Result<Option<Bytes>, D::Error>
     where
         D: serde::Deserializer<'de>,
     {

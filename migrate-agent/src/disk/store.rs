@@ -19,6 +19,7 @@ use lifeboat_protocol::units::{Bytes, BytesPerSec};
 use serde::{Deserialize, Serialize};
 
 use super::rooms::DiskRooms;
+use super::track::BLOCK;
 
 /// Beneath the notes.
 const FOLDER: &str = "stores";
@@ -79,6 +80,14 @@ pub struct Record {
     pub onward: Option<BytesPerSec>,
     /// All of it has come, durably.
     pub whole: bool,
+    /// The blocks in which it came, bytes; what the destination has of it came in the same.
+    #[serde(default = "block")]
+    pub block: u64,
+}
+
+/// Of a record by an older version.
+fn block() -> u64 {
+    BLOCK
 }
 
 impl std::fmt::Debug for Record {
@@ -217,6 +226,7 @@ mod tests {
             since_unix_ms: 7,
             onward: Some(BytesPerSec(5)),
             whole: false,
+            block: 16 << 10,
         };
         assert!(Record::read_all(&notes).is_empty());
         record.write(&notes).unwrap();

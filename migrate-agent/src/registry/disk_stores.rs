@@ -35,6 +35,7 @@ use crate::disk::process::client::{ANSWER_LIMIT, MoverClientError};
 use crate::disk::process::control::{Destination, Limits, Request, Stage};
 use crate::disk::store::{DiskStoreError, Record, place};
 use crate::disk::sync::receive::Received;
+use crate::disk::track::{BLOCK, BlockSize};
 use crate::handover::Record as Owned;
 use crate::handover::storing::Storing;
 use crate::source::Context;
@@ -102,6 +103,7 @@ impl Registry {
             onward: Some(BitsPerSec(request.onward_bits_per_sec).bytes_per_sec())
                 .filter(|limit| limit.0 > 0),
             whole: false,
+            block: BLOCK,
         };
         let record = tasks::blocking(move || {
             record.images = place(&rooms, (&record.vm, &record.migration), disks, bytes)?;
@@ -284,6 +286,7 @@ async fn keep(
         }
         received.close();
         record.whole = true;
+        record.block = received.block().unwrap_or_default().bytes();
         while let Err(error) = note(&context, &record, &written).await {
             tracing::error!(%error, "the source has to wait until this is on the disk");
             tokio::time::sleep(TEND_EVERY).await;
@@ -323,7 +326,10 @@ async fn bring_on(context: &Context, record: &Record) -> Result<(), MoverClientE
     let name = key(record);
     let mut mover = match movers.reach(&name).await? {
         Some(mover) => mover,
-        None => movers.start(&name, &disks(record)).await?,
+        None => {
+            let block = BlockSize::new(record.block).unwrap_or_default();
+            movers.in_blocks_of(block).start(&name, &disks(record)).await?
+        }
     };
     loop {
         if is_deleted(record) {

@@ -137,3 +137,19 @@ async fn once_the_vm_runs_here_nothing_is_written_any_more() {
         place.assert_untouched();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_of_another_size_are_refused_until_nothing_is_missing() {
+    let place = Place::new().await;
+    let finer = |disk| Frame { offset: 16 << 10, disk, ..hello(MIB) };
+    let refused = place.hear(vec![finer(0)]).await;
+    let Err(error @ ReceiveError::OtherBlocks { .. }) = refused else { panic!("{refused:?}") };
+    assert!(error.to_string().contains("16384 bytes"), "{error}");
+    assert!(error.to_string().contains("in blocks of 65536: set `block_size` back"), "{error}");
+    place.assert_untouched();
+    // As before, and what all of it is here for.
+    place.hear(vec![hello(MIB)]).await.unwrap();
+    assert_eq!(place.received.block(), Some(BlockSize::default()));
+    place.received.own();
+    place.hear(vec![finer(0)]).await.unwrap();
+}

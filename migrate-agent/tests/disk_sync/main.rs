@@ -58,6 +58,23 @@ async fn three_phases_bring_an_image_that_is_written_all_the_while() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_arrives_in_blocks_of_whatever_size_its_source_says() {
+    for (block, transfer) in [(16 << 10, 32 << 10), (MIB, MIB)] {
+        let world = World::in_blocks_of(block);
+        world.mount.server.set_disk_limit(Some(BytesPerSec(10_000_000)));
+        let guest = Guest::start(&world, block);
+        let way = world.connect(world.outgoing(|choice| choice.transfer = transfer));
+        world.until(Phase::Synchronous).await;
+        let writes = tasks::blocking(move || guest.stop()).await;
+        println!("{writes} writes, blocks of {block}");
+        way.seal().await;
+        assert_eq!(world.received.block().unwrap().bytes(), block);
+        world.assert_same();
+        way.cede().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn writes_go_to_both_sides_at_once_where_somebody_is_in_a_hurry() {
     let world = World::new();
     world.rate.send_replace(Some(BytesPerSec(4_000_000)));

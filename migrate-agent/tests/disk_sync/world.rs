@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lifeboat_agent::disk::fuse::{Hook, Server};
+use lifeboat_agent::disk::parameters::TRANSFER;
 use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
 use lifeboat_agent::disk::sync::phases::{Goal, Phase, Veto};
 use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
@@ -41,12 +42,18 @@ impl World {
         Self::on(None)
     }
 
+    /// Changes are noted by so many bytes.
+    pub(super) fn in_blocks_of(bytes: u64) -> Self {
+        Self::made(None, BlockSize::new(bytes).unwrap())
+    }
+
     /// With the image that `prepare` makes at the path that it is given.
     pub(super) fn holding(prepare: impl FnOnce(&Path)) -> Self {
         let folders = Folders::new();
         let image = folders.images().join("a.raw");
         prepare(&image);
-        let mirror = mirror_of(std::fs::metadata(&image).unwrap().len());
+        let length = std::fs::metadata(&image).unwrap().len();
+        let mirror = mirror_of(length, BlockSize::default());
         let hook = Arc::clone(&mirror) as Arc<dyn Hook>;
         let server = Server::mount(&folders.images(), &folders.mount(), hook).unwrap();
         Self::around(Mounted { server, folders }, mirror)
@@ -54,7 +61,11 @@ impl World {
 
     /// With the image in a directory that another mount shows, or in one of its own.
     pub(super) fn on(below: Option<&Mounted>) -> Self {
-        let mirror = mirror_of(LENGTH);
+        Self::made(below, BlockSize::default())
+    }
+
+    fn made(below: Option<&Mounted>, block: BlockSize) -> Self {
+        let mirror = mirror_of(LENGTH, block);
         let hook = Arc::clone(&mirror) as Arc<dyn Hook>;
         let mount = match below {
             Some(below) => Mounted::over(&below.folders.mount(), hook),
@@ -85,6 +96,7 @@ impl World {
             strategy: Strategy::Whole,
             weights: Weights::default(),
             segment: SegmentSize::new(4 * MIB).unwrap(),
+            transfer: TRANSFER,
             monitors: false,
             compares: false,
         };
@@ -138,10 +150,10 @@ impl World {
 }
 
 /// The hook of an image of `length` bytes.
-fn mirror_of(length: u64) -> Arc<Mirror> {
+fn mirror_of(length: u64, block: BlockSize) -> Arc<Mirror> {
     let segment = SegmentSize::new(4 * MIB).unwrap();
     let disks = [(OsStr::new("a.raw"), length)];
-    Arc::new(Mirror::new(&disks, BlockSize::default(), segment, DEADLINE))
+    Arc::new(Mirror::new(&disks, block, segment, DEADLINE))
 }
 
 pub(super) struct Way {

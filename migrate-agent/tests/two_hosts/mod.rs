@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use lifeboat_agent::disk::parameters::Parameters;
 use lifeboat_agent::disk::process::client::Movers;
 use lifeboat_agent::disk::rooms::DiskRooms;
 use lifeboat_agent::guests::{Arrival, GuestError, Guests};
@@ -334,6 +335,7 @@ async fn agent(
             run_dir: guests.directory.join("run"),
             program: env!("CARGO_BIN_EXE_lifeboat-disk").into(),
             tls_dir: None,
+            parameters: Parameters::default(),
         },
         rooms: Arc::new(DiskRooms {
             directories: vec![],

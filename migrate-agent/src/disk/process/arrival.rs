@@ -30,7 +30,6 @@ use crate::disk::rooms::DiskRooms;
 use crate::disk::sync::arriving::{Arriving, READ_DEADLINE};
 use crate::disk::sync::kept::{Before, Kept};
 use crate::disk::sync::receive::{Received, receive};
-use crate::disk::track::BlockSize;
 use crate::tasks;
 
 /// To whoever takes it for the other process.
@@ -103,7 +102,7 @@ async fn take_connections(listener: UnixListener, received: Arc<Received>) {
 impl Arrival {
     fn report(&self) -> Report {
         let received = &self.received;
-        let missing = received.missing() * BlockSize::default().bytes();
+        let missing = received.missing_bytes();
         let stage = match received.is_owned() {
             true if missing > 0 => Stage::Rest,
             true => Stage::Complete,

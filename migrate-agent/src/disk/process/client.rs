@@ -21,6 +21,8 @@ use crate::clock;
 use crate::disk::fuse;
 use crate::disk::fuse::holder::Serving;
 use crate::disk::local::LocalDisk;
+use crate::disk::parameters::Parameters;
+use crate::disk::track::BlockSize;
 
 /// A process is reached within this time after its start, on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -86,6 +88,8 @@ pub struct Movers {
     pub program: PathBuf,
     /// The agent's certificates.
     pub tls_dir: Option<PathBuf>,
+    /// How disks go that leave from now on.
+    pub parameters: Parameters,
 }
 
 impl Movers {
@@ -105,6 +109,12 @@ impl Movers {
     #[must_use]
     pub fn of_stores(&self) -> Self {
         Self { run_dir: self.run_dir.join(".storing"), ..self.clone() }
+    }
+
+    /// The same, in blocks of this size: those of a destination that has a part already.
+    #[must_use]
+    pub fn in_blocks_of(&self, block: BlockSize) -> Self {
+        Self { parameters: self.parameters.in_blocks_of(block), ..self.clone() }
     }
 
     /// What the one of `vm` was started with; `None` where there is none.
@@ -223,6 +233,7 @@ impl Movers {
     ) -> Result<Mover, MoverClientError> {
         let folder = self.folder(vm);
         let mut setting = folder.setting_for(vm, disks, self.tls_dir.as_deref())?;
+        setting.parameters = self.parameters;
         change(&mut setting);
         let setting = folder.make(setting)?;
         match self.start_both(vm, &folder, setting).await {

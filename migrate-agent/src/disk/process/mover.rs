@@ -29,9 +29,9 @@ use crate::disk::fuse::holder::HolderError;
 use crate::disk::fuse::{Hook, Image, ServeError, Server};
 use crate::disk::sync::mirror::{DEADLINE, Mirror};
 use crate::disk::sync::phases::Goal;
-use crate::disk::sync::rank::{Strategy, Weights};
+use crate::disk::sync::rank::Strategy;
 use crate::disk::sync::send::{Choice, Command, Outgoing, Progress};
-use crate::disk::track::{BlockSize, SegmentSize, Traffic};
+use crate::disk::track::Traffic;
 use crate::tasks;
 use crate::tls::{TlsError, TlsIdentity};
 
@@ -132,7 +132,7 @@ impl Mover {
         let lengths = lengths(&setting)?;
         let disks: Vec<(&OsStr, u64)> =
             setting.disks.iter().zip(&lengths).map(|(d, l)| (OsStr::new(&d.name), *l)).collect();
-        let (block, segment) = (BlockSize::default(), SegmentSize::default());
+        let (block, segment) = (setting.parameters.block(), setting.parameters.segment());
         let mirror = Arc::new(Mirror::new(&disks, block, segment, DEADLINE));
         let hook: Arc<dyn Hook> = Arc::clone(&mirror) as _;
         let (mut mounts, took_over) = Mounts::serve(&setting, folder, &hook)?;
@@ -189,8 +189,7 @@ impl Mover {
 
     /// What has been watched since QEMU is on the mounts says which segments are hot.
     fn choice(&self, to: &Destination) -> Choice {
-        let follow = self.setting.follow;
-        let weights = Weights::default();
+        let (follow, parameters) = (self.setting.follow, &self.setting.parameters);
         let traffic: Vec<Traffic> =
             self.mirror.disks().iter().flat_map(|disk| disk.activity.traffic()).collect();
         let left = match to.handover_size {
@@ -198,13 +197,14 @@ impl Mover {
             _ => LEFT_FOR_STEP,
         };
         Choice {
-            goal: Goal { left: left / BlockSize::default().bytes(), early: follow },
+            goal: Goal { left: left / parameters.block().bytes(), early: follow },
             strategy: match follow {
-                true => Strategy::above_average(&traffic, weights),
+                true => parameters.busy(&traffic),
                 false => Strategy::Whole,
             },
-            weights,
-            segment: SegmentSize::default(),
+            weights: parameters.weights(),
+            segment: parameters.segment(),
+            transfer: parameters.transfer(),
             monitors: false,
             compares: to.compares || self.took_over,
         }
@@ -246,7 +246,7 @@ impl Mover {
         let (seen, now) = (&begun.seen, *begun.seen.progress.borrow());
         // Counted anew: the transfer's own figure is as old as its last event.
         let dirty: u64 = self.mirror.disks().iter().map(|disk| disk.dirty.count()).sum();
-        let dirty = dirty * BlockSize::default().bytes();
+        let dirty = dirty * self.setting.parameters.block().bytes();
         let mirrored = seen.counts.control.load(Ordering::Relaxed);
         Report {
             stage: seen.stage(),

@@ -22,6 +22,7 @@ use lifeboat_protocol::ids::VmId;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::local::LocalDisk;
+use crate::disk::parameters::Parameters;
 
 /// Where the files of all movers are, beneath the agent's run directory. No VM's name begins with a
 /// dot, so it is no VM's directory.
@@ -54,7 +55,7 @@ pub struct ServedDisk {
 }
 
 /// What the process is started with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setting {
     /// The VM.
@@ -71,6 +72,9 @@ pub struct Setting {
     /// Of disks that arrive and may follow: where it is kept, durably, which blocks are missing.
     #[serde(default)]
     pub maps: Option<PathBuf>,
+    /// Of disks that leave: how.
+    #[serde(default)]
+    pub parameters: Parameters,
 }
 
 /// Why a VM's disks cannot be served.
@@ -237,6 +241,7 @@ impl Folder {
             tls_dir: tls_dir.map(Path::to_owned),
             follow: false,
             maps: None,
+            parameters: Parameters::default(),
         };
         for disk in disks {
             let bad = || SettingError::Path(disk.path.clone());
@@ -328,6 +333,7 @@ impl Setting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::parameters::Numbers;
 
     fn vm() -> VmId {
         VmId::new("web").unwrap()
@@ -361,6 +367,23 @@ mod tests {
         folder.remove().unwrap();
         assert!(!folder.path().exists());
         folder.remove().unwrap();
+    }
+
+    #[test]
+    fn what_was_chosen_comes_back_and_a_setting_without_it_has_what_was_before() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(run_dir.path(), &vm());
+        let mut setting = folder.setting_for(&vm(), &disks(&["/d/a"]), None).unwrap();
+        let numbers = Numbers { block_size: Some(16 << 10), ..Numbers::default() };
+        setting.parameters = numbers.try_into().unwrap();
+        folder.make(setting.clone()).unwrap();
+        assert_eq!(folder.read().unwrap().unwrap(), setting);
+        let mut older: serde_json::Value =
+            serde_json::from_slice(&fs::read(folder.setting()).unwrap()).unwrap();
+        older.as_object_mut().unwrap().remove("parameters").unwrap();
+        fs::write(folder.setting(), older.to_string()).unwrap();
+        let found = folder.read().unwrap().unwrap();
+        assert_eq!(found, Setting { parameters: Parameters::default(), ..setting });
     }
 
     #[test]

@@ -35,9 +35,8 @@ const WINDOW: u64 = 8 << 20;
 const FLUSH_EVERY: u64 = 32 << 20;
 /// In step blocks leave this part of the rate unused.
 const IN_STEP_SPARED: u64 = 9;
-/// What is read and sent at once at most, bytes: MigrateFS' transfer block (section 4).
-const RUN: u64 = 512 << 10;
-/// The same where somebody waits behind it: a write in step, a read at the destination.
+/// What is read and sent at once at most where somebody waits behind it: a write in step, a read at the
+/// destination. Bytes.
 const SHORT_RUN: u64 = 64 << 10;
 
 /// Why a pass ended before its end.
@@ -103,7 +102,8 @@ impl<W: AsyncWrite + Unpin> Work<W> {
     /// So many blocks are read and sent at once. In step few: a guest's write waits behind what the link has
     /// been given already.
     fn at_once(&self, disk: u16) -> u64 {
-        self.blocks_of(disk, if self.mirror.is_mirroring() { SHORT_RUN } else { RUN })
+        let most = self.choice.transfer;
+        self.blocks_of(disk, if self.mirror.is_mirroring() { most.min(SHORT_RUN) } else { most })
     }
 
     /// So many blocks are `bytes`, at least one.
@@ -138,7 +138,7 @@ impl<W: AsyncWrite + Unpin> Work<W> {
                     }
                 }
                 // Little at a time: the next that is wanted does not wait for more.
-                let most = self.blocks_of(disk, SHORT_RUN);
+                let most = self.blocks_of(disk, self.choice.transfer.min(SHORT_RUN));
                 let Some(run) = self.send_run(disk, at..range.end, most).await? else { break };
                 at = run.end;
             }

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::disk::fuse::Images;
+use crate::disk::parameters::TRANSFER;
 use crate::disk::sync::mirror::DEADLINE;
 use crate::disk::sync::phases::Goal;
 use crate::disk::sync::rank::{Weights, order};
@@ -45,7 +46,8 @@ fn world(strategy: Strategy) -> World {
     blocks::mark_data(&mirror, 0, &image).unwrap();
     let goal = Goal { left: 0, early: strategy != Strategy::Whole };
     let weights = Weights::default();
-    let choice = Choice { goal, strategy, weights, segment, monitors: false, compares: false };
+    let (monitors, compares, transfer) = (false, false, TRANSFER);
+    let choice = Choice { goal, strategy, weights, segment, transfer, monitors, compares };
     let traffic = mirror.disks()[0].activity.traffic();
     let (control, said) = mpsc::unbounded_channel();
     // Less than a run: who writes one waits until it is being read.

@@ -33,6 +33,12 @@ impl Weights {
         Self { reads: if reads.is_finite() { reads.clamp(0.0, 1.0) } else { 0.5 } }
     }
 
+    /// w1.
+    #[must_use]
+    pub const fn reads(self) -> f64 {
+        self.reads
+    }
+
     /// The paper's equation (1).
     #[must_use]
     pub fn rank(self, traffic: Traffic) -> f64 {
@@ -57,13 +63,17 @@ pub enum Strategy {
 }
 
 impl Strategy {
-    /// Hot is what was touched, and at least as often as a segment of all `traffic` on average.
+    /// Hot is what was touched, and ranks at least `times` as high as a segment of all `traffic` on average; with
+    /// 0, everything.
     #[must_use]
-    pub fn above_average(traffic: &[Traffic], weights: Weights) -> Self {
+    pub fn above_average(traffic: &[Traffic], weights: Weights, times: f64) -> Self {
+        if times <= 0.0 {
+            return Self::Hot { threshold: 0.0 };
+        }
         let ranks = traffic.iter().map(|segment| weights.rank(*segment));
         let average = ranks.sum::<f64>() / traffic.len().max(1) as f64;
         // What nobody touched is never hot, also where nothing was touched at all.
-        Self::Hot { threshold: average.max(f64::MIN_POSITIVE) }
+        Self::Hot { threshold: (average * times).max(f64::MIN_POSITIVE) }
     }
 }
 
@@ -138,13 +148,16 @@ mod tests {
 
     #[test]
     fn what_is_touched_more_than_the_average_is_hot_and_what_nobody_touched_never_is() {
-        let before = |traffic: &[Traffic]| {
+        let times = |traffic: &[Traffic], times| {
             let weights = Weights::default();
-            order(traffic, weights, Strategy::above_average(traffic, weights)).before
+            order(traffic, weights, Strategy::above_average(traffic, weights, times)).before
         };
+        let before = |traffic: &[Traffic]| times(traffic, 1.0);
         assert_eq!(before(&TRAFFIC), 2);
         assert_eq!(before(&[TRAFFIC[1], TRAFFIC[0], TRAFFIC[0]]), 1);
         assert_eq!((before(&[TRAFFIC[0]; 3]), before(&[TRAFFIC[1]; 3]), before(&[])), (0, 3, 0));
+        assert_eq!([0.0, 0.5, 2.0, 1e9].map(|many| times(&TRAFFIC, many)), [4, 2, 1, 0]);
+        assert_eq!((times(&[TRAFFIC[0]; 3], 0.0), times(&[TRAFFIC[0]; 3], 1e9)), (3, 0));
     }
 
     #[test]

@@ -81,6 +81,18 @@ pub enum ReceiveError {
     /// Its blocks have an impossible size.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// Part of it is here, in other blocks.
+    #[error(
+        "the source has disk {disk} in blocks of {theirs} bytes, and what is here of it came in blocks of {here}: set `block_size` back in its agent.toml, or begin anew"
+    )]
+    OtherBlocks {
+        /// The disk's number.
+        disk: u16,
+        /// The source's, bytes.
+        theirs: u64,
+        /// Those that it began with, bytes.
+        here: u64,
+    },
     /// It would call a copy whole of which it knows nothing.
     #[error("the source seals disk {0} without having compared it with the copy that is here")]
     NotCompared(u16),
@@ -96,6 +108,8 @@ impl ReceiveError {
             Self::Write { disk, source } | Self::Create { disk, source, .. } => {
                 Some((*disk, source.raw_os_error().unwrap_or(libc::EIO)))
             }
+            // No connection after this one would do better.
+            Self::OtherBlocks { disk, .. } => Some((*disk, libc::EINVAL)),
             _ => None,
         }
     }
@@ -422,6 +436,22 @@ impl Received {
         self.disks().iter().flatten().map(|disk| disk.incoming().missing()).sum()
     }
 
+    /// The same, in bytes of whole blocks.
+    #[must_use]
+    pub fn missing_bytes(&self) -> u64 {
+        let bytes = |disk: &Arc<Disk>| {
+            let incoming = disk.incoming();
+            incoming.missing() * incoming.block().bytes()
+        };
+        self.disks().iter().flatten().map(bytes).sum()
+    }
+
+    /// The blocks in which they come; `None` before the first has been announced.
+    #[must_use]
+    pub fn block(&self) -> Option<BlockSize> {
+        self.disks().iter().flatten().next().map(|disk| disk.incoming().block())
+    }
+
     /// Lets nothing be applied to disk `number` until the answer is dropped: `verify` compares both
     /// sides meanwhile. The source waits; longer than its deadline, and it falls out of step.
     ///
@@ -451,9 +481,16 @@ impl Received {
         let mut disks = self.disks();
         let slot = disks.get_mut(usize::from(number)).ok_or(ReceiveError::NoSuchDisk(number))?;
         if let Some(disk) = slot {
-            // The source has come back. Whoever waits for a block asks again.
-            disk.incoming().forget_questions();
-            return Ok(());
+            // The source has come back, or another one. Whoever waits for a block asks again.
+            let mut incoming = disk.incoming();
+            incoming.forget_questions();
+            let (theirs, here) = (frame.offset, incoming.block().bytes());
+            // Where nothing is missing any more nobody counts in blocks.
+            let is_whole = self.is_owned() && incoming.missing() == 0;
+            return match theirs == here || is_whole {
+                true => Ok(()),
+                false => Err(ReceiveError::OtherBlocks { disk: number, theirs, here }),
+            };
         }
         self.must_be_open(number)?;
         if length > LONGEST {

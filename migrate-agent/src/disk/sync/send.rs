@@ -104,6 +104,8 @@ pub struct Choice {
     pub weights: Weights,
     /// The segments' size.
     pub segment: SegmentSize,
+    /// What is read and sent at once at most, bytes.
+    pub transfer: u64,
     /// Whether reads and writes are counted first, until [`Command::EndMonitoring`].
     pub monitors: bool,
     /// The destination may have blocks of an earlier attempt: hashes are compared first.

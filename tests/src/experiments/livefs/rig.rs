@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use lifeboat_agent::disk::fuse::{self, Hook, Server};
+use lifeboat_agent::disk::parameters::TRANSFER;
 use lifeboat_agent::disk::sync::arriving::{Arriving, READ_DEADLINE};
 use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
 use lifeboat_agent::disk::sync::phases::{Goal, Phase};
@@ -229,6 +230,7 @@ impl Way {
             strategy: plan.strategy,
             weights: plan.weights,
             segment,
+            transfer: TRANSFER,
             monitors: !plan.watched_already && !plan.monitoring.is_zero(),
             compares: false,
         };

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lifeboat_agent::disk::local::LocalDisk;
+use lifeboat_agent::disk::parameters::Parameters;
 use lifeboat_agent::disk::process::client::{ANSWER_LIMIT, Mover, Movers};
 use lifeboat_agent::disk::process::control::{Limits, Request};
 use lifeboat_protocol::ids::VmId;
@@ -163,7 +164,8 @@ pub(super) async fn serve(
     };
     let disks: Vec<LocalDisk> = names.iter().enumerate().map(disk).collect();
     let program = built("lifeboat-disk")?;
-    let movers = Movers { run_dir: setting.folder.to_owned(), program, tls_dir: None };
+    let parameters = Parameters::default();
+    let movers = Movers { run_dir: setting.folder.to_owned(), program, tls_dir: None, parameters };
     let vm = VmId::new("measured").map_err(RigError::refused("a name"))?;
     movers.start(&vm, &disks).await.map_err(RigError::refused("a mover"))
 }
