@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use bare_qemu::BareQemu;
 use disk_lab::{Folders, Mounted, qemu_io, run, try_run};
-use lifeboat_agent::clock;
 use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, PassThrough, Request};
 use lifeboat_agent::disk::local::LocalDisk;
 use lifeboat_agent::disk::parameters::Parameters;
-use lifeboat_agent::disk::process::client::Movers;
+use lifeboat_agent::disk::process::client::{ANSWER_LIMIT, Mover, Movers};
+use lifeboat_agent::disk::process::control::{Limits, Request as Asked};
+use lifeboat_agent::{clock, tasks};
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
 
@@ -244,6 +245,52 @@ fn a_request_that_a_hook_keeps_is_answered_by_its_deadline_and_others_pass() {
     std::fs::File::open(mount.through("a.raw")).unwrap().read_exact(&mut text).unwrap();
     assert_eq!(&text, b"kept");
     hook.kept.lock().unwrap().clear();
+}
+
+/// A process that serves two disks, which lie in directories of their own.
+async fn disks_in_two_directories(folders: &Folders) -> Mover {
+    let disk = |number: usize| {
+        let path = folders.path(["images", "others"][number]).join(format!("disk{number}"));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        LocalDisk { number, path, format: "raw".into(), read_only: false }
+    };
+    let parameters = Parameters::default();
+    let program = env!("CARGO_BIN_EXE_lifeboat-disk").into();
+    let movers = Movers { run_dir: folders.path("run"), program, tls_dir: None, parameters };
+    movers.start(&VmId::new("vm").unwrap(), &[0, 1].map(disk)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vms_limit_holds_whichever_of_its_directories_it_writes_to() {
+    const RATE: u64 = 4_000_000;
+    let folders = Folders::new();
+    let mut mover = disks_in_two_directories(&folders).await;
+    let limits = Limits { disk: Some(RATE), ..Limits::default() };
+    mover.ask(&Asked::Limit(limits), ANSWER_LIMIT).await.unwrap();
+    let setting = mover.setting().clone();
+    // So many writes of 64 KiB to each disk, side by side; all of them by the limit.
+    let measure = move |writes: [u64; 2]| {
+        let begin = clock::now();
+        std::thread::scope(|scope| {
+            for (disk, writes) in setting.disks.iter().zip(writes) {
+                let image = std::fs::File::options().write(true).open(setting.paths(disk).1);
+                let image = image.unwrap();
+                scope.spawn(move || {
+                    (0..writes).for_each(|_| image.write_all_at(&[1; 65536], 0).unwrap());
+                });
+            }
+        });
+        (writes[0] + writes[1]) as f64 * 65536.0 / begin.elapsed().as_secs_f64() / RATE as f64
+    };
+    let measured = tasks::blocking(move || {
+        // Alone it has all of it, and both have no more.
+        [[60, 0], [0, 60], [30, 30]].map(|writes| (writes, measure(writes)))
+    });
+    for (writes, rate) in measured.await {
+        assert!((0.9..1.1).contains(&rate), "{writes:?}: {rate}");
+    }
+    mover.finish().await.unwrap();
 }
 
 /// What a copy ahead of a migration does to the migration that ends it: the process before has just been

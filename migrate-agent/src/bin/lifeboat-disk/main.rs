@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use lifeboat_agent::disk::fuse::{PassThrough, Server, holder, holder::HolderError};
+use lifeboat_agent::disk::fuse::{DiskLimit, PassThrough, Server, holder, holder::HolderError};
 use lifeboat_agent::disk::process::{arrival, mover};
 
 /// Serves disk images through FUSE, and keeps their mounts alive.
@@ -103,13 +103,13 @@ fn take_disks_in(setting: &std::path::Path) -> anyhow::Result<()> {
 
 fn serve(arguments: &Serve) -> anyhow::Result<()> {
     let name = arguments.at.to_str().context("the mount point's path is not UTF-8")?;
-    let hook = Arc::new(PassThrough);
+    let (hook, limit) = (Arc::new(PassThrough), DiskLimit::start()?);
     let (mut server, serving) = match holder::Serving::take(&arguments.holder, name) {
         Ok((serving, device, memory)) => {
-            (Server::take_over(&arguments.images, device, memory, hook)?, serving)
+            (Server::take_over(&arguments.images, device, memory, hook, limit)?, serving)
         }
         Err(HolderError::Unknown(_)) => {
-            let server = Server::mount(&arguments.images, &arguments.at, hook)?;
+            let server = Server::mount_within(&arguments.images, &arguments.at, hook, limit)?;
             let serving = holder::Serving::park(&arguments.holder, name, server.parts())?;
             (server, serving)
         }

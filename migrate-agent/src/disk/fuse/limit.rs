@@ -1,8 +1,11 @@
 //! The disk limit: how fast a VM may change its disks (MigrateFS section 3.2, "Set Disk Limit").
 //!
-//! `serve` sends every change through it on its way to the hook. First come, first served, so
+//! `server` sends every change through it on its way to the hook. First come, first served, so
 //! nobody starves; reads and flushes pass by. Settable at any time; taking the limit away lets go at
 //! once whatever waits.
+//!
+//! A VM with images in several directories has a server for each and one limit for all of them
+//! ([`DiskLimit`] can be shared): it holds whatever directory the guest writes to.
 //!
 //! QMP `stop` waits for every request. So before a guest is paused nothing may be held for long
 //! ([`Limit::hold_at_most`]): one that writes a little at a time keeps its rate, and one with many
@@ -12,7 +15,8 @@
 //! Deliberately not here: which rate is right (policy), and the network's limit (the sync driver's).
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lifeboat_policy::pace::Pacer;
@@ -31,6 +35,8 @@ const BURST: Duration = Duration::from_millis(25);
 
 /// A discard or a resize changes much and moves little.
 const COST_WITHOUT_DATA: Bytes = Bytes(4096);
+/// Threads that let go what was held back, and do it.
+const THREADS: usize = 2;
 
 struct Waiting {
     pacer: Option<Pacer>,
@@ -51,17 +57,72 @@ impl Waiting {
     }
 }
 
-/// The limit of one server.
-pub(crate) struct Limit {
+/// The limit of one server, or of several together. A handle that can be cloned.
+#[derive(Clone)]
+pub struct DiskLimit(Arc<Limit>);
+
+impl DiskLimit {
+    /// No limit yet.
+    ///
+    /// # Errors
+    /// When the system has no more threads.
+    pub fn start() -> io::Result<Self> {
+        Ok(Self(Arc::new(Limit::new(Later::start(THREADS)?))))
+    }
+
+    /// How fast images may be changed, together, at least [`SLOWEST`]; `None` for no limit.
+    pub fn set(&self, rate: Option<BytesPerSec>) {
+        self.0.set(rate).into_iter().for_each(Request::hand_on);
+        self.pump();
+    }
+
+    /// Nothing is held back longer than `longest`, for as long as this holds: QEMU is about to pause its guest,
+    /// which waits for every request. `None`: as long as the rate takes.
+    pub fn hold_at_most(&self, longest: Option<Duration>) {
+        self.0.hold_at_most(longest);
+        self.pump();
+    }
+
+    /// The limit in force.
+    #[must_use]
+    pub fn rate(&self) -> Option<BytesPerSec> {
+        self.0.rate()
+    }
+
+    /// Hands `request` to its hook, now or when it may go.
+    pub(super) fn admit(&self, request: Request) {
+        match self.0.admit(request) {
+            Some(request) => request.hand_on(),
+            None => self.pump(),
+        }
+    }
+
+    /// Hands on whatever it lets go now.
+    fn pump(&self) {
+        loop {
+            let own = self.clone();
+            match self.0.next(move || own.pump()) {
+                Some(request) => request.hand_on(),
+                None => return,
+            }
+        }
+    }
+}
+
+struct Limit {
     origin: Instant,
     later: Later,
     waiting: Mutex<Waiting>,
 }
 
+impl Drop for Limit {
+    fn drop(&mut self) {
+        self.later.end();
+    }
+}
+
 impl Limit {
-    /// No limit yet.
-    #[must_use]
-    pub(crate) fn new(later: Later) -> Self {
+    fn new(later: Later) -> Self {
         let (queue, awaited) = Default::default();
         let waiting = Waiting { pacer: None, longest: None, queue, first_due: None, awaited };
         Self { origin: clock::now(), later, waiting: Mutex::new(waiting) }
@@ -77,7 +138,7 @@ impl Limit {
 
     /// Sets the rate at which changes pass, at least [`SLOWEST`]; `None` for no limit. Returns what
     /// may go at once, to be handed on.
-    pub(crate) fn set(&self, rate: Option<BytesPerSec>) -> Vec<Request> {
+    fn set(&self, rate: Option<BytesPerSec>) -> Vec<Request> {
         let now = self.elapsed();
         let mut waiting = self.waiting();
         match (rate.map(|rate| rate.max(SLOWEST)), &mut waiting.pacer) {
@@ -97,7 +158,7 @@ impl Limit {
 
     /// From now on nothing waits longer than `longest`, whatever the rate; `pump` must follow. `None`: as long
     /// as the rate takes, and what went too early is forgotten.
-    pub(crate) fn hold_at_most(&self, longest: Option<Duration>) {
+    fn hold_at_most(&self, longest: Option<Duration>) {
         let mut waiting = self.waiting();
         if waiting.longest.is_some() && longest.is_none() {
             let rate = waiting.pacer.as_ref().map(Pacer::rate);
@@ -106,14 +167,12 @@ impl Limit {
         (waiting.longest, waiting.awaited) = (longest, false);
     }
 
-    /// The rate in force.
-    #[must_use]
-    pub(crate) fn rate(&self) -> Option<BytesPerSec> {
+    fn rate(&self) -> Option<BytesPerSec> {
         self.waiting().pacer.as_ref().map(Pacer::rate)
     }
 
     /// `Some` when `request` may go now; else it waits its turn and `pump` must follow.
-    pub(crate) fn admit(&self, request: Request) -> Option<Request> {
+    fn admit(&self, request: Request) -> Option<Request> {
         if request.op().changes().is_none() {
             return Some(request);
         }
@@ -127,7 +186,7 @@ impl Limit {
     }
 
     /// Takes out the next that may go. While one has to wait, `again` is called when its time comes.
-    pub(crate) fn next(&self, again: impl FnOnce() + Send + 'static) -> Option<Request> {
+    fn next(&self, again: impl FnOnce() + Send + 'static) -> Option<Request> {
         let now = self.elapsed();
         let mut waiting = self.waiting();
         let (came, cost) = waiting.queue.front().map(|(came, first)| (*came, cost(&first.op())))?;

@@ -26,7 +26,7 @@ pub use image_lock::Use;
 pub use images::Image;
 #[cfg(test)]
 pub(crate) use images::Images;
-pub use limit::SLOWEST;
+pub use limit::{DiskLimit, SLOWEST};
 pub use memory::{MAX_DATA, MemoryError};
 pub use request::{Expiry, Hook, Op, PassThrough, Request};
 pub use server::{ServeError, Server, unmount};

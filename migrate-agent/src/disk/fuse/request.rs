@@ -145,6 +145,12 @@ impl Request {
         Self { held: Arc::new(Held { server, image, op, direct, unique, work }) }
     }
 
+    /// To the hook of its server.
+    pub(super) fn hand_on(self) {
+        let server = Arc::clone(&self.held.server);
+        server.hook.arrived(self);
+    }
+
     /// What is asked.
     #[must_use]
     pub fn op(&self) -> Op {

@@ -40,7 +40,7 @@ pub(super) fn serve(server: &Arc<Shared>, slot: Slot, again: bool) {
     match content_of(server, &message) {
         Some(Ok((op, image, direct))) => {
             let request = Request::new(Arc::clone(server), image, (op, direct), (unique, slot));
-            server.admit(request);
+            server.limit.admit(request);
         }
         Some(Err(errno)) => send(&server.device, unique, Err(errno)),
         None => {

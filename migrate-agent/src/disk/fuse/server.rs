@@ -1,7 +1,7 @@
 //! A FUSE server: mounts or takes over a mount, and serves it with several threads.
 //!
 //! The disk process (`lifeboat-disk`) and tests use it. A mount belongs to one migration, so its
-//! limits are one VM's.
+//! limit is one VM's, which all of its mounts share.
 //!
 //! ```text
 //!   kernel --> threads: read into a slot, serve() --> limit --> hook --> image --> reply
@@ -27,10 +27,10 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use super::image_lock::Use;
 use super::images::{Image, Images};
 use super::later::Later;
-use super::limit::Limit;
+use super::limit::DiskLimit;
 use super::memory::{MAX_DATA, Memory, MemoryError, Slot};
 use super::readers::Readers;
-use super::request::{Hook, Request};
+use super::request::Hook;
 use super::serve::{close_if_unused, is_done, serve};
 
 /// Requests that may be held at a time, each with its 1 MiB of memory once it was needed.
@@ -84,29 +84,8 @@ pub(super) struct Shared {
     /// Held while an image is opened or closed through the mount. Otherwise one that is closed by
     /// its last user could be opened a second time before its locks are given back.
     pub(super) opening: Mutex<()>,
-    limit: Limit,
+    pub(super) limit: DiskLimit,
     readers: Readers,
-}
-
-impl Shared {
-    /// Sends a request through the limit to the hook.
-    pub(super) fn admit(self: &Arc<Self>, request: Request) {
-        match self.limit.admit(request) {
-            Some(request) => self.hook.arrived(request),
-            None => self.pump(),
-        }
-    }
-
-    /// Hands on whatever the limit lets go now.
-    fn pump(self: &Arc<Self>) {
-        loop {
-            let own = Arc::clone(self);
-            match self.limit.next(move || own.pump()) {
-                Some(request) => self.hook.arrived(request),
-                None => return,
-            }
-        }
-    }
 }
 
 /// A server that runs. Dropping this does not end it: it serves until the mount is gone.
@@ -125,13 +104,26 @@ impl Server {
         mount_point: &Path,
         hook: Arc<dyn Hook>,
     ) -> Result<Self, ServeError> {
+        Self::mount_within(directory, mount_point, hook, DiskLimit::start()?)
+    }
+
+    /// The same, within a limit that others may share.
+    ///
+    /// # Errors
+    /// As [`Self::mount`].
+    pub fn mount_within(
+        directory: &Path,
+        mount_point: &Path,
+        hook: Arc<dyn Hook>,
+        limit: DiskLimit,
+    ) -> Result<Self, ServeError> {
         let images = open_images(directory)?;
         let memory = Memory::create(SLOTS)?;
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let device = rustix::fs::open("/dev/fuse", flags, Mode::empty());
         let device = device.map_err(ServeError::Device)?;
         mount_device(&device, mount_point)?;
-        match Self::start(device, memory, images, hook) {
+        match Self::start(device, memory, images, (hook, limit)) {
             Ok(server) => Ok(server),
             Err(error) => {
                 let _ = unmount(mount_point);
@@ -150,6 +142,7 @@ impl Server {
         device: OwnedFd,
         memory: OwnedFd,
         hook: Arc<dyn Hook>,
+        limit: DiskLimit,
     ) -> Result<Self, ServeError> {
         let images = open_images(directory)?;
         let (memory, unanswered) = Memory::attach(memory)?;
@@ -162,7 +155,7 @@ impl Server {
                 tracing::warn!(image = ?image.name(), %errno, "not locked after the takeover");
             }
         }
-        let server = Self::start(device, memory, images, hook)?;
+        let server = Self::start(device, memory, images, (hook, limit))?;
         for slot in unanswered {
             tracing::info!(done = is_done(&slot), "a request of the server before");
             serve(&server.shared, slot, true);
@@ -174,10 +167,9 @@ impl Server {
         device: OwnedFd,
         memory: Memory,
         images: Images,
-        hook: Arc<dyn Hook>,
+        (hook, limit): (Arc<dyn Hook>, DiskLimit),
     ) -> Result<Self, ServeError> {
         let later = Later::start(LATER_THREADS)?;
-        let limit = Limit::new(later.clone());
         let opening = Mutex::default();
         let readers = Readers::default();
         let shared =
@@ -236,17 +228,13 @@ impl Server {
     /// Sets how fast the images may be changed, together; `None` for no limit (MigrateFS Table 1,
     /// "Set Disk Limit").
     pub fn set_disk_limit(&self, rate: Option<BytesPerSec>) {
-        for request in self.shared.limit.set(rate) {
-            self.shared.hook.arrived(request);
-        }
-        self.shared.pump();
+        self.shared.limit.set(rate);
     }
 
     /// Nothing is held back longer than `longest` by the limit, for as long as this holds: QEMU is about to
     /// pause its guest, which waits for every request.
     pub fn hold_at_most(&self, longest: Option<Duration>) {
         self.shared.limit.hold_at_most(longest);
-        self.shared.pump();
     }
 
     /// The limit in force.

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use super::mover::MoverError;
 use super::setting::{Alone, Folder, Setting};
 use crate::disk::fuse::holder::{HolderError, Serving};
-use crate::disk::fuse::{Hook, Image, Server};
+use crate::disk::fuse::{DiskLimit, Hook, Image, ServeError, Server};
 use crate::{clock, tasks};
 
 /// The kernel tells of a closed file late; an unmount waits for it so long.
@@ -24,14 +24,17 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 const ENDING_LIMIT: Duration = Duration::from_secs(5);
 
 /// One mount and its server.
-pub(super) struct Mounted {
-    pub(super) server: Server,
+struct Mounted {
+    server: Server,
     serving: Serving,
     at: PathBuf,
 }
 
 /// One for each folder; none once they were taken away.
-pub(super) struct Mounts(Mutex<Vec<Mounted>>);
+pub(super) struct Mounts {
+    mounted: Mutex<Vec<Mounted>>,
+    limit: DiskLimit,
+}
 
 /// One that was killed may still be ending.
 pub(super) fn alone(folder: &Folder, vm: &VmId) -> Result<Alone, MoverError> {
@@ -53,16 +56,17 @@ impl Mounts {
         hook: &Arc<dyn Hook>,
     ) -> Result<(Self, bool), MoverError> {
         let (mut mounted, mut took_over) = (vec![], false);
+        let shared = DiskLimit::start().map_err(ServeError::Threads)?;
         for place in &setting.folders {
             let name = place.at.to_str().ok_or(MoverError::MountPoint)?;
-            let (holder, hook) = (folder.holder(), Arc::clone(hook));
+            let (holder, hook, limit) = (folder.holder(), Arc::clone(hook), shared.clone());
             let (server, serving) = match Serving::take(&holder, name) {
                 Ok((serving, device, memory)) => {
                     took_over = true;
-                    (Server::take_over(&place.images, device, memory, hook)?, serving)
+                    (Server::take_over(&place.images, device, memory, hook, limit)?, serving)
                 }
                 Err(HolderError::Unknown(_)) => {
-                    let server = Server::mount(&place.images, &place.at, hook)?;
+                    let server = Server::mount_within(&place.images, &place.at, hook, limit)?;
                     let serving = Serving::park(&holder, name, server.parts())?;
                     (server, serving)
                 }
@@ -70,17 +74,21 @@ impl Mounts {
             };
             mounted.push(Mounted { server, serving, at: place.at.clone() });
         }
-        Ok((Self(Mutex::new(mounted)), took_over))
+        Ok((Self { mounted: Mutex::new(mounted), limit: shared }, took_over))
     }
 
-    /// All of them.
-    pub(super) async fn all(&self) -> MutexGuard<'_, Vec<Mounted>> {
-        self.0.lock().await
+    async fn all(&self) -> MutexGuard<'_, Vec<Mounted>> {
+        self.mounted.lock().await
+    }
+
+    /// What the guest may change on all of its disks together, wherever they lie.
+    pub(super) fn limit(&self) -> &DiskLimit {
+        &self.limit
     }
 
     /// The images of `setting`, by number. Before anybody asks for something.
     pub(super) fn images(&mut self, setting: &Setting) -> Result<Vec<Arc<Image>>, MoverError> {
-        let mounted = self.0.get_mut();
+        let mounted = self.mounted.get_mut();
         let image = |disk: &super::setting::ServedDisk| {
             let failed = |source| MoverError::Image { name: disk.name.clone(), source };
             let mounted = mounted.get(disk.folder).ok_or_else(|| failed(Errno::NOENT))?;

@@ -225,15 +225,11 @@ impl Mover {
         Ok(())
     }
 
-    async fn limit(&self, limits: Limits) {
+    fn limit(&self, limits: Limits) {
         self.network.send_replace(limits.network.map(BytesPerSec));
-        let mounted = self.mounts.all().await;
-        let share = u64::try_from(mounted.len()).unwrap_or(1).max(1);
-        for folder in mounted.iter() {
-            // A limit is the VM's: with images in several directories each has its share.
-            folder.server.hold_at_most(limits.held_at_most_ms.map(Duration::from_millis));
-            folder.server.set_disk_limit(limits.disk.map(|rate| BytesPerSec(rate / share)));
-        }
+        let disk = self.mounts.limit();
+        disk.hold_at_most(limits.held_at_most_ms.map(Duration::from_millis));
+        disk.set(limits.disk.map(BytesPerSec));
     }
 
     async fn report(&self) -> Report {
@@ -281,7 +277,7 @@ impl Mover {
         }
         self.mirror.retire();
         self.mirror.give_up();
-        self.limit(Limits::default()).await;
+        self.limit(Limits::default());
     }
 
     async fn finish(&self) -> Result<(), String> {
@@ -304,7 +300,7 @@ impl Answers for Mover {
                 mounts.with_server(setting, disk, end).await?;
             }
             Request::Send(to) => self.send(to).await?,
-            Request::Limit(limits) => self.limit(limits).await,
+            Request::Limit(limits) => self.limit(limits),
             Request::GoInStep => self.go_in_step().await?,
             Request::Progress => return Ok(Reply::Progress(self.report().await)),
             Request::Seal => self.seal().await?,
