@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bare_qemu::BareQemu;
-use disk_lab::{Folders, Mounted, qemu_io, run, try_run};
+use disk_lab::{Folders, Mounted, qemu_io, run, start_holder, start_server_with, try_run};
 use lifeboat_agent::disk::fuse::{Expiry, Hook, Image, Op, PassThrough, Request};
 use lifeboat_agent::disk::local::LocalDisk;
 use lifeboat_agent::disk::parameters::Parameters;
 use lifeboat_agent::disk::process::client::{ANSWER_LIMIT, Mover, Movers};
 use lifeboat_agent::disk::process::control::{Limits, Request as Asked};
+use lifeboat_agent::disk::process::plain;
 use lifeboat_agent::{clock, tasks};
 use lifeboat_protocol::ids::VmId;
 use lifeboat_protocol::units::BytesPerSec;
@@ -245,6 +246,52 @@ fn a_request_that_a_hook_keeps_is_answered_by_its_deadline_and_others_pass() {
     std::fs::File::open(mount.through("a.raw")).unwrap().read_exact(&mut text).unwrap();
     assert_eq!(&text, b"kept");
     hook.kept.lock().unwrap().clear();
+}
+
+#[test]
+fn what_is_changed_through_a_plain_mount_is_told_once_and_held_to_its_limit() {
+    let folders = Folders::new();
+    let images = folders.images();
+    std::fs::File::create(images.join("a.raw")).unwrap().set_len(8 << 20).unwrap();
+    let _holder = start_holder(&folders);
+    let control = folders.path("control").to_str().unwrap().to_owned();
+    let serve =
+        |more: &[&str]| start_server_with(&folders, &[&["--control", &control][..], more].concat());
+    let mut server = serve(&["--limit", "1000000"]);
+    let disk = env!("CARGO_BIN_EXE_lifeboat-disk");
+    let changed = |more: &[&str]| run(disk, &[&["changed", "--control", &control], more].concat());
+    let through = |name: &str| folders.mount().join(name).to_str().unwrap().to_owned();
+
+    assert_eq!(changed(&[]), "");
+    let begin = clock::now();
+    let commands = ["write 1M 4k", "write 2000k 600k", "discard 5M 64k", "read 7M 4k"];
+    qemu_io(&["-f", "raw", "-d", "unmap"], &through("a.raw"), &commands);
+    assert!(begin.elapsed() > Duration::from_millis(500), "{:?}", begin.elapsed());
+    std::fs::write(through("b.raw"), vec![1; 100_000]).unwrap();
+    let wanted = "1048576 65536 a.raw\n2031616 655360 a.raw\n5242880 65536 a.raw\n0 100000 b.raw\n";
+    assert_eq!(changed(&[]), wanted);
+    assert_eq!(changed(&["--reset"]), wanted);
+    assert_eq!(changed(&["--reset"]), "");
+
+    // Another limit, and none.
+    let (ok, said) = try_run(disk, &["limit", "--control", &control, "1000"]);
+    assert!(!ok && said.contains("1000 is not in 16384.."), "{said}");
+    let ask = |words| plain::ask(control.as_ref(), words, &mut Vec::new()).unwrap_err().to_string();
+    assert!(ask("limit 1000").contains("16384 at least"));
+    assert!(ask("changed again").contains("it is `changed`"));
+    run(disk, &["limit", "--control", &control]);
+    // A hole at its end is content as well, and so are zeroes in the place of what was cut off.
+    let file = std::fs::File::options().write(true).open(through("b.raw")).unwrap();
+    file.set_len(70_000).unwrap();
+    file.set_len(300_000).unwrap();
+    assert_eq!(changed(&["--reset"]), "65536 234464 b.raw\n");
+    drop(file);
+
+    // What the server knew is lost with it.
+    server.kill();
+    let _server = serve(&[]);
+    assert_eq!(changed(&["--reset"]), "0 8388608 a.raw\n0 300000 b.raw\n");
+    assert_eq!(changed(&[]), "");
 }
 
 /// A process that serves two disks, which lie in directories of their own.

@@ -158,9 +158,14 @@ pub(crate) fn start_holder(folders: &Folders) -> Process {
 
 /// `lifeboat-disk serve`, once it serves.
 pub(crate) fn start_server(folders: &Folders) -> Process {
+    start_server_with(folders, &[])
+}
+
+/// The same, with more arguments.
+pub(crate) fn start_server_with(folders: &Folders, more: &[&str]) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lifeboat-disk"));
     command.arg("serve").arg("--images").arg(folders.images());
-    command.arg("--at").arg(folders.mount()).arg("--holder").arg(folders.path("holder"));
+    command.arg("--at").arg(folders.mount()).arg("--holder").arg(folders.path("holder")).args(more);
     let mut server = Process::start(command.env("LIFEBOAT_LOG", "info").stdout(Stdio::piped()));
     let mut line = String::new();
     let output = server.child.stdout.as_mut().unwrap();

@@ -2,19 +2,19 @@
 //! outlives it.
 //!
 //! The agent starts `hold` and `move` once for each VM that leaves with its disks, and `hold`
-//! and `arrive` where they may follow it. `serve` is for whoever
-//! wants a mount of images by hand, which marks and limits nothing. All it does is in `disk::fuse` and
-//! `disk::process`; deliberately nothing of it is here.
+//! and `arrive` where they may follow it. `serve` is for whoever wants a mount of images by hand, for a program
+//! that is not QEMU; `changed` and `limit` ask such a mount. All it does is in `disk::fuse` and `disk::process`;
+//! deliberately nothing of it is here.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use lifeboat_agent::disk::fuse::{DiskLimit, PassThrough, Server, holder, holder::HolderError};
-use lifeboat_agent::disk::process::{arrival, mover};
+use lifeboat_agent::disk::fuse::{SLOWEST, holder};
+use lifeboat_agent::disk::process::{arrival, mover, plain};
+use lifeboat_protocol::units::BytesPerSec;
 
 /// Serves disk images through FUSE, and keeps their mounts alive.
 #[derive(Debug, Parser)]
@@ -50,6 +50,25 @@ enum Command {
     },
     /// Serves the images of a directory at a mount point, until it is unmounted.
     Serve(Serve),
+    /// Prints what was changed through a mount of `serve`: begin and length in bytes, and the image's name, a
+    /// line for each run of blocks of 64 KiB.
+    Changed {
+        /// The control socket of `serve`.
+        #[arg(long)]
+        control: PathBuf,
+        /// What is printed counts as unchanged from then on: the next time only what is changed after.
+        #[arg(long)]
+        reset: bool,
+    },
+    /// Sets how fast the images of a mount of `serve` may be changed.
+    Limit {
+        /// The control socket of `serve`.
+        #[arg(long)]
+        control: PathBuf,
+        /// Bytes per second, all images together; left out: no limit.
+        #[arg(value_parser = clap::value_parser!(u64).range(SLOWEST.0..))]
+        bytes: Option<u64>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +82,12 @@ struct Serve {
     /// The holder's socket.
     #[arg(long)]
     holder: PathBuf,
+    /// The socket at which `changed` and `limit` ask.
+    #[arg(long)]
+    control: Option<PathBuf>,
+    /// How fast the images may be changed, all together, bytes per second.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(SLOWEST.0..))]
+    limit: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -81,6 +106,11 @@ fn main() -> ExitCode {
         Command::Move { setting } => move_disks(&setting),
         Command::Arrive { setting } => take_disks_in(&setting),
         Command::Serve(arguments) => serve(&arguments),
+        Command::Changed { control, reset } => {
+            ask(&control, if reset { "changed reset" } else { "changed" })
+        }
+        Command::Limit { control, bytes: None } => ask(&control, "limit"),
+        Command::Limit { control, bytes: Some(bytes) } => ask(&control, &format!("limit {bytes}")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,34 +121,32 @@ fn main() -> ExitCode {
     }
 }
 
-fn move_disks(setting: &std::path::Path) -> anyhow::Result<()> {
+fn move_disks(setting: &Path) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     Ok(runtime.block_on(mover::run(setting, || tracing::info!("serving")))?)
 }
 
-fn take_disks_in(setting: &std::path::Path) -> anyhow::Result<()> {
+fn take_disks_in(setting: &Path) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     Ok(runtime.block_on(arrival::run(setting, || tracing::info!("serving")))?)
 }
 
 fn serve(arguments: &Serve) -> anyhow::Result<()> {
-    let name = arguments.at.to_str().context("the mount point's path is not UTF-8")?;
-    let (hook, limit) = (Arc::new(PassThrough), DiskLimit::start()?);
-    let (mut server, serving) = match holder::Serving::take(&arguments.holder, name) {
-        Ok((serving, device, memory)) => {
-            (Server::take_over(&arguments.images, device, memory, hook, limit)?, serving)
-        }
-        Err(HolderError::Unknown(_)) => {
-            let server = Server::mount_within(&arguments.images, &arguments.at, hook, limit)?;
-            let serving = holder::Serving::park(&arguments.holder, name, server.parts())?;
-            (server, serving)
-        }
-        Err(error) => return Err(error.into()),
+    let mount = plain::Plain {
+        images: &arguments.images,
+        at: &arguments.at,
+        holder: &arguments.holder,
+        control: arguments.control.as_deref(),
+        limit: arguments.limit.map(BytesPerSec),
     };
     // Whoever started us waits for this line.
-    println!("serving");
-    std::io::stdout().flush()?;
-    server.join();
-    serving.forget()?;
-    Ok(())
+    let ready = || {
+        println!("serving");
+        std::io::stdout().flush()
+    };
+    Ok(plain::serve(&mount, ready)?)
+}
+
+fn ask(control: &Path, question: &str) -> anyhow::Result<()> {
+    Ok(plain::ask(control, question, &mut std::io::stdout().lock())?)
 }

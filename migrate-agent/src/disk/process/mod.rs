@@ -15,6 +15,7 @@
 //! | `mounts`, `answering` | what both have: mounts, and answers to the agent |
 //! | `sending` | its transfer: connects, goes on after a lost connection |
 //! | `client` | the agent's side: start it, start it again, ask it |
+//! | `plain`, `tracked` | a mount for whatever is not QEMU |
 //!
 //! A guest that may run before its disks are complete has the same at its destination: `lifeboat-disk
 //! arrive` receives, and answers its reads (docs/decisions/0044).
@@ -28,5 +29,7 @@ pub mod client;
 pub mod control;
 mod mounts;
 pub mod mover;
+pub mod plain;
 mod sending;
 pub mod setting;
+mod tracked;

@@ -81,8 +81,11 @@ pub enum MoverError {
         "the process in which the disks of VM `{0}` arrived was killed before they were sealed; the migration has to begin anew"
     )]
     Unsealed(VmId),
+    /// Whose images a plain mount shows.
+    #[error("cannot see which images there are")]
+    Directory(#[source] std::io::Error),
     /// The control socket.
-    #[error("cannot listen for the agent")]
+    #[error("cannot listen for whoever asks")]
     Listen(#[source] std::io::Error),
 }
 
