@@ -22,6 +22,7 @@ impl SourceTask {
             input = self.inputs.recv() => self.take_input_past_commit(input).await,
             () = tokio::time::sleep(ASK_EVERY) => self.ask_now().await,
         }
+        self.show_sent();
     }
 
     async fn take_input_past_commit(&mut self, input: Option<Input>) {

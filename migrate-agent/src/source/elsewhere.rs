@@ -14,6 +14,7 @@ use lifeboat_protocol::units::BytesPerSec;
 use lifeboat_scatter_gather::link::Frame;
 
 use super::copying::heard;
+use super::scattering::Stored;
 use super::{Input, SourceTask};
 use crate::clock;
 use crate::guests::GuestError;
@@ -39,6 +40,7 @@ impl SourceTask {
                 }
                 _ = show.tick() => {
                     self.show_served(&mut meter);
+                    self.say_if_its_memory_went();
                     continue;
                 }
             };
@@ -97,27 +99,54 @@ impl SourceTask {
 
     fn show_served(&mut self, meter: &mut RateMeter) {
         let Some(serving) = &self.serving else { return };
-        let sent = serving.pace.sent();
-        let rate = meter.read(clock::now(), sent);
+        let rate = meter.read(clock::now(), serving.pace.sent());
         let limit = self.limit.map_or(0, |limit| limit.bits_per_sec().0);
-        let stored = self.scattering.as_ref().map(|scattering| *scattering.stored.borrow());
-        let stored = stored.unwrap_or_default();
+        self.show_sent();
         self.progress.update(|progress| {
-            progress.pages_stored = stored.pages;
-            progress.pages_ahead = stored.ahead;
-            let all = progress.pages_total.saturating_mul(4096);
-            progress.bytes_sent = progress.bytes_sent.max(sent);
-            progress.bytes_remaining = all.saturating_sub(sent);
             progress.rate_bits_per_sec = rate;
             progress.limit_bits_per_sec = limit;
         });
     }
 
+    /// What has gone so far. Also without a word of the destination's: pages have connections of their own.
+    pub(super) fn show_sent(&mut self) {
+        let Some(serving) = &self.serving else { return };
+        let (sent, stored) = (serving.pace.sent(), self.stored());
+        self.progress.update(|progress| {
+            progress.pages_stored = progress.pages_stored.max(stored.pages);
+            progress.pages_ahead = progress.pages_ahead.max(stored.ahead);
+            let all = progress.pages_total.saturating_mul(4096);
+            progress.bytes_sent = progress.bytes_sent.max(sent);
+            progress.bytes_remaining = all.saturating_sub(sent);
+        });
+    }
+
+    /// Pages that are in stores.
+    fn stored(&self) -> Stored {
+        self.scattering.as_ref().map_or_else(Stored::default, |one| *one.stored.borrow())
+    }
+
+    fn say_if_its_memory_went(&mut self) {
+        if let Some(error) = self.memory_went() {
+            self.say_memory_lost(&error);
+        }
+    }
+
+    /// Its QEMU may die while pages are wanted that are in no store.
+    fn memory_went(&self) -> Option<GuestError> {
+        let (vm, all) = (&self.order.vm, self.progress.now().pages_total);
+        let all_stored = all > 0 && self.stored().pages >= all;
+        if all_stored || self.context.guests.lives(vm) {
+            return None;
+        }
+        self.context.guests.memory(vm).err()
+    }
+
     /// After a restart: the destination runs the guest and this host has its pages.
     pub(super) fn serve_again(&mut self) {
-        match self.open_again() {
-            Ok(()) => self.enter_elsewhere(),
-            Err(error) => self.say_memory_lost(&error),
+        match self.open_again().err().or_else(|| self.memory_went()) {
+            None => self.enter_elsewhere(),
+            Some(error) => self.say_memory_lost(&error),
         }
     }
 

@@ -374,6 +374,14 @@ pub(crate) struct World {
     pub(crate) gather_limit: u64,
 }
 
+/// Pages of the known memory as they were seen.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) right: usize,
+    pub(crate) wrong: usize,
+    pub(crate) missing: usize,
+}
+
 /// Where in the guest's memory known bytes lie, and how many.
 const KNOWN_AT: u64 = 0x100_0000;
 const KNOWN_BYTES: usize = 24 << 20;
@@ -476,6 +484,26 @@ impl World {
         let (seen, known) = (std::fs::read(&file).unwrap(), known());
         let wrong = seen.chunks(4096).zip(known.chunks(4096)).position(|(a, b)| a != b);
         assert_eq!((seen.len(), wrong), (known.len(), None), "a page is not as it was");
+    }
+
+    /// How the known memory is in the guest at this host, whose pages may not all be there. Looks without
+    /// touching what is not: that would wait for it.
+    pub(crate) async fn known_at(&self, host: &Host) -> Seen {
+        let (ram, known) = (host.guests.memory(&vm()).unwrap(), known());
+        let first = KNOWN_AT / 4096;
+        let populated = ram.populated(first, (KNOWN_BYTES / 4096) as u64).unwrap();
+        let (mut seen, mut page) = (Seen::default(), [0; 4096]);
+        for ((number, known), is_there) in (first..).zip(known.chunks(4096)).zip(populated) {
+            match is_there {
+                true => {
+                    ram.read(number, &mut page).unwrap();
+                    *(if page == known { &mut seen.right } else { &mut seen.wrong }) += 1;
+                }
+                // A page of zeroes is as good as one that is not there.
+                false => seen.missing += usize::from(known.iter().any(|byte| *byte != 0)),
+            }
+        }
+        seen
     }
 
     /// Sets it going, as the source's agent.
