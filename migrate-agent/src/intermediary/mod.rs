@@ -193,7 +193,7 @@ struct Inner {
     vms: Vms,
     /// Why nothing can be kept; empty where it can.
     obstacle: String,
-    cgroups: Option<PathBuf>,
+    cgroups: Option<cgroup::Root>,
     kept: Mutex<BTreeMap<MigrationId, Kept>>,
     /// One change at a time: preparing takes tens of milliseconds.
     changing: tokio::sync::Mutex<()>,
@@ -222,7 +222,7 @@ impl Intermediary {
             Some(_) => String::new(),
             None => server::obstacle(&settings, address).await,
         };
-        let cgroups = cgroup::root();
+        let cgroups = cgroup::Root::find();
         let inner = Inner {
             host,
             settings,

@@ -130,7 +130,7 @@ impl Intermediary {
             return Err(error);
         }
         let name = self.group(record);
-        let root = self.inner.cgroups.as_deref();
+        let root = self.inner.cgroups.as_ref();
         if let Err(error) = cgroup::set_aside(root, &name, record.process, record.set_aside) {
             let error = chain(&error);
             tracing::warn!(migration = %record.migration, error, "memory is counted, not set aside by the kernel");
@@ -280,7 +280,7 @@ impl Intermediary {
             }
             _ => (),
         }
-        cgroup::give_back(self.inner.cgroups.as_deref(), &self.group(record));
+        cgroup::give_back(self.inner.cgroups.as_ref(), &self.group(record));
         self.inner.vms.give_back(record.migration.as_str());
         let removed = Record::remove(directory, &record.migration);
         removed.map_err(|source| self.file("forget a store", source))

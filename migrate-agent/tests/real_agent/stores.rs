@@ -2,7 +2,7 @@
 //! another user, outlives the agent, is adopted, and leaves nothing behind.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lifeboat_protocol::agent::agent_client::AgentClient;
@@ -22,7 +22,7 @@ use tonic::transport::Channel;
 
 use crate::agent::{Agent, is_alive};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const MIB: u64 = 1 << 20;
 
 /// An agent with the role, and what `[intermediary]` says.
@@ -133,6 +133,64 @@ async fn a_store_outlives_its_agent_and_leaves_nothing_when_it_is_released() {
     let left = std::fs::read_dir(agent.directory.path().join("state/stores")).unwrap().count();
     assert_eq!(left, 0);
     assert_eq!(agent.terminate(), Some(0));
+}
+
+/// Where this machine has groups for memory that are ours to make, the word for them in `/proc/PID/cgroup`,
+/// and the file with a group's limit.
+fn groups() -> Option<(PathBuf, &'static str, &'static str)> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounted = |kind: &str, option: &str| {
+        let of_kind = |line: &&str| {
+            let own = line.split(" - ").nth(1).unwrap_or_default();
+            own.starts_with(kind) && own.contains(option)
+        };
+        let line = mounts.lines().find(of_kind)?;
+        Some(PathBuf::from(line.split(' ').nth(4).unwrap()))
+    };
+    let second = mounted("cgroup2 ", "").filter(|root| {
+        let all = std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        all.split_whitespace().any(|controller| controller == "memory")
+    });
+    let found = match second {
+        Some(root) => (root, ":", "memory.max"),
+        None => (mounted("cgroup ", ",memory")?, "memory:", "memory.limit_in_bytes"),
+    };
+    let ours = found.0.join(format!("lifeboat-test-{}", std::process::id()));
+    std::fs::create_dir(&ours).ok()?;
+    std::fs::remove_dir(ours).unwrap();
+    Some(found)
+}
+
+#[tokio::test]
+async fn the_kernel_sets_memory_aside_for_a_store_before_a_page_comes() {
+    let mut agent = intermediary("ports = \"27170-27179\"");
+    let mut client = agent.start().await;
+    let request = wish(&mut agent, "e7-m1", 64);
+    client.prepare_store(request).await.unwrap();
+    let aside = describe(&mut client).await.stores[0].memory_bytes;
+    let pid = process(&agent, "e7-m1");
+    let mut group = None;
+    if let Some((root, word, limit)) = groups() {
+        let all = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let own = all.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(word));
+        let own = root.join(own.unwrap().trim_start_matches('/'));
+        assert!(own.ends_with("lifeboat-stores/h1-e7-m1"), "{}", own.display());
+        let most = std::fs::read_to_string(own.join(limit)).unwrap();
+        let most: u64 = most.trim().parse().unwrap();
+        assert!((aside..=aside / 4 * 5 + 64 * MIB).contains(&most), "{aside} {most}");
+        let swaps = ["memory.swappiness", "memory.swap.max"].map(|file| own.join(file));
+        let swaps = swaps.iter().filter_map(|file| std::fs::read_to_string(file).ok());
+        assert!(swaps.into_iter().all(|swaps| swaps.trim() == "0"), "it may be swapped");
+        group = Some(own);
+    } else {
+        eprintln!(
+            "no control groups for memory that are ours to make: only that it is counted is seen"
+        );
+        assert!(aside > 64 * MIB && is_alive(pid));
+    }
+    let request = release(&mut agent, "e7-m1");
+    client.release_store(request).await.unwrap();
+    assert!(group.is_none_or(|group| !group.exists()), "its group is left");
 }
 
 #[tokio::test]
