@@ -215,10 +215,11 @@ async fn open(
     let none = || StoreLinkError::NoCertificates { store: name_of(at) };
     let identity = identity.ok_or_else(none)?;
     // Who is there counts: an intermediary's certificate names its host. A store that is named by
-    // its address alone shows a certificate for that.
-    let named = match at.host.is_empty() {
-        true => at.address.rsplit_once(':').map_or(at.address.as_str(), |(host, _)| host),
-        false => at.host.as_str(),
+    // its address alone shows a certificate for that, and a Redis of somebody else's what it is known by.
+    let named = match (at.certificate.as_str(), at.host.as_str()) {
+        ("", "") => at.address.rsplit_once(':').map_or(at.address.as_str(), |(host, _)| host),
+        ("", host) => host,
+        (certificate, _) => certificate,
     };
     let name = ServerName::try_from(named.to_owned())
         .map_err(|error| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, error)))?;

@@ -39,6 +39,9 @@ pub struct StoreAt {
     /// The run of it that pages are put into: another one has lost them. `None` where that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<String>,
+    /// The name in its certificate; empty: the host's, or, without one, that of its address.
+    #[serde(default)]
+    pub certificate: String,
 }
 
 impl std::fmt::Debug for StoreAt {
@@ -56,6 +59,7 @@ impl From<&PageStore> for StoreAt {
             secret: store.secret.clone(),
             plain: store.plain,
             run: None,
+            certificate: store.certificate.clone(),
         }
     }
 }

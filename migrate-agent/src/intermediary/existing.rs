@@ -92,8 +92,7 @@ impl Intermediary {
         }
         let identity = self.inner.identity.as_ref();
         let identity = identity.ok_or_else(|| unusable("there are no certificates".to_owned()))?;
-        let host = record.address.rsplit_once(':').map_or("", |(host, _)| host);
-        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
+        let name = ServerName::try_from(record.named().to_owned());
         let name = name.map_err(|error| unusable(error.to_string()))?;
         let connector = TlsConnector::from(Arc::clone(identity.client_config()));
         let stream = connector.connect(name, stream).await;

@@ -391,6 +391,11 @@ impl Intermediary {
             memory_bytes: record.room.0,
             plain: record.plain,
             rate_bits_per_sec: 0,
+            // A server of ours shows this host's certificate.
+            certificate: match record.existing {
+                true => record.named().to_owned(),
+                false => String::new(),
+            },
         }
     }
 }

@@ -49,6 +49,12 @@ impl Record {
         directory.join(format!("{migration}.json"))
     }
 
+    /// The host of its address, as a certificate names it.
+    pub(super) fn named(&self) -> &str {
+        let host = self.address.rsplit_once(':').map_or("", |(host, _)| host);
+        host.trim_matches(['[', ']'])
+    }
+
     /// The folder of its server.
     pub(super) fn folder(&self, directory: &Path) -> PathBuf {
         directory.join(self.migration.as_str())

@@ -7,10 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::agent::Agent;
-use super::stores::{enter_by, intermediary, wish};
+use super::stores::{PATIENCE, enter_by, intermediary, wish};
+use lifeboat_agent::handover::gathering::StoreAt;
+use lifeboat_agent::stores;
+use lifeboat_agent::tls::TlsIdentity;
 use lifeboat_protocol::agent::ListVmsRequest;
 use lifeboat_protocol::agent::agent_client::AgentClient;
+use lifeboat_protocol::ids::MigrationId;
+use lifeboat_protocol::units::Bytes;
 use lifeboat_scatter_gather::page::PackId;
+use lifeboat_scatter_gather::store::{KeySpace, Secret, Settings, StoreServer, TlsListen, User};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -150,4 +156,51 @@ async fn a_store_takes_agents_of_the_same_authority_alone() {
     let request = super::stores::release(&mut agent, "e5-m1");
     assert!(client.release_store(request).await.unwrap().into_inner().held_pages);
     assert_eq!(agent.terminate(), Some(0));
+}
+
+/// A Redis of somebody else's shows a certificate for its own address, and not for the host whose agent has it
+/// named; whoever puts pages there, and gets them, comes in by what that agent tells.
+#[tokio::test]
+async fn a_redis_that_runs_already_is_reached_over_tls_by_its_own_name() {
+    let authority = Authority::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (certificate, key) = authority.sign("store", "127.0.0.1");
+    for (name, text) in [("ca", &authority.pem), ("cert", &certificate), ("key", &key)] {
+        std::fs::write(file(name), text).unwrap();
+    }
+    let listen = TlsListen {
+        address: "127.0.0.1:27160".parse().unwrap(),
+        certificate: file("cert"),
+        key: file("key"),
+        authority: file("ca"),
+    };
+    let migration = MigrationId::new("e6-m1").unwrap();
+    let settings = Settings {
+        folder: folder.path().to_owned(),
+        room: Bytes::from_mib(64),
+        keys: KeySpace::new(&migration),
+        owner: User { name: "lb".to_owned(), secret: Secret::given("hush") },
+        migration: User { name: "other".to_owned(), secret: Secret::given("hush") },
+        tls: Some(listen),
+    };
+    let server = StoreServer::start(Path::new("redis-server"), &settings, PATIENCE).await.unwrap();
+
+    let mut agent = intermediary("redis = \"rediss://lb:hush@127.0.0.1:27160\"");
+    protect(&agent, &authority);
+    let mut client = agent.start().await;
+    let request = wish(&mut agent, "e6-m1", 16);
+    let store = client.prepare_store(request).await.unwrap().into_inner().store.unwrap();
+    assert_eq!((store.plain, store.address.as_str()), (false, "127.0.0.1:27160"));
+
+    let at = StoreAt::from(&store);
+    let identity = TlsIdentity::load(Path::new(&tls(agent.directory.path()))).unwrap();
+    let inside = stores::connect(&at, &migration, Some(&identity), None, PATIENCE).await;
+    let inside = inside.unwrap_or_else(|error| panic!("{error:?}"));
+    inside.put(&inside.keys().pack(PackId(3)), b"sealed").await.unwrap();
+    let request = super::stores::release(&mut agent, "e6-m1");
+    assert!(client.release_store(request).await.unwrap().into_inner().held_pages);
+    assert!(inside.packs().await.unwrap().is_empty());
+    assert_eq!(agent.terminate(), Some(0));
+    server.stop(PATIENCE).await.unwrap();
 }
