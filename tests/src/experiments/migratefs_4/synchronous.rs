@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use lifeboat_agent::disk::fuse::{self, Hook, Server};
+use lifeboat_agent::disk::parameters::TRANSFER;
 use lifeboat_agent::disk::sync::mirror::{DEADLINE, Mirror};
 use lifeboat_agent::disk::sync::phases::{Goal, Phase};
 use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
@@ -243,6 +244,7 @@ impl Way {
             segment: SegmentSize::default(),
             monitors: false,
             compares: false,
+            transfer: TRANSFER,
         };
         let image = server.image(OsStr::new(NAME)).map_err(RigError::refused("an image"))?;
         let mut outgoing = Outgoing::new(Arc::clone(mirror), vec![image], choice)
