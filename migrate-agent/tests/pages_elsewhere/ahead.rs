@@ -1,7 +1,6 @@
 //! Pages that go to stores while their guest still runs at its source; stores that fail before it has left; and
 //! what an agent of the destination was told, lost with it.
 
-use lifeboat_agent::guests::Guests;
 use lifeboat_protocol::agent::{Mode, Phase, Redundancy, ScatterPlan, StartMigrationRequest};
 
 use super::intermediary::Intermediary;
