@@ -20,14 +20,18 @@ use std::time::Duration;
 use crate::clock::Clock;
 use crate::pace::Pace;
 use crate::pattern::Walk;
-use crate::sys::wait;
+use crate::sys::{discard, wait};
 
 /// Blocks between two flushes.
 const FLUSH_EVERY: u64 = 64;
 /// What O_DIRECT asks of memory, bytes.
 const ALIGNMENT: usize = 4096;
+/// What a part that is discarded in turn is filled with.
+const FILLED: u8 = 0xa5;
 const BURST: Duration = Duration::from_millis(200);
 const IDLE: Duration = Duration::from_millis(10);
+/// Between filling and discarding.
+const TRIM_EVERY: Duration = Duration::from_secs(1);
 
 /// What the thread has done so far.
 #[derive(Debug, Default)]
@@ -48,6 +52,8 @@ pub(crate) struct Plan {
     pub(crate) rate: u64,
     /// Blocks that are read back for 100 that are written.
     pub(crate) check_percent: u64,
+    /// Behind what is written so: filled and discarded in turn, each second; bytes, of whole blocks.
+    pub(crate) trim: u64,
 }
 
 /// A disk at work.
@@ -101,6 +107,8 @@ struct Load {
     buffer: Aligned,
     /// Hundredths of a check that are due.
     checks_due: u64,
+    /// What all of the part that is discarded in turn has to be now.
+    trimmed_to: u8,
     counts: Arc<Counts>,
 }
 
@@ -108,7 +116,7 @@ impl Load {
     fn new(file: File, plan: Plan, seed: u64, counts: Arc<Counts>) -> Self {
         let walk = Walk::over(plan.bytes / plan.block, seed);
         let buffer = Aligned::new(usize::try_from(plan.block).unwrap_or(ALIGNMENT));
-        Self { file, plan, walk, buffer, checks_due: 0, counts }
+        Self { file, plan, walk, buffer, checks_due: 0, trimmed_to: 0, counts }
     }
 
     fn run(&mut self, tell: &Sender<String>) {
@@ -125,7 +133,21 @@ impl Load {
         }
         let clock = Clock::start();
         let mut pace = Pace::new(self.plan.rate, BURST, 1, clock.now());
+        let mut trim_at = clock.now() + TRIM_EVERY;
+        let found = |wrong: Option<String>| {
+            for wrong in wrong {
+                count_error(&counts);
+                let _ = tell.send(wrong);
+            }
+        };
         loop {
+            if self.plan.trim > 0 && clock.now() >= trim_at {
+                trim_at = clock.now() + TRIM_EVERY;
+                match self.trim_next() {
+                    Ok(wrong) => found(wrong),
+                    Err(error) => return say(error, "discard"),
+                }
+            }
             let due = pace.due(clock.now());
             pace.took(due);
             for _ in 0..due {
@@ -136,11 +158,7 @@ impl Load {
                 while self.checks_due >= 100 {
                     self.checks_due -= 100;
                     match self.check_next() {
-                        Ok(None) => {}
-                        Ok(Some(wrong)) => {
-                            count_error(&self.counts);
-                            let _ = tell.send(wrong);
-                        }
+                        Ok(wrong) => found(wrong),
                         Err(error) => return say(error, "read"),
                     }
                 }
@@ -160,6 +178,31 @@ impl Load {
         }
         self.counts.writes.store(self.walk.writes(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Looks at what was filled or discarded the last time, and does the other; says where it is wrong.
+    fn trim_next(&mut self) -> io::Result<Option<String>> {
+        let (begin, end) = (self.plan.bytes, self.plan.bytes + self.plan.trim);
+        let places = || (begin..end).step_by(usize::try_from(self.plan.block).unwrap_or(ALIGNMENT));
+        for at in places() {
+            let block = self.buffer.block();
+            self.file.read_exact_at(block, at)?;
+            if let Some(found) = block.iter().find(|byte| **byte != self.trimmed_to) {
+                let expected = self.trimmed_to;
+                let what = format!("disk byte {at} and on: {found} for {expected} (discarded: 0)");
+                return Ok(Some(what));
+            }
+        }
+        self.trimmed_to ^= FILLED;
+        if self.trimmed_to == 0 {
+            return discard(&self.file, begin, self.plan.trim).map(|()| None);
+        }
+        for at in places() {
+            let block = self.buffer.block();
+            block.fill(FILLED);
+            self.file.write_all_at(block, at)?;
+        }
+        Ok(None)
     }
 
     fn check_next(&mut self) -> io::Result<Option<String>> {
@@ -186,7 +229,8 @@ mod tests {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.unwrap();
         const BLOCK: u64 = 8192;
-        let plan = Plan { bytes: 8 * BLOCK, block: BLOCK, rate: 1, check_percent: 200 };
+        let (bytes, block, trim) = (8 * BLOCK, BLOCK, 0);
+        let plan = Plan { bytes, block, rate: 1, check_percent: 200, trim };
         let mut load = Load::new(file, plan, 5, Arc::default());
         (0..11).for_each(|_| load.write_next().unwrap());
         assert!((0..8).all(|_| load.check_next().unwrap().is_none()));
@@ -198,6 +242,21 @@ mod tests {
         let wrong: Vec<String> = (0..8).filter_map(|_| load.check_next().unwrap()).collect();
         assert_eq!(wrong.len(), 1, "{wrong:?}");
         assert!(wrong[0].contains("block 3"), "{wrong:?}");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn what_was_filled_and_is_not_so_any_more_is_found() {
+        let path = std::env::temp_dir().join(format!("trimmed-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let (file, bytes, block, trim) = (file.unwrap(), 8192, 4096, 8192);
+        file.set_len(bytes + trim).unwrap();
+        let plan = Plan { bytes, block, rate: 1, check_percent: 200, trim };
+        let mut load = Load::new(file, plan, 5, Arc::default());
+        assert_eq!(load.trim_next().unwrap(), None);
+        load.file.write_all_at(&[0], bytes + 5000).unwrap();
+        let wrong = load.trim_next().unwrap().unwrap();
+        assert!(wrong.contains("byte 12288 and on: 0 for 165"), "{wrong}");
         std::fs::remove_file(path).unwrap();
     }
 }

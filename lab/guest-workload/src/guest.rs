@@ -10,7 +10,8 @@
 //! LIFEBOAT-TICK 17 ok pages=16384 version=3 errors=0 ...       each second
 //! LIFEBOAT-CORRUPT page 5 word 100: found ...                  at once, for each wrong byte
 //!
-//! With a disk (`lb.disk`), a tick says `disk_writes=.. disk_checks=..` as well.
+//! With a disk (`lb.disk`), a tick says `disk_writes=.. disk_checks=..` as well; with several, of the one
+//! where it is the least.
 //! ```
 
 use std::io;
@@ -24,7 +25,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::checked::Checked;
 use crate::clock::Clock;
-use crate::disk::{Disk, Plan};
+use crate::disk::{Counts, Disk, Plan};
 use crate::heartbeat::{self, Answer};
 use crate::pace::Pace;
 use crate::params::{GuestParams, Role};
@@ -58,6 +59,23 @@ pub(crate) fn run(params: GuestParams, boot_id: [u8; 16]) -> io::Result<()> {
     }
 }
 
+/// Those that the guest works on.
+fn disks(params: &GuestParams, boot_id: [u8; 16]) -> io::Result<Vec<Disk>> {
+    if params.disk == 0 {
+        return Ok(vec![]);
+    }
+    let (bytes, block, rate) = (params.disk, params.disk_block, params.disk_rate);
+    let (check_percent, trim) = (params.disk_check, params.disk_trim);
+    let plan = Plan { bytes, block, rate, check_percent, trim };
+    let start = |number: u8| {
+        let device = format!("/dev/vd{}", char::from(b'a' + number));
+        // Of different seeds: one disk's block in the place of another's is wrong.
+        let seed = xxh3_64_with_seed(&boot_id, 1 + u64::from(number));
+        Disk::start(Path::new(&device), plan, seed)
+    };
+    (0..params.disks).map(start).collect()
+}
+
 struct Guest {
     params: GuestParams,
     clock: Clock,
@@ -73,7 +91,7 @@ struct Guest {
     stream: Option<Checked>,
     outflow: Option<Outflow>,
     sink: Option<Sink>,
-    disk: Option<Disk>,
+    disks: Vec<Disk>,
     state: Answer,
     seconds: u64,
 }
@@ -94,15 +112,7 @@ impl Guest {
             _ => None,
         };
         let sink = if params.role == Role::Ni { Some(Sink::new()?) } else { None };
-        let disk = match params.disk {
-            0 => None,
-            bytes => {
-                let (device, seed) = (Path::new("/dev/vda"), xxh3_64_with_seed(&boot_id, 1));
-                let (block, rate) = (params.disk_block, params.disk_rate);
-                let plan = Plan { bytes, block, rate, check_percent: params.disk_check };
-                Some(Disk::start(device, plan, seed)?)
-            }
-        };
+        let disks = disks(&params, boot_id)?;
         let percent = if params.role == Role::C { params.cpu } else { 0 };
         let mut own = Self {
             writing: Pace::new(params.dirty, BURST, 1, now),
@@ -120,7 +130,7 @@ impl Guest {
             listener,
             outflow,
             sink,
-            disk,
+            disks,
         };
         if percent > 0 {
             let rounds = own.rounds_for(percent);
@@ -246,7 +256,7 @@ impl Guest {
         if self.params.spoil_after == Some(Duration::from_secs(self.seconds)) {
             self.region.spoil();
         }
-        let wrong: Vec<String> = self.disk.iter().flat_map(Disk::wrong).collect();
+        let wrong: Vec<String> = self.disks.iter().flat_map(Disk::wrong).collect();
         wrong.iter().for_each(|wrong| self.say_corrupt(wrong));
         self.say_tick();
     }
@@ -262,11 +272,13 @@ impl Guest {
 
     fn say_tick(&self) {
         let verdict = if self.state.errors == 0 { "ok" } else { "CORRUPT" };
-        let disk = self.disk.as_ref().map_or_else(String::new, |disk| {
-            let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
-            let (writes, checks) = (read(&disk.counts.writes), read(&disk.counts.checks));
-            format!(" disk_writes={writes} disk_checks={checks}")
-        });
+        let least = |count: fn(&Counts) -> &AtomicU64| {
+            self.disks.iter().map(|disk| count(&disk.counts).load(Ordering::Relaxed)).min()
+        };
+        let disk = match (least(|counts| &counts.writes), least(|counts| &counts.checks)) {
+            (Some(writes), Some(checks)) => format!(" disk_writes={writes} disk_checks={checks}"),
+            _ => String::new(),
+        };
         let stream = self.stream.as_ref().map_or((0, 0), |s| (s.sent(), s.received()));
         println!(
             "LIFEBOAT-TICK {} {verdict} pages={} version={} writes={} checked={} errors={} \

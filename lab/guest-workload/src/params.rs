@@ -103,21 +103,25 @@ pub(crate) struct GuestParams {
     pub(crate) mtu: usize,
     /// `lb.stream`: bytes/s sent on the checked stream.
     pub(crate) stream: u64,
-    /// `lb.disk`: bytes of the first disk that are written and checked; 0 for none.
+    /// `lb.disk`: bytes of a disk that are written and checked; 0 for none.
     pub(crate) disk: u64,
+    /// `lb.disks`: how many disks are written so, from the first on; at most 26.
+    pub(crate) disks: u8,
     /// `lb.disk_block`: bytes of one write to it: a multiple of 4 KiB, at most 1 MiB.
     pub(crate) disk_block: u64,
     /// `lb.disk_rate`: writes per second.
     pub(crate) disk_rate: u64,
     /// `lb.disk_check`: blocks read back and checked for 100 that are written.
     pub(crate) disk_check: u64,
+    /// `lb.disk_trim`: bytes behind them that are filled and discarded in turn; 0 for none.
+    pub(crate) disk_trim: u64,
     /// `lb.spoil`: harm one page on purpose after so many seconds, so that a test can see the
     /// alarm ring.
     pub(crate) spoil_after: Option<Duration>,
 }
 
 const GUEST_KEYS: &str = "lb.name lb.role lb.client lb.rate lb.transport lb.region lb.dirty \
-                          lb.check lb.cpu lb.stream lb.disk lb.disk_block lb.disk_rate lb.disk_check lb.spoil \
+                          lb.check lb.cpu lb.stream lb.disk lb.disks lb.disk_block lb.disk_rate lb.disk_check lb.disk_trim lb.spoil \
                           lb.ip lb.ip2 lb.mtu lb.cd";
 
 impl GuestParams {
@@ -136,9 +140,11 @@ impl GuestParams {
             mtu: 1500,
             stream: 20_000,
             disk: 0,
+            disks: 1,
             disk_block: 4096,
             disk_rate: 50,
             disk_check: 200,
+            disk_trim: 0,
             spoil_after: None,
         };
         for word in line.split_whitespace().filter(|word| word.starts_with("lb.")) {
@@ -164,9 +170,11 @@ impl GuestParams {
             "lb.cpu" => self.cpu = number(key, value)?.min(100),
             "lb.stream" => self.stream = number(key, value)?,
             "lb.disk" => self.disk = size(key, value)?,
+            "lb.disks" => self.disks = number(key, value)?.min(26) as u8,
             "lb.disk_block" => self.disk_block = disk_block(key, value)?,
             "lb.disk_rate" => self.disk_rate = number(key, value)?,
             "lb.disk_check" => self.disk_check = number(key, value)?,
+            "lb.disk_trim" => self.disk_trim = size(key, value)?,
             "lb.spoil" => self.spoil_after = Some(Duration::from_secs(number(key, value)?)),
             "lb.mtu" => self.mtu = number(key, value)?.clamp(576, 9000) as usize,
             "lb.ip" | "lb.ip2" | "lb.cd" => {}

@@ -1,13 +1,14 @@
 //! What the program needs of Linux beyond the standard library: waiting on several sockets,
-//! connecting without blocking, and hearing a signal.
+//! connecting without blocking, discarding, and hearing a signal.
 //!
 //! Used by the drivers. The one file with unsafe code; everything here is a thin wrapper around
 //! one system call. No logic.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::net::{SocketAddrV4, TcpStream};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -38,6 +39,16 @@ pub(crate) fn catch_stop_signals() -> io::Result<()> {
 /// True once SIGTERM or SIGINT came.
 pub(crate) fn stop_requested() -> bool {
     STOP.load(Ordering::Relaxed)
+}
+
+/// Tells a block device that nobody wants `length` bytes from `at` on any more (BLKDISCARD).
+pub(crate) fn discard(device: &File, at: u64, length: u64) -> io::Result<()> {
+    /// `_IO(0x12, 119)` of linux/fs.h.
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    let range = [at, length];
+    // SAFETY: the request reads two u64 from its argument, which lives until it returns.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What a descriptor is watched for.

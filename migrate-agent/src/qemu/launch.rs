@@ -228,8 +228,16 @@ fn boot(line: &mut CommandLine, spec: &LaunchSpec) {
     }
 }
 
+/// What becomes of a guest's discards: the image gives the room back, and it need not be sent. On both nodes
+/// of a disk, or QEMU ignores them.
+pub(super) const DISCARD: &str = "unmap";
+
 fn disk_nodes(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
     let on_off = |on| if on { "on" } else { "off" };
+    let discards = |options: Options| match disk.read_only {
+        true => options,
+        false => options.set("discard", DISCARD),
+    };
     let (node, path) = match &disk.mounted {
         Some(path) => (format!("mount{index}"), path),
         None => (format!("file{index}"), &disk.path),
@@ -239,12 +247,13 @@ fn disk_nodes(line: &mut CommandLine, index: usize, disk: &DiskSpec) {
         .set("node-name", &node)
         .set_path("filename", path)
         .set("read-only", on_off(disk.read_only));
-    line.options("-blockdev", file);
+    line.options("-blockdev", discards(file));
     let format = Options::new()
         .set("driver", disk.format)
         .set("node-name", format!("disk{index}"))
         .set("file", node)
         .set("read-only", on_off(disk.read_only));
+    let format = discards(format);
     let format = match &disk.backing {
         Some(backing) => {
             // A node with a name: a swap of the overlay has to name it. What is beneath it in turn,
@@ -493,7 +502,7 @@ mod tests {
             [
                 "driver=file,node-name=backing0-file,filename=/d/base,read-only=on",
                 "driver=raw,node-name=backing0,file=backing0-file,read-only=on",
-                "driver=qcow2,node-name=disk0,file=file0,read-only=off,backing=backing0"
+                "driver=qcow2,node-name=disk0,file=file0,read-only=off,discard=unmap,backing=backing0"
             ]
         );
     }
@@ -514,8 +523,8 @@ mod tests {
             [
                 "driver=file,node-name=firmware-file,filename=/images/OVMF_CODE.fd,read-only=on",
                 "driver=raw,node-name=firmware,file=firmware-file,read-only=on",
-                "driver=file,node-name=file0,filename=/d/vars,read-only=off",
-                "driver=raw,node-name=disk0,file=file0,read-only=off"
+                "driver=file,node-name=file0,filename=/d/vars,read-only=off,discard=unmap",
+                "driver=raw,node-name=disk0,file=file0,read-only=off,discard=unmap"
             ]
         );
     }

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::launch::DISCARD;
 use super::qmp::{Qmp, QmpError};
 use crate::clock;
 
@@ -97,8 +98,9 @@ impl DiskNodes {
         let node = format!("disk{number}");
         Self {
             number,
-            format: object(json!({"driver": format, "node-name": node, "read-only": false})),
-            file: object(json!({"driver": "file", "read-only": false})),
+            format: object(json!({"driver": format, "node-name": node, "read-only": false,
+                                  "discard": DISCARD})),
+            file: object(json!({"driver": "file", "read-only": false, "discard": DISCARD})),
         }
     }
 
@@ -222,16 +224,16 @@ mod tests {
     fn both_nodes_keep_their_options_on_either_path() {
         let nodes = DiskNodes::launched(1, "qcow2")
             .with_file_option("aio", "native".into())
-            .with_format_option("discard", "unmap".into());
+            .with_format_option("detect-zeroes", "unmap".into());
         assert_eq!(
             nodes.file_options(Side::Mount, "/m/a"),
-            json!({"driver": "file", "read-only": false, "aio": "native",
+            json!({"driver": "file", "read-only": false, "discard": "unmap", "aio": "native",
                    "node-name": "mount1", "filename": "/m/a"})
         );
         assert_eq!(
             nodes.reopen_options(Side::Native)["options"][0],
             json!({"driver": "qcow2", "node-name": "disk1", "read-only": false,
-                   "discard": "unmap", "file": "file1"})
+                   "discard": "unmap", "detect-zeroes": "unmap", "file": "file1"})
         );
     }
 }
