@@ -5,7 +5,9 @@ mod ahead;
 #[path = "../disk_lab/mod.rs"]
 mod disk_lab;
 mod hostile;
+mod limits;
 mod model;
+mod power;
 mod promised;
 mod world;
 
