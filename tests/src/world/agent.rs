@@ -4,8 +4,10 @@
 //! (where in the hand-over it shall stay until a file has gone) are read once at its start, so a
 //! host is given one by starting its agent anew; its guest does not notice.
 
+mod definition;
+
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -19,10 +21,11 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::relay::{PAGE_PORT, page_address, store_ports};
 use super::witness::Watched;
-use super::{Disk, HOSTS, Host, VM, host_name};
+use super::{Host, NEIGHBOUR, VM, host_name};
 use crate::clock;
 use crate::rig::RigError;
 use crate::rig::network::Namespace;
+use crate::rig::program::Running;
 
 /// An agent answers within this time after its start, on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -30,13 +33,8 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const PROFILE: &str = "watched";
 /// What every host calls its storage.
 const STORAGE: &str = "san";
-const DISK_BYTES: u64 = 64 << 20;
-/// Not a whole number of the blocks that are sent: its last one is short.
-const CD_BYTES: u64 = (4 << 20) + 2048;
 /// OVMF's variables as they are before the first boot.
 pub const FRESH_NVRAM: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
-/// What the guest writes of a local disk, again and again.
-const WRITTEN_BYTES: u64 = 8 << 20;
 
 /// A host with its agent, which may be dead.
 pub struct Agent {
@@ -44,6 +42,8 @@ pub struct Agent {
     namespace: Namespace,
     folder: PathBuf,
     program: PathBuf,
+    /// Who keeps its mount namespace; `None` is everybody's.
+    mounts: Option<Running>,
     child: Option<Child>,
     /// Where in the log the present process begins.
     log_from: u64,
@@ -60,8 +60,8 @@ impl Agent {
     ) -> Result<Self, RigError> {
         let folder = world.join(host_name(host));
         let program = programs.join("lifeboat-agent");
-        let agent =
-            Self { host, namespace, folder, program, child: None, log_from: 0, operations: 0 };
+        let (mounts, child, log_from, operations) = Default::default();
+        let agent = Self { host, namespace, folder, program, mounts, child, log_from, operations };
         let cannot = RigError::io("cannot write a host's files");
         agent.write_files(images).map_err(cannot)?;
         Ok(agent)
@@ -113,14 +113,18 @@ impl Agent {
 
     /// Has the host keep pages of others' VMs.
     pub(super) fn keep_stores(&self) -> Result<(), RigError> {
-        let file = self.folder.join("agent.toml");
-        let cannot = || RigError::io("cannot write an agent's configuration");
-        let text = fs::read_to_string(&file).map_err(cannot())?;
         let ports = store_ports(self.host);
         let (first, last) = (ports.start(), ports.end());
         let roles = "roles = [\"hypervisor\", \"intermediary\"]\n";
-        let text = format!("{roles}{text}[intermediary]\nports = \"{first}-{last}\"\n");
-        fs::write(file, text).map_err(cannot())
+        self.configure(|text| format!("{roles}{text}[intermediary]\nports = \"{first}-{last}\"\n"))
+    }
+
+    /// Changes its configuration, which it reads when it starts.
+    fn configure(&self, change: impl FnOnce(String) -> String) -> Result<(), RigError> {
+        let file = self.folder.join("agent.toml");
+        let cannot = || RigError::io("cannot write an agent's configuration");
+        let text = fs::read_to_string(&file).map_err(cannot())?;
+        fs::write(file, change(text)).map_err(cannot())
     }
 
     /// The redis-servers of the stores here, by their working directories, which are the stores'.
@@ -148,50 +152,6 @@ impl Agent {
     /// What this host calls by the shared storage's name.
     fn storage(&self) -> PathBuf {
         if self.host < 2 { self.shared() } else { self.folder.join("not-shared") }
-    }
-
-    fn make_disk(&self, disk: Disk) -> std::io::Result<String> {
-        use std::os::unix::fs::PermissionsExt;
-        let (file, path, format, key) = match disk {
-            Disk::None => return Ok(String::new()),
-            Disk::Raw | Disk::Busy(_) => (self.disk(), "disk".to_owned(), "raw", String::new()),
-            Disk::Cd => (self.disk(), "disk".to_owned(), "raw", self.make_cd()?),
-            Disk::Overlay => (self.disk(), "disk".to_owned(), "qcow2", String::new()),
-            Disk::Firmware => (self.disk(), "disk".to_owned(), "raw", "nvram = true\n".to_owned()),
-            Disk::Shared => {
-                let file = self.shared().join("disk.raw");
-                let key = format!("shared_storage = \"{STORAGE}\"\n");
-                (file.clone(), file.display().to_string(), "raw", key)
-            }
-        };
-        match disk {
-            Disk::Overlay => self.make_overlay(&file)?,
-            Disk::Busy(busy) => File::create(&file)?.set_len(busy.image)?,
-            Disk::Firmware => drop(fs::copy(FRESH_NVRAM, &file)?),
-            _ => File::create(&file)?.set_len(DISK_BYTES)?,
-        }
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
-        Ok(format!("[[disk]]\npath = \"{path}\"\nformat = \"{format}\"\n{key}"))
-    }
-
-    /// Its part of the definition, which follows the disk's.
-    fn make_cd(&self) -> std::io::Result<String> {
-        let content: Vec<u8> = (0..CD_BYTES).map(|at| (at.wrapping_mul(at) >> 11) as u8).collect();
-        fs::write(self.cd(), content)?;
-        Ok("[[disk]]\npath = \"cd.iso\"\nformat = \"raw\"\ncdrom = true\n".to_owned())
-    }
-
-    /// On a base of which every host has its own copy at the same place beside its disks.
-    fn make_overlay(&self, file: &Path) -> std::io::Result<()> {
-        let folders = (0..HOSTS).map(|host| self.folder.with_file_name(host_name(host)));
-        for folder in folders {
-            File::create(folder.join("base.raw"))?.set_len(DISK_BYTES)?;
-        }
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "../base.raw"])
-            .arg(file)
-            .status()?;
-        if made.success() { Ok(()) } else { Err(ErrorKind::InvalidData.into()) }
     }
 
     /// Where its files are.
@@ -225,38 +185,6 @@ impl Agent {
         fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
     }
 
-    /// Defines the VM here, started with the host.
-    pub(super) fn define_vm(&self, disk: Disk) -> Result<(), RigError> {
-        let writes = match disk {
-            Disk::Raw | Disk::Overlay => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300"),
-            Disk::Cd => format!(" lb.disk={WRITTEN_BYTES} lb.disk_rate=300 lb.cd=1"),
-            Disk::Busy(busy) => format!(
-                " lb.disk={} lb.disk_block={} lb.disk_rate={} lb.disk_check={}",
-                busy.image,
-                busy.block,
-                busy.rate / busy.block,
-                busy.check_percent
-            ),
-            Disk::None | Disk::Shared | Disk::Firmware => String::new(),
-        };
-        // With less OVMF runs into a page fault of its own.
-        let (memory, firmware) = match disk {
-            Disk::Firmware => (256, "firmware = \"OVMF_CODE_4M.fd\"\n"),
-            _ => (128, ""),
-        };
-        let disk = self.make_disk(disk).map_err(RigError::io("cannot make a VM's disk"))?;
-        let definition = format!(
-            "name = \"{VM}\"\nmemory = \"{memory} MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
-             cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-             kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable \
-             mitigations=off lb.name={VM} lb.role=idle lb.region={} lb.dirty=100 lb.check=500{writes}\"\n\
-             profile = \"{PROFILE}\"\nautostart = true\n{firmware}{disk}",
-            24 << 20
-        );
-        fs::write(self.folder.join(format!("vms/{VM}.toml")), definition)
-            .map_err(RigError::io("cannot write a VM's definition"))
-    }
-
     /// Its namespace.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
@@ -270,6 +198,16 @@ impl Agent {
 
     fn run_dir(&self) -> RunDir {
         RunDir::new(&self.folder.join("qemu"), VM)
+    }
+
+    fn neighbours_run_dir(&self) -> RunDir {
+        RunDir::new(&self.folder.join("qemu"), NEIGHBOUR)
+    }
+
+    /// All that the neighbour's guest has said here on its serial line, while its QEMU is here.
+    #[must_use]
+    pub fn said_by_neighbour(&self) -> String {
+        fs::read_to_string(self.neighbours_run_dir().serial_log()).unwrap_or_default()
     }
 
     pub(super) fn log(&self) -> PathBuf {
@@ -292,7 +230,12 @@ impl Agent {
         self.log_from = log.metadata().map_or(0, |metadata| metadata.len());
         let again = log.try_clone().map_err(RigError::io("cannot open an agent's log"))?;
         // A mover of the next agent mounts what the QEMU of this one has to see.
-        let mut command = self.namespace.command_beside(&self.program.to_string_lossy());
+        let program = self.program.display();
+        let line = match &self.mounts {
+            Some(keeper) => format!("nsenter --mount=/proc/{}/ns/mnt {program}", keeper.pid()),
+            None => program.to_string(),
+        };
+        let mut command = self.namespace.command_beside(&line);
         command.arg("--config").arg(self.folder.join("agent.toml"));
         command.env("LIFEBOAT_LOG", "info,lifeboat_agent=debug").env("NO_COLOR", "1");
         if let Some(mark) = mark {
@@ -362,14 +305,40 @@ impl Agent {
         self.run_dir().claimed_pid().and_then(stat).is_some_and(alive)
     }
 
-    /// The power goes, and comes back: agent and QEMU die, what a reboot clears is gone, and the
-    /// next agent finds another boot. It is not started yet.
+    /// The processes that move disks here.
+    fn disk_processes(&self) -> Vec<u32> {
+        let folder = format!("{}/", self.folder.display());
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_here = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains("lifeboat-disk\0") && line.contains(&folder)
+        };
+        pids.filter(is_here).collect()
+    }
+
+    /// Takes away what was mounted beneath what a reboot clears, or clearing it would clear the images.
+    fn unmount_disks(&self) {
+        let table = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let cleared = self.folder.join("qemu");
+        let points = table.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+        for point in points.filter(|point| point.starts_with(&cleared)) {
+            let gone = Command::new("umount").arg("-l").arg(point).status();
+            assert!(gone.is_ok_and(|status| status.success()), "{} stays", point.display());
+        }
+    }
+
+    /// The power goes, and comes back: agent, QEMU and what moves disks die, what a reboot clears is
+    /// gone, and the next agent finds another boot. It is not started yet.
     ///
     /// # Errors
     /// When the files cannot be changed.
     pub fn lose_power(&mut self) -> Result<(), RigError> {
         self.kill();
         self.kill_qemu();
+        self.disk_processes().into_iter().for_each(kill);
+        self.unmount_disks();
         let cannot = || RigError::io("cannot clear what a reboot clears");
         let gone = clock::wait_for(START_LIMIT, || (!self.has_qemu()).then_some(()));
         gone.ok_or_else(|| cannot()(std::io::ErrorKind::TimedOut.into()))?;
@@ -443,6 +412,7 @@ impl Drop for Agent {
     fn drop(&mut self) {
         self.kill();
         self.kill_qemu();
+        self.neighbours_run_dir().claimed_pid().into_iter().for_each(kill);
         self.kill_stores();
     }
 }

@@ -25,6 +25,7 @@ pub mod witness;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use agent::Agent;
@@ -35,9 +36,12 @@ use witness::Witness;
 use crate::clock;
 use crate::rig::RigError;
 use crate::rig::network::Namespace;
+use crate::rig::program::run;
 
 /// The VM's name.
 pub const VM: &str = "vm";
+/// The name of the one beside it, in a world [with two](World::make_with_neighbour).
+pub const NEIGHBOUR: &str = "neighbour";
 /// How many hosts there are, but for a world [with stores](World::make_with_stores).
 pub const HOSTS: usize = 3;
 /// How many there are where pages wait elsewhere: a source, a destination, and what parity needs.
@@ -78,6 +82,14 @@ pub enum Disk {
     Firmware,
     /// The same as [`Self::Raw`], and a CD beside it, which its guest reads.
     Cd,
+    /// Two images of its host's, both written by its guest, and a part of them filled and discarded in turn.
+    Two {
+        /// The second one is in a directory of its own.
+        apart: bool,
+    },
+    /// The same as [`Self::Raw`] in qcow2, whose counts of references are written late and which has a bitmap
+    /// that is kept: what QEMU writes as it closes the image. A part of it is filled and discarded in turn.
+    Lazy,
     /// An image of its host's, all of it written again and again, as fast as that says.
     Busy(Busy),
 }
@@ -93,6 +105,28 @@ pub struct Busy {
     pub rate: u64,
     /// Blocks that it reads back and checks for 100 that it writes.
     pub check_percent: u64,
+    /// What its owner was promised that it may write, bytes/s; 0 for nothing.
+    pub promised: u64,
+}
+
+/// What there is in a world.
+struct Outline {
+    disk: Disk,
+    hosts: usize,
+    /// Hosts may keep what belongs to VMs that are between two others.
+    keep: bool,
+    links: Links,
+    /// Hosts show each other certificates.
+    secure: bool,
+    /// There is a second VM.
+    neighbour: bool,
+}
+
+impl Outline {
+    const fn of(disk: Disk) -> Self {
+        let links = Links::alike(control::CAPACITY);
+        Self { disk, hosts: HOSTS, keep: false, links, secure: false, neighbour: false }
+    }
 }
 
 /// The world. Everything in it ends when it is dropped; QEMUs end with the process's namespace.
@@ -121,7 +155,7 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, (HOSTS, false), Links::alike(control::CAPACITY))
+        Self::raise(number, images, Outline::of(disk))
     }
 
     /// The same, and its links carry so much, in bit/s: what the plan counts with, and what the agents
@@ -130,7 +164,35 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_on(number: usize, images: &Path, disk: Disk, link: u64) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, (HOSTS, false), Links::alike(link))
+        Self::raise(number, images, Outline { links: Links::alike(link), ..Outline::of(disk) })
+    }
+
+    /// The same, whose hosts show each other certificates.
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_secure(
+        number: usize,
+        images: &Path,
+        disk: Disk,
+        link: u64,
+    ) -> Result<Self, RigError> {
+        let links = Links::alike(link);
+        Self::raise(number, images, Outline { links, secure: true, ..Outline::of(disk) })
+    }
+
+    /// The same, with a second VM at the first host, which has a disk as [`Disk::Raw`].
+    ///
+    /// # Errors
+    /// When something of it does not start.
+    pub fn make_with_neighbour(
+        number: usize,
+        images: &Path,
+        disk: Disk,
+        link: u64,
+    ) -> Result<Self, RigError> {
+        let links = Links::alike(link);
+        Self::raise(number, images, Outline { links, neighbour: true, ..Outline::of(disk) })
     }
 
     /// The same, whose hosts may keep what belongs to VMs that are between two others; and the second
@@ -144,7 +206,8 @@ impl World {
         disk: Disk,
         (all, second): (u64, u64),
     ) -> Result<Self, RigError> {
-        Self::raise(number, images, disk, (HOSTS, true), Links { all, second })
+        let links = Links { all, second };
+        Self::raise(number, images, Outline { links, keep: true, ..Outline::of(disk) })
     }
 
     /// The same with five hosts, all of which may keep pages of VMs that are between two others.
@@ -152,17 +215,12 @@ impl World {
     /// # Errors
     /// When something of it does not start.
     pub fn make_with_stores(number: usize, images: &Path, disk: Disk) -> Result<Self, RigError> {
-        let links = Links::alike(control::CAPACITY);
-        Self::raise(number, images, disk, (HOSTS_WITH_STORES, true), links)
+        let hosts = HOSTS_WITH_STORES;
+        Self::raise(number, images, Outline { hosts, keep: true, ..Outline::of(disk) })
     }
 
-    fn raise(
-        number: usize,
-        images: &Path,
-        disk: Disk,
-        (hosts, keep): (usize, bool),
-        links: Links,
-    ) -> Result<Self, RigError> {
+    fn raise(number: usize, images: &Path, outline: Outline) -> Result<Self, RigError> {
+        let Outline { disk, hosts, keep, links, secure, neighbour } = outline;
         let folder = tempfile::tempdir().map_err(RigError::io("cannot make a temporary folder"))?;
         // QEMU's user must be able to pass through.
         let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
@@ -172,11 +230,19 @@ impl World {
         let mut agents = vec![];
         for host in 0..hosts {
             let namespace = Namespace::make(&format!("w{number}{}", host_name(host)))?;
-            let agent = Agent::prepare(host, namespace, folder.path(), images, &programs)?;
+            let mut agent = Agent::prepare(host, namespace, folder.path(), images, &programs)?;
             if keep {
                 agent.keep_stores()?;
             }
+            if disk == (Disk::Two { apart: true }) {
+                agent.give_second_room()?;
+            }
             agents.push(agent);
+        }
+        if secure {
+            let certificates = folder.path().join("certs");
+            make_certificates(&certificates, &programs, hosts)?;
+            agents.iter().try_for_each(|agent| agent.show_certificate(&certificates))?;
         }
         let mut relays = vec![];
         for from in 0..hosts {
@@ -192,6 +258,9 @@ impl World {
         }
         let witness = Witness::start(agents.iter().map(Agent::watched).collect());
         agents[0].define_vm(disk)?;
+        if neighbour {
+            agents[0].define_neighbour()?;
+        }
         for agent in &mut agents {
             agent.start(None)?;
         }
@@ -199,6 +268,14 @@ impl World {
         let world = Self { folder, agents, control, witness, relays };
         world.await_guest(0)?;
         Ok(world)
+    }
+
+    /// Makes certificates for all hosts in `folder`, by an authority of its own.
+    ///
+    /// # Errors
+    /// When `lifeboat` refuses.
+    pub fn make_certificates(&self, folder: &Path) -> Result<(), RigError> {
+        make_certificates(folder, &self.folder.path().join("programs"), self.agents.len())
     }
 
     /// Waits until the guest has said something new on its serial line.
@@ -260,6 +337,14 @@ impl World {
         let is_it = move |ends: (Host, Host)| ends == (one, other) || ends == (other, one);
         self.relays.iter().filter(move |relay| is_it(relay.ends()))
     }
+}
+
+fn make_certificates(folder: &Path, programs: &Path, hosts: usize) -> Result<(), RigError> {
+    let names: Vec<String> =
+        (0..hosts).map(|host| format!("{}=127.0.0.1", host_name(host))).collect();
+    let mut command = Command::new(programs.join("lifeboat"));
+    command.args(["certs", "init"]).arg(folder);
+    run(command.args(["--agent", &names.join(",")])).map(drop)
 }
 
 /// Others may build while the world lives: it keeps the programs that it began with.

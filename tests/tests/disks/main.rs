@@ -1,6 +1,8 @@
 //! A VM moves with its local disk: a guest writes patterns to it all the while, checks them, and its
 //! count of writes moves with its memory. Vetoed, it runs on where it was. Processes are killed, links
-//! fall silent. Or its disk follows it ([`a_disk_that_follows`], [`a_disk_by_way_of_another`]).
+//! fall silent. Or its disk follows it ([`a_disk_that_follows`], [`a_disk_by_way_of_another`]), its hosts fail
+//! ([`a_disk_whose_hosts_fail`]), it has two disks or is one of two VMs ([`several_disks`]).
+//! What else was agreed: [`agreements`].
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
 //! guest.
@@ -8,7 +10,11 @@
 // Tests begin in the order of their names; the longest one is here, and should not begin last.
 mod a_disk_by_way_of_another;
 mod a_disk_that_follows;
+mod a_disk_whose_hosts_fail;
+mod agreements;
+mod several_disks;
 
+use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -33,6 +39,22 @@ const STILL_AT: u64 = 32 << 20;
 const STILL: u32 = 28 << 20;
 /// One round of checks over all that is written.
 const ROUND: u64 = 2048;
+
+/// What the guest never writes, beyond what it writes all the while.
+fn still() -> Vec<u8> {
+    (0..STILL).map(|at| (at >> 9) as u8 | 1).collect()
+}
+
+fn fill_still(image: &Path) {
+    let image = File::options().write(true).open(image).unwrap();
+    image.write_all_at(&still(), STILL_AT).unwrap();
+}
+
+fn assert_has_still(image: &Path) {
+    let mut found = vec![0; STILL as usize];
+    File::open(image).unwrap().read_exact_at(&mut found, STILL_AT).unwrap();
+    assert!(found == still(), "{}", image.display());
+}
 
 /// It runs there, its disk fits its memory, and it goes on writing.
 fn assert_at(world: &World, host: Host) {
@@ -193,10 +215,7 @@ fn a_disk_that_was_copied_ahead_sends_only_what_differs() {
     let name = "a_disk_that_was_copied_ahead_sends_only_what_differs";
     in_a_world(name, 10, Disk::Raw, |world| {
         await_more(world, 0, "disk_checks", ROUND);
-        // What the guest never writes, and what it writes all the while before that.
-        let still: Vec<u8> = (0..STILL).map(|at| (at >> 9) as u8 | 1).collect();
-        let image = std::fs::File::options().write(true).open(world.agents[0].disk()).unwrap();
-        image.write_all_at(&still, STILL_AT).unwrap();
+        fill_still(&world.agents[0].disk());
         let copied = world.control.ask("preseed vm --to h2 --limit 1000").unwrap();
         assert_eq!(copied["phase"], "done", "{copied}");
         let first = copied["bytes_sent"].as_u64().unwrap();
@@ -231,10 +250,7 @@ fn a_disk_that_was_copied_ahead_sends_only_what_differs() {
         evacuate(world, 0, 1);
         assert_at(world, 1);
         assert_eq!(files(world, 1), ["disk"]);
-        let mut arrived = vec![0; still.len()];
-        let image = std::fs::File::open(world.agents[1].disk()).unwrap();
-        image.read_exact_at(&mut arrived, STILL_AT).unwrap();
-        assert!(arrived == still);
+        assert_has_still(&world.agents[1].disk());
         let none = || listed().is_empty().then_some(());
         assert!(clock::wait_for(PATIENCE, none).is_some(), "{:?}", listed());
     });
@@ -346,7 +362,7 @@ fn await_cd_read(world: &World, host: Host, content: &str) {
 
 /// As the guest counts it.
 fn md5(file: &Path) -> String {
-    let said = Command::new("md5sum").stdin(std::fs::File::open(file).unwrap()).output().unwrap();
+    let said = Command::new("md5sum").stdin(File::open(file).unwrap()).output().unwrap();
     String::from_utf8(said.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
 }
 
@@ -399,7 +415,7 @@ fn a_cd_goes_along_where_it_is_not_there_and_stays_where_it_is() {
 
 /// Takes all the room that is left.
 fn fill(file: &Path) {
-    let mut file = std::fs::File::create(file).unwrap();
+    let mut file = File::create(file).unwrap();
     let full = loop {
         if let Err(error) = file.write_all(&[1; 1 << 16]) {
             break error;

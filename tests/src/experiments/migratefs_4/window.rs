@@ -72,7 +72,8 @@ pub(super) async fn measure(
     record: &mut Record,
 ) -> Result<(), RigError> {
     let (images, quick) = (setting.images.to_owned(), setting.quick);
-    let busy = Busy { image: image(quick), block: BLOCK, rate: WANTED, check_percent: 25 };
+    let busy =
+        Busy { image: image(quick), block: BLOCK, rate: WANTED, check_percent: 25, promised: 0 };
     let raise = move || World::make_on(1, &images, Disk::Busy(busy), LINK_BITS);
     let mut world = tasks::blocking(raise).await?;
     for run in 0..runs {
