@@ -1,11 +1,12 @@
 //! A host is emptied by post-copy, and another by scatter-gather over three intermediaries, through
-//! the operator's command; the guest goes on and finds its memory whole. And ([`refused`]) those that
-//! cannot move in this way are refused by a plan.
+//! the operator's command; the guest goes on and finds its memory whole. ([`racks`]) A rack is emptied, and what
+//! keeps its pages is in another one. And ([`refused`]) those that cannot move in this way are refused by a plan.
 //!
 //! Real QEMU, redis-server, agents and controller as processes, in one network namespace; needs root
 //! and `lab/image`'s guest. QEMU's user needs userfaultfd: the machine's setting is put back.
 
 mod left_out;
+mod racks;
 mod refused;
 mod site;
 

@@ -28,6 +28,8 @@ impl Drop for Process {
 pub(crate) struct Begin<'a> {
     /// Hosts `h1` and so on; the link of the last one is a twentieth of the others'.
     pub(crate) hosts: u16,
+    /// The rack of each; none: all are in one.
+    pub(crate) racks: &'a [&'a str],
     /// QEMU, where it is not the installed one.
     pub(crate) qemu: Option<&'a Path>,
     /// Definitions of h1, by name.
@@ -41,7 +43,7 @@ pub(crate) struct Begin<'a> {
 impl<'a> Begin<'a> {
     /// So many hosts, with these guests at the first.
     pub(crate) fn of(hosts: u16, vms: &'a [(&'a str, String)]) -> Self {
-        Self { hosts, qemu: None, vms, profiles: &[], redis: None }
+        Self { hosts, racks: &[], qemu: None, vms, profiles: &[], redis: None }
     }
 }
 
@@ -81,7 +83,7 @@ impl Site {
         for number in 1..=hosts {
             site.agents.push(site.agent(number, images, begin));
         }
-        fs::write(site.folder.join("lab.toml"), site.configuration()).unwrap();
+        fs::write(site.folder.join("lab.toml"), site.configuration(begin.racks)).unwrap();
         site.start_controller();
         site
     }
@@ -122,7 +124,7 @@ impl Site {
         spawn("lifeboat-agent", &["--config", &file], &own.join("agent.log"))
     }
 
-    fn configuration(&self) -> String {
+    fn configuration(&self, racks: &[&str]) -> String {
         let dir = self.folder.display();
         let mut text = format!(
             "[controller]\nlisten = [\"unix:{dir}/controller.sock\"]\nstate_dir = \"{dir}/controller\"\n\
@@ -132,10 +134,12 @@ impl Site {
         for number in 1..=self.hosts {
             let name = format!("h{number}");
             let capacity = if number == self.hosts { "20 Mbit/s" } else { "400 Mbit/s" };
+            let rack = racks.get(usize::from(number - 1));
+            let rack = rack.map(|rack| format!("rack = \"{rack}\"\n")).unwrap_or_default();
             text.push_str(&format!(
                 "[[host]]\nname = \"{name}\"\nagent = \"unix:{dir}/{name}/agent.sock\"\n\
                  ovsdb = \"unix:{dir}/no-switch.sock\"\nbridge = \"br0\"\nuplink = \"{name}-eth0\"\n\
-                 address = \"127.0.0.1\"\n\
+                 address = \"127.0.0.1\"\n{rack}\
                  [[link]]\na = \"s1:s1-{name}\"\nb = \"{name}:{name}-eth0\"\ncapacity = \"{capacity}\"\n"
             ));
         }
