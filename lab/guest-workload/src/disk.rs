@@ -135,7 +135,7 @@ impl Load {
         let mut pace = Pace::new(self.plan.rate, BURST, 1, clock.now());
         let mut trim_at = clock.now() + TRIM_EVERY;
         let found = |wrong: Option<String>| {
-            for wrong in wrong {
+            if let Some(wrong) = wrong {
                 count_error(&counts);
                 let _ = tell.send(wrong);
             }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::disk::fuse::{Expiry, Hook, Image, Op, Request};
-use crate::disk::track::{BlockSize, DirtyMap};
+use crate::disk::track::DirtyMap;
 
 /// What has changed, by image.
 pub(super) struct Tracked {
@@ -72,7 +72,9 @@ impl Tracked {
                     block.range(run.start, length).start..block.range(run.end - 1, length).end;
                 if reset {
                     // Before it is told: what is changed from here on is told the next time.
-                    run.for_each(|block| drop(map.take_one(block)));
+                    for block in run {
+                        map.take_one(block);
+                    }
                     taken.0.push((Arc::clone(&map), bytes.clone()));
                 }
                 writeln!(to, "{} {} {name}", bytes.start, bytes.end - bytes.start)?;
