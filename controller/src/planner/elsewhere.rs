@@ -108,7 +108,9 @@ impl Planner {
                         chosen.ahead = ahead(&goes.figures, sent, factor);
                     }
                     let sooner = chosen.ahead.map_or(Duration::ZERO, |ahead| ahead.sooner);
-                    goes.eviction = Some(all.saturating_sub(sooner));
+                    // Without a reservation nobody knows how fast pages leave.
+                    goes.eviction =
+                        (sent != BytesPerSec::ZERO).then(|| all.saturating_sub(sooner));
                     let ways = self.store_ways(&goes.source, &chosen, order.urgency).await;
                     goes.store_hops = ways.into_iter().flatten().collect();
                     goes.stores = Some(chosen);
