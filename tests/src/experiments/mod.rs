@@ -180,7 +180,7 @@ pub async fn run(name: &str, setting: Setting<'_>) -> Option<Result<Record, RigE
         solive::three::NAME => Some(solive::three::run(setting)),
         solive::six::NAME => Some(solive::six::run(setting)),
         solive::seven::NAME => Some(solive::seven::run(setting)),
-        solive::eight::NAME => Some(solive::eight::run(setting)),
+        solive::eight::NAME => Some(solive::eight::run(setting).await),
         livefs::five::NAME => Some(livefs::five::run(setting).await),
         livefs::six::NAME => Some(livefs::six::run(setting).await),
         livefs::seven::NAME => Some(livefs::seven::run(setting).await),

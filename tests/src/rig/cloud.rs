@@ -16,6 +16,7 @@ use lifeboat_lab::scenario::{self, Scenario, Vm};
 use serde_json::Value;
 
 use super::RigError;
+use super::network::Namespace;
 use super::private::built;
 use super::program::{run, words};
 use crate::clock;
@@ -163,6 +164,26 @@ impl Cloud {
     #[must_use]
     pub fn database(&self, host: &str) -> PathBuf {
         self.lab.join("run").join(host).join("ovs/db.sock")
+    }
+
+    /// A node's network, for programs that are not in the cloud otherwise.
+    ///
+    /// # Errors
+    /// When the cloud has no such node.
+    pub fn namespace(&self, node: &str) -> Result<Namespace, RigError> {
+        let read = |name: &str| {
+            let text = fs::read_to_string(self.lab.join("run").join(name));
+            text.map_err(RigError::io(format!("cannot read the cloud's {name}")))
+        };
+        let state: Value =
+            serde_json::from_str(&read("state.json")?).map_err(RigError::refused("a state"))?;
+        let inside = state["nodes"][node].as_u64();
+        let inside =
+            inside.ok_or_else(|| RigError::refused("a cloud")(format!("it has no node {node}")))?;
+        // Its processes have numbers of their own: those of its first one's /proc.
+        let first = read("init.pid")?;
+        let file = format!("/proc/{}/root/proc/{inside}/ns/net", first.trim());
+        Ok(Namespace::at(PathBuf::from(file)))
     }
 
     /// A program on a node, for as long as what is returned lives.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
@@ -14,17 +15,31 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::RigError;
 use super::program::{run, words};
 
-/// A network namespace: one with a name, or the program's own (where the switch is).
+/// A network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Namespace {
-    name: Option<String>,
+pub struct Namespace(Which);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Which {
+    /// The program's own, where the switch is.
+    Own,
+    /// One with a name.
+    Named(String),
+    /// One that somebody else has made: the file that stands for it.
+    At(PathBuf),
 }
 
 impl Namespace {
     /// The one that the program is in.
     #[must_use]
     pub const fn own() -> Self {
-        Self { name: None }
+        Self(Which::Own)
+    }
+
+    /// One that is there: `file` stands for it, as `/proc/PID/ns/net` does.
+    #[must_use]
+    pub const fn at(file: PathBuf) -> Self {
+        Self(Which::At(file))
     }
 
     /// Makes one.
@@ -33,7 +48,7 @@ impl Namespace {
     /// When the name is taken or the system does not allow it.
     pub fn make(name: &str) -> Result<Self, RigError> {
         run(&mut words(&format!("ip netns add {name}")))?;
-        let made = Self { name: Some(name.to_owned()) };
+        let made = Self(Which::Named(name.to_owned()));
         run(&mut made.command("ip link set lo up"))?;
         Ok(made)
     }
@@ -41,9 +56,9 @@ impl Namespace {
     /// A program in it, from a line of words. It becomes the program: the process id is its own.
     #[must_use]
     pub fn command(&self, line: &str) -> Command {
-        match &self.name {
-            Some(name) => words(&format!("ip netns exec {name} {line}")),
-            None => words(line),
+        match &self.0 {
+            Which::Named(name) => words(&format!("ip netns exec {name} {line}")),
+            Which::Own | Which::At(_) => self.command_beside(line),
         }
     }
 
@@ -51,15 +66,28 @@ impl Namespace {
     /// mount namespace of its own, in which one that is started later does not see what was mounted.
     #[must_use]
     pub fn command_beside(&self, line: &str) -> Command {
-        match &self.name {
-            Some(name) => words(&format!("nsenter --net=/run/netns/{name} {line}")),
+        match self.file() {
+            Some(file) => words(&format!("nsenter --net={} {line}", file.display())),
             None => words(line),
+        }
+    }
+
+    /// What stands for it; `None` for the program's own.
+    fn file(&self) -> Option<PathBuf> {
+        match &self.0 {
+            Which::Own => None,
+            Which::Named(name) => Some(PathBuf::from(format!("/run/netns/{name}"))),
+            Which::At(file) => Some(file.clone()),
         }
     }
 
     /// `netns NAME`, where `ip link` is to put an end there.
     fn place(&self) -> String {
-        self.name.as_ref().map_or_else(String::new, |name| format!("netns {name}"))
+        match &self.0 {
+            Which::Own => String::new(),
+            Which::Named(name) => format!("netns {name}"),
+            Which::At(file) => format!("netns {}", file.display()),
+        }
     }
 
     /// Does `work` on a thread in it, and returns the thread.
@@ -70,11 +98,8 @@ impl Namespace {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<thread::JoinHandle<Result<T, RigError>>, RigError> {
-        let path = match &self.name {
-            Some(name) => format!("/run/netns/{name}"),
-            None => "/proc/self/ns/net".to_owned(),
-        };
-        let cannot = format!("cannot enter the namespace {path}");
+        let path = self.file().unwrap_or_else(|| PathBuf::from("/proc/self/ns/net"));
+        let cannot = format!("cannot enter the namespace {}", path.display());
         let file = File::open(path).map_err(RigError::io(cannot.clone()))?;
         Ok(thread::spawn(move || {
             move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
