@@ -12,10 +12,15 @@
 //! agent's own count, from the request read off QEMU to the page written to QEMU, of pages that were in a
 //! store when they were asked for. What of the background overtook a page is the agent's count, too.
 //!
+//! A page that is still at the source is asked of it straight, where the paper has the source put it into a store
+//! first: `ways` measures both over the same links, once the guest has been ended.
+//!
 //! What others show: SOLive (V-B) names the wait for faults as the price of scatter-gather, and states
 //! no figure.
 //!
 //! `solive-5` moves the same guest between the same hosts, in packs of several sizes.
+
+mod ways;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,6 +39,7 @@ use lifeboat_scatter_gather::page::PackId;
 use lifeboat_scatter_gather::store::{Key, KeySpace, Login, RedisStore, Secret, User};
 use serde_json::json;
 
+use self::ways::{BESIDE, WAYS, Way, Ways};
 use super::Setting;
 use super::machine::machine;
 use super::twins::lives;
@@ -79,6 +85,13 @@ const OVERTAKEN: &str = "batches_that_overtook_a_fault_at_most";
 pub(super) const WRONG: &str = "wrong_bytes_reported";
 const CASE: &str = "while the destination gathers";
 
+/// What every link carries while pages come by several ways, as the lab's.
+const LINK: u64 = 200_000_000;
+/// Pages by each way, in all and with nothing beside them in each round.
+const PAGES_LEAST: usize = 1000;
+/// Rounds of these: a full link takes its time.
+const ROUNDS_OF_WAYS: usize = 5;
+
 /// Raises three hosts, moves the guest to and fro, judges.
 ///
 /// # Errors
@@ -94,6 +107,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
         record.samples.push(Sample { case: CASE.to_owned(), run, figures });
         setting.keep(&record, run + 1, runs);
     }
+    rig.ways(runs.min(ROUNDS_OF_WAYS), &setting, &mut record).await?;
     record.checks = checks(&record);
     Ok(record)
 }
@@ -117,6 +131,7 @@ fn blank(setting: &Setting<'_>, runs: usize) -> Record {
             "value_bytes": Width::WHOLE.slot_bytes(true),
             "microseconds_between_bare_gets": PAUSE.as_micros() as u64,
             "store_link": "TLS 1.3 over one userspace Open vSwitch bridge, unshaped",
+            "link_bits_per_sec_of_pages_by_several_ways": LINK,
         }),
         samples: Vec::new(),
         checks: Vec::new(),
@@ -126,7 +141,7 @@ fn blank(setting: &Setting<'_>, runs: usize) -> Record {
 fn checks(record: &Record) -> Vec<Check> {
     let figures = |name: &str| record.figures(CASE, name);
     let waits: Vec<(f64, f64)> = figures(FAULT).into_iter().zip(figures(GET)).collect();
-    vec![
+    let mut checks = vec![
         Check::median(
             "p99 of a fault from the store, times that of a bare GET in the same run",
             Bound::AtMost(3.0),
@@ -135,12 +150,26 @@ fn checks(record: &Record) -> Vec<Check> {
         Check::worst("faults served from the store", Bound::AtLeast(1000.0), &figures(SERVED)),
         Check::worst("bare GETs beside them", Bound::AtLeast(1000.0), &figures(GETS)),
         Check::worst(
-            "batches of the background that began behind a fault and came before it",
+            "batches of the background that ended while a fault was waited for",
             Bound::AtMost(1.0),
             &figures(OVERTAKEN),
         ),
         Check::worst("wrong bytes reported by a guest", Bound::AtMost(0.0), &figures(WRONG)),
-    ]
+    ];
+    for beside in BESIDE {
+        let (ours, theirs) =
+            (ways::case(Way::Straight, beside), ways::case(Way::ThroughStore, beside));
+        for (name, figure) in [("half wait at most", ways::HALF), ("99 %", ways::MOST)] {
+            let claim = format!("{ours}: what {name}, ratio to the paper's way by a store");
+            let pairs = ratios(&record.pairs(&ours, &theirs, figure));
+            checks.push(Check::median(&claim, Bound::AtMost(1.0), &pairs));
+        }
+        let asked =
+            WAYS.map(|way| record.figures(&ways::case(way, beside), ways::NUMBER).iter().sum());
+        let claim = format!("{ours}: pages by this way and by each that it is compared with");
+        checks.push(Check::worst(&claim, Bound::AtLeast(PAGES_LEAST as f64), &asked));
+    }
+    checks
 }
 
 /// How the guest's pages go.
@@ -211,6 +240,43 @@ impl Rig {
         };
         let identities = [identity(a)?, identity(b)?];
         Ok(Self { namespaces, agents, identities, _switch: switch })
+    }
+
+    /// Ends the guest, and asks for pages by several ways.
+    ///
+    /// # Errors
+    /// When a page does not come.
+    async fn ways(
+        &mut self,
+        rounds: usize,
+        setting: &Setting<'_>,
+        record: &mut Record,
+    ) -> Result<(), RigError> {
+        const MIGRATION: &str = "ways";
+        let guest_at = record.samples.len() % 2;
+        self.agents[guest_at].stop_vm(VM).await?;
+        // The source's uplink, and what the switch sends to each of them.
+        network::limit(&self.namespaces[0], "eth0", Some(LINK))?;
+        for port in PORTS {
+            network::limit(&Namespace::own(), port, Some(LINK))?;
+        }
+        let store = self.agents[2].store(MIGRATION, VM, ROOM).await?;
+        let host = |index: usize| (self.namespaces[index].clone(), self.identities[index].clone());
+        let mut ways = Ways::raise(&[host(0), host(1)], store, MIGRATION).await?;
+        for run in 0..rounds {
+            for beside in BESIDE {
+                let pages = match beside {
+                    ways::Beside::Nothing => PAGES_LEAST,
+                    ways::Beside::Scattering => PAGES_LEAST.div_ceil(rounds),
+                };
+                for (way, figures) in WAYS.into_iter().zip(ways.faults(pages, beside).await?) {
+                    record.samples.push(Sample { case: ways::case(way, beside), run, figures });
+                }
+            }
+            setting.keep(record, run + 1, rounds);
+        }
+        ways.end()?;
+        self.agents[2].release(MIGRATION).await
     }
 
     /// Moves the guest to the other host. `run` counts these moves.
@@ -290,11 +356,7 @@ impl Bare {
     ) -> Result<Self, RigError> {
         let address: SocketAddr =
             at.address.parse().map_err(RigError::refused("a store's address"))?;
-        let migration = MigrationId::new(migration).map_err(RigError::refused("a name"))?;
-        let user = User { name: at.user.clone(), secret: Secret::given(at.secret.clone()) };
-        let keys = KeySpace::new(&migration);
-        let login = Login { user, keys, patience: PATIENCE, expected: None };
-        let store = stores::connect(from, address, &login, identity).await?;
+        let store = stores::connect(from, address, &login(at, migration)?, identity).await?;
         let key = store.keys().pack(BARE);
         let value = vec![7; Width::WHOLE.slot_bytes(true)];
         store.put(&key, &value).await.map_err(RigError::refused("a value"))?;
@@ -312,6 +374,17 @@ impl Bare {
         }
         Ok(waits)
     }
+}
+
+fn migration_id(name: &str) -> Result<MigrationId, RigError> {
+    MigrationId::new(name).map_err(RigError::refused("a name"))
+}
+
+/// How a migration comes into its store.
+fn login(at: &PageStore, migration: &str) -> Result<Login, RigError> {
+    let user = User { name: at.user.clone(), secret: Secret::given(at.secret.clone()) };
+    let keys = KeySpace::new(&migration_id(migration)?);
+    Ok(Login { user, keys, patience: PATIENCE, expected: None })
 }
 
 /// The wait that `percent` of all do not exceed, in microseconds. `waits` ascend.
