@@ -109,8 +109,7 @@ impl Planner {
                     }
                     let sooner = chosen.ahead.map_or(Duration::ZERO, |ahead| ahead.sooner);
                     // Without a reservation nobody knows how fast pages leave.
-                    goes.eviction =
-                        (sent != BytesPerSec::ZERO).then(|| all.saturating_sub(sooner));
+                    goes.eviction = (sent != BytesPerSec::ZERO).then(|| all.saturating_sub(sooner));
                     let ways = self.store_ways(&goes.source, &chosen, order.urgency).await;
                     goes.store_hops = ways.into_iter().flatten().collect();
                     goes.stores = Some(chosen);

@@ -441,16 +441,21 @@ impl Driver {
 
     async fn take_answer(&mut self, (store, object, answer): Put) -> Result<(), Failure> {
         let mut actions = Vec::new();
-        match answer {
-            Ok(()) => self.apply(Event::Acked(store, object), &mut actions)?,
-            Err(StoreError::Full(_)) => self.apply(Event::Full(store, object), &mut actions)?,
+        let event = match &answer {
+            Ok(()) => Event::Acked(store, object),
+            Err(StoreError::Full(_)) => Event::Full(store, object),
             Err(error) => {
                 tracing::warn!(store = store.0, %error, "a store is lost");
-                if let Err(failure) = self.apply(Event::Lost(store), &mut actions) {
-                    // Whoever looks for another way has to know whose fault it was.
-                    let at = self.ahead.place(store);
-                    return Err(at.map_or(failure, |at| StoreLinkError::of(at, error).into()));
-                }
+                Event::Lost(store)
+            }
+        };
+        match (self.apply(event, &mut actions), answer) {
+            (Ok(()), _) => {}
+            (Err(failure), Ok(())) => return Err(failure),
+            // Whoever looks for another way has to know whose fault it was.
+            (Err(failure), Err(error)) => {
+                let at = self.ahead.place(store);
+                return Err(at.map_or(failure, |at| StoreLinkError::of(at, error).into()));
             }
         }
         self.perform(actions).await
