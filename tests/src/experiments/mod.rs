@@ -198,6 +198,7 @@ pub fn plots(record: &Record) -> Vec<plot::Plot> {
     match record.name.as_str() {
         reservation::NAME => vec![reservation::plot(record)],
         solive_5::NAME => solive_5::plots(record),
+        eviction::NAME => eviction::plots(record),
         tenant::NAME => vec![tenant::plot(record)],
         solive::three::NAME => solive::three::plots(record),
         solive::six::NAME => solive::six::plots(record),

@@ -32,7 +32,7 @@ struct Args {
     /// What the contested link carries, in Mbit/s (`reservation`): less for a slow machine.
     #[arg(long, value_parser = clap::value_parser!(u64).range(4..=10_000))]
     link_mbit: Option<u64>,
-    /// Only the cases in whose name one of these stands (`solive-8`).
+    /// Only the cases in whose name one of these stands (`solive-8`, `eviction`, `downtime`).
     #[arg(long)]
     only: Vec<String>,
     /// With `list`: names only.
