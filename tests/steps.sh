@@ -226,6 +226,14 @@ documentation() {
     step doc env RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' cargo doc --workspace --no-deps || true
 }
 
+# What pages go through, once and as briefly as criterion allows: a benchmark that nobody runs no longer runs. Those
+# that have a bound print it, and end with 1 where it is broken.
+benchmarks() {
+    step bench-stream cargo bench -p lifeboat-agent --bench stream -- --quick || true
+    step bench-pages cargo bench -p lifeboat-scatter-gather --bench pages -- --quick || true
+    step bench-store cargo bench -p lifeboat-scatter-gather --bench store || true
+}
+
 # The demonstration with its own checks, and a first look at every experiment.
 all_experiments() {
     local name
