@@ -36,6 +36,8 @@
 mod disk;
 mod intermediary;
 
+pub use disk::DiskSettings;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,7 +46,6 @@ use lifeboat_protocol::ids::HostId;
 use lifeboat_protocol::units::{Bytes, text};
 use serde::Deserialize;
 
-use crate::disk::parameters::{ParameterError, Parameters};
 use crate::qemu::launch::Accelerator;
 use crate::qemu::process::User;
 use crate::toml_file::{self, FileError, SyntaxError};
@@ -83,17 +84,6 @@ pub enum Listen {
     Tcp(SocketAddr),
     /// A unix socket, root's alone.
     Unix(PathBuf),
-}
-
-/// What becomes of local disks.
-#[derive(Debug, Clone)]
-pub struct DiskSettings {
-    /// Where disks may arrive; the first is where those are that a definition gives a name only.
-    pub directories: Vec<PathBuf>,
-    /// How long a disk is kept whose VM has left.
-    pub kept_for: Duration,
-    /// How they leave.
-    pub parameters: Parameters,
 }
 
 /// The configuration, checked.
@@ -165,7 +155,7 @@ pub enum ConfigProblem {
     Nothing,
     /// How disks cannot leave.
     #[error(transparent)]
-    Disk(#[from] ParameterError),
+    Disk(#[from] disk::ParameterError),
 }
 
 /// Why the configuration cannot be used.

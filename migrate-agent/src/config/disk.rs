@@ -9,14 +9,29 @@
 //! busy_threshold = 1.0                # busy is what ranks so many times above the average
 //! ```
 //!
-//! Not here: where disks may arrive, and what belongs to one migration.
+//! Not here: the keys about disks outside of it (`disk_dirs`), and what belongs to one migration.
+
+use std::path::PathBuf;
+use std::time::Duration;
 
 use lifeboat_protocol::units::Bytes;
 use serde::Deserialize;
 
 use super::intermediary::optional;
 use super::{Checked, ConfigProblem};
-use crate::disk::parameters::{Numbers, ParameterError, Parameters};
+pub(super) use crate::disk::parameters::ParameterError;
+use crate::disk::parameters::{Numbers, Parameters};
+
+/// What becomes of local disks.
+#[derive(Debug, Clone)]
+pub struct DiskSettings {
+    /// Where disks may arrive; the first is where those are that a definition gives a name only.
+    pub directories: Vec<PathBuf>,
+    /// How long a disk is kept whose VM has left.
+    pub kept_for: Duration,
+    /// How they leave.
+    pub parameters: Parameters,
+}
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
