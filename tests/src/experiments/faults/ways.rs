@@ -373,7 +373,7 @@ async fn serve_through(
                 width: pack.width,
                 store: StoreId(0),
                 protection: Protection::None,
-                pages: vec![at],
+                pages: vec![Some(at)],
             });
             writer.send(&note).await.map_err(RigError::refused("to tell of a page"))?;
         }
