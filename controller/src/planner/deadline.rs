@@ -52,7 +52,7 @@ pub(super) fn keep(
         let others = total.saturating_sub(own);
         let window = window.saturating_sub(others);
         let (need, found) = Terms::of(one).settle(window);
-        let (limit, note) = judge(one, found);
+        let (limit, note) = judge(one, found, others);
         let copying = millis(window.saturating_sub(need.vmm_time));
         let in_step_by = UnixMs(now.0.saturating_add(copying));
         let may_throttle = !one.disk_promise.unthrottled;
@@ -66,6 +66,12 @@ pub(super) fn keep(
 fn aimed_at(window: Duration) -> Duration {
     let margin = (window / MARGIN + Duration::from_secs(1)).min(MARGIN_MOST);
     window.saturating_sub(margin)
+}
+
+/// The date to ask for, so that this is aimed at: [`aimed_at`] backwards.
+fn asked_for(aimed: Duration) -> Duration {
+    let with_share = aimed.saturating_add(Duration::from_secs(1)).saturating_mul(MARGIN);
+    (with_share / (MARGIN - 1)).min(aimed.saturating_add(MARGIN_MOST))
 }
 
 /// What is known of a VM before it goes.
@@ -133,7 +139,8 @@ impl<'a> Terms<'a> {
     }
 }
 
-fn judge(goes: &Goes, found: Verdict) -> (Option<BytesPerSec>, Option<String>) {
+/// What it is held to, and what the operator should know; `others` go before it or after it.
+fn judge(goes: &Goes, found: Verdict, others: Duration) -> (Option<BytesPerSec>, Option<String>) {
     let (vm, promise) = (&goes.figures, goes.disk_promise);
     match found {
         Verdict::Free => (None, None),
@@ -153,15 +160,16 @@ fn judge(goes: &Goes, found: Verdict) -> (Option<BytesPerSec>, Option<String>) {
         }
         Verdict::Conflict(choices) => {
             let kept = (!promise.unthrottled).then_some(promise.rate.max(SLOWEST));
-            (kept, Some(conflict(vm, promise, &choices)))
+            (kept, Some(conflict(vm, promise, &choices, others)))
         }
     }
 }
 
 /// What it would take; each alone does.
-fn conflict(vm: &MeasuredVm, promise: DiskPromise, choices: &Choices) -> String {
+fn conflict(vm: &MeasuredVm, promise: DiskPromise, choices: &Choices, others: Duration) -> String {
     let mut ways = Vec::new();
-    ways.extend(choices.window.map(|window| format!("--by {}s", window.as_secs() + 1)));
+    let by = choices.window.map(|window| asked_for(window.saturating_add(others)));
+    ways.extend(by.map(|by| format!("--by {}s", by.as_secs() + 1)));
     let reserve = |rate: BytesPerSec| format!("{} of network for it", rate.bits_per_sec());
     ways.extend(choices.network.map(reserve));
     ways.extend(choices.limit.map(|rate| format!("a promise of at most {}", shown(rate))));
@@ -218,6 +226,28 @@ mod tests {
     }
 
     #[test]
+    fn the_date_that_is_named_would_do() {
+        let vm = vm();
+        let promise = DiskPromise { rate: BytesPerSec(10_000_000), unthrottled: false };
+        let terms = Terms { promise, ..terms(&vm, 20_000_000) };
+        let Verdict::Conflict(choices) = terms.settle(Duration::from_secs(40)).1 else { panic!() };
+        let named = Duration::from_secs(asked_for(choices.window.unwrap()).as_secs() + 1);
+        let (need, found) = terms.settle(aimed_at(named));
+        assert!(
+            matches!(found, Verdict::Limit(rate) if rate >= promise.rate),
+            "{found:?} {need:?}"
+        );
+        for seconds in 0..4000 {
+            let aimed = Duration::from_secs(seconds);
+            let asked = Duration::from_secs(asked_for(aimed).as_secs() + 1);
+            assert!(
+                aimed_at(asked) >= aimed && asked < aimed + Duration::from_secs(12),
+                "{aimed:?}"
+            );
+        }
+    }
+
+    #[test]
     fn who_is_held_back_leaves_memory_the_link_and_gets_some_of_the_time() {
         let vm = MeasuredVm { disk_writes: BytesPerSec(20_000_000), ..vm() };
         let terms = terms(&vm, 20_000_000);
@@ -252,12 +282,13 @@ mod tests {
         };
         let promise = DiskPromise { rate: BytesPerSec(10_000_000), unthrottled: false };
         assert_eq!(
-            conflict(&vm(), promise, &choices),
+            conflict(&vm(), promise, &choices, Duration::from_secs(40)),
             "its disks (1 GiB) will not be there by then, while it may write the 10.0 MB/s that it was \
-             promised; either of these would do: --by 100s; 200 Mbit/s of network for it; a promise \
+             promised; either of these would do: --by 148s; 200 Mbit/s of network for it; a promise \
              of at most 2.0 MB/s"
         );
         let none = Choices { limit: None, window: None, network: None };
-        assert!(conflict(&vm(), DiskPromise::default(), &none).contains("nothing would do"));
+        let none = conflict(&vm(), DiskPromise::default(), &none, Duration::ZERO);
+        assert!(none.contains("nothing would do"));
     }
 }
