@@ -24,6 +24,8 @@ const FEW: u64 = 300;
 enum Moment {
     /// Blocks come, and there is no QEMU at the destination.
     Bulk,
+    /// Every write goes to both sides, and memory moves.
+    InStep,
     /// That host's agent stays at this mark of the hand-over.
     At(Host, &'static str),
 }
@@ -32,6 +34,7 @@ enum Moment {
 #[derive(Debug, Clone, Copy)]
 enum Blow {
     BothAgents,
+    DestinationsAgent,
     DestinationsQemu,
     DestinationsPower,
 }
@@ -56,6 +59,7 @@ fn begin(world: &mut World, moment: Moment) -> String {
     let come = || files(world, 1).iter().any(|name| name.contains(".arriving-"));
     let reached = || match moment {
         Moment::Bulk => come() && !world.agents[1].has_qemu(),
+        Moment::InStep => world.agents[1].has_qemu(),
         Moment::At(host, _) => world.agents[host].holds(),
     };
     let reached = clock::wait_for(PATIENCE, || reached().then_some(()));
@@ -66,6 +70,7 @@ fn begin(world: &mut World, moment: Moment) -> String {
 fn strike(world: &mut World, blow: Blow) {
     match blow {
         Blow::BothAgents => [0, 1].into_iter().for_each(|host| world.agents[host].kill()),
+        Blow::DestinationsAgent => world.agents[1].kill(),
         Blow::DestinationsQemu => world.agents[1].kill_qemu(),
         Blow::DestinationsPower => world.agents[1].lose_power().unwrap(),
     }
@@ -129,6 +134,26 @@ fn both_agents_that_are_killed_at_once_leave_a_guest_at_one_host_with_all_of_its
         assert_stays(world, Moment::Bulk, Blow::DestinationsPower);
         let ceded = Moment::At(0, "source/after/persist-ceded");
         assert_arrives(world, ceded, Blow::BothAgents);
+    });
+}
+
+#[test]
+#[ignore = "takes long: tests/full"]
+fn whoever_fails_before_commit_costs_an_attempt_and_afterwards_a_wait() {
+    let name = "whoever_fails_before_commit_costs_an_attempt_and_afterwards_a_wait";
+    in_a_world(name, 41, |world| {
+        assert_stays(world, Moment::InStep, Blow::BothAgents);
+        let sealed = Moment::At(0, "source/before/persist-ceded");
+        assert_stays(world, sealed, Blow::BothAgents);
+        for moment in [Moment::Bulk, Moment::InStep] {
+            assert_stays(world, moment, Blow::DestinationsAgent);
+        }
+        assert_stays(world, Moment::InStep, Blow::DestinationsQemu);
+        assert_stays(world, Moment::InStep, Blow::DestinationsPower);
+        let loaded = Moment::At(1, "destination/before/send-loaded");
+        assert_stays(world, loaded, Blow::DestinationsAgent);
+        let committed = Moment::At(1, "destination/before/persist-owner");
+        assert_arrives(world, committed, Blow::DestinationsAgent);
     });
 }
 

@@ -1,4 +1,5 @@
-//! What holds beside the copying itself: hosts know each other by their certificates; an image that was left behind goes when its time is over,
+//! What holds beside the copying itself: a date that a promised rate does not allow is told before anything
+//! begins; hosts know each other by their certificates; an image that was left behind goes when its time is over,
 //! and what a qcow2 image keeps of itself arrives with it.
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s guest.
@@ -8,7 +9,7 @@ use std::process::Command;
 
 use lifeboat_tests::clock;
 use lifeboat_tests::world::guest::{self, PATIENCE, await_more, files, images};
-use lifeboat_tests::world::{Disk, World};
+use lifeboat_tests::world::{Busy, Disk, World};
 use serde_json::Value;
 
 use super::a_disk_that_follows::await_moved;
@@ -16,6 +17,50 @@ use super::{ROUND, assert_at, assert_has_still, await_no_mover, await_over, evac
 
 /// What the links carry, in bit/s.
 const LINK: u64 = 100_000_000;
+/// What a guest writes, and what its owner was promised: a good part of the link.
+const PROMISED: u64 = 8_000_000;
+const WRITES: Busy = Busy {
+    image: 64 << 20,
+    block: 64 << 10,
+    rate: 16 << 20,
+    check_percent: 10,
+    promised: PROMISED,
+};
+
+/// The seconds of the `--by` in a sentence.
+fn by(sentence: &str) -> Option<u64> {
+    let rest = sentence.split("--by ").nth(1)?;
+    rest.split('s').next()?.parse().ok()
+}
+
+#[test]
+#[ignore = "takes long: tests/full"]
+fn a_date_and_a_promised_rate_that_contradict_are_told_with_what_would_do() {
+    let name = "agreements::a_date_and_a_promised_rate_that_contradict_are_told_with_what_would_do";
+    let make = || World::make_on(46, images(), Disk::Busy(WRITES), LINK).unwrap();
+    guest::play_in(name, make, |world| {
+        // All of the image is there: no hole is left.
+        await_more(world, 0, "disk_writes", WRITES.image / WRITES.block);
+        let notes = |line: &str| {
+            let plan = world.control.ask(line).unwrap();
+            let notes = plan["notes"].as_array().into_iter().flatten();
+            let own = notes.filter_map(Value::as_str).filter(|note| note.contains("its disks"));
+            own.map(str::to_owned).collect::<Vec<_>>().join("\n")
+        };
+        let told = notes("plan h1 --to h2 --urgency 0 --by 12s");
+        assert!(told.contains("will not be there by then"), "{told}");
+        assert!(told.contains("the 8.0 MB/s that it was promised"), "{told}");
+        // What it says would do, does; it is measured anew each time, hence a tenth more.
+        let named = by(&told).unwrap_or_else(|| panic!("no other date: {told}"));
+        let longer = named + named / 10;
+        let told = notes(&format!("plan h1 --to h2 --urgency 0 --by {longer}s"));
+        assert!(!told.contains("will not be there by then"), "--by {longer}s: {told}");
+        // And it was a plan only.
+        assert_eq!(files(world, 1), Vec::<String>::new());
+        assert!(world.agents[0].disk_leftovers().is_empty());
+    });
+}
+
 #[test]
 #[ignore = "takes long: tests/full"]
 fn disks_go_to_a_host_that_shows_its_certificate_and_to_no_other() {

@@ -38,7 +38,6 @@ fn there_and_back(world: &mut World, apart: bool) {
         await_no_mover(world, to);
         let disks = [world.agents[to].disk(), world.agents[to].second_disk(apart)];
         assert!(disks.iter().all(|disk| disk.exists()), "{disks:?}");
-        disks.iter().for_each(|disk| await_room(disk));
         let gone = [world.agents[from].disk(), world.agents[from].second_disk(apart)];
         assert!(!gone.iter().any(|disk| disk.exists()), "{gone:?}");
         let left = |disk: &Path| {
@@ -50,6 +49,8 @@ fn there_and_back(world: &mut World, apart: bool) {
         assert!(gone.iter().all(|disk| left(disk) == 1), "{:?}", files(world, from));
         world.control.await_sight(to).unwrap();
     }
+    await_room(&world.agents[0].disk());
+    await_room(&world.agents[0].second_disk(apart));
 }
 
 #[test]
@@ -77,8 +78,9 @@ fn both_disks_of_a_vm_go_along_from_two_directories() {
 fn newest(said: &str, key: &str) -> u64 {
     let words = said.lines().filter(|line| line.starts_with("LIFEBOAT-TICK"));
     let words = words.flat_map(str::split_whitespace);
-    let numbers = words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok());
-    numbers.last().unwrap_or(0)
+    let mut numbers =
+        words.filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok());
+    numbers.next_back().unwrap_or(0)
 }
 
 /// Whether two VMs send their disks now.
