@@ -55,7 +55,8 @@ pub(super) async fn look(setting: &Setting<'_>, record: &mut Record) -> Result<(
     mover.finish().await.map_err(RigError::refused("the end of a mover"))
 }
 
-async fn start(image: &Path, folder: &Path) -> Result<(Running, Qmp), RigError> {
+/// A QEMU that has the image open, without a guest.
+pub(super) async fn start(image: &Path, folder: &Path) -> Result<(Running, Qmp), RigError> {
     let socket = folder.join("qmp");
     let mut command = words("qemu-system-x86_64 -machine none -nodefaults -display none -S");
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
@@ -76,18 +77,19 @@ async fn start(image: &Path, folder: &Path) -> Result<(Running, Qmp), RigError> 
     }
 }
 
-async fn swap(
+/// Swaps it and says how long QEMU took, all commands together.
+pub(super) async fn swap(
     nodes: &DiskNodes,
     qmp: &Qmp,
     mover: &mut Mover,
     (to, path): (Side, &Path),
-) -> Result<(), RigError> {
+) -> Result<Duration, RigError> {
     let begin = Request::BeginSwap { disk: 0 };
     mover.ask(&begin, ANSWER_LIMIT).await.map_err(RigError::refused("a swap's begin"))?;
     let swapped = nodes.swap(qmp, to, path).await;
     let end = Request::EndSwap { disk: 0, on_mount: to == Side::Mount };
     mover.ask(&end, ANSWER_LIMIT).await.map_err(RigError::refused("a swap's end"))?;
-    swapped.map(drop).map_err(RigError::refused("a swap"))
+    swapped.map_err(RigError::refused("a swap"))
 }
 
 /// What a process has open, by path.

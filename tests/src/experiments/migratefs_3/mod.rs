@@ -15,12 +15,13 @@
 //! The mirror is bindfs (libfuse 2): what the paper calls Mirror, a file system that only passes on.
 //!
 //! Idle costs nothing because nothing is in the way: a QEMU is asked which paths it has open before,
-//! during and after a swap.
+//! during and after a swap; and swapped a hundred times under load.
 
 mod idle;
 mod little_memory;
 mod load;
 mod rig;
+mod swaps;
 
 use std::collections::BTreeMap;
 
@@ -92,6 +93,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
     let limited = if setting.quick { 1 } else { 3 };
     let mut record = blank(&setting, [runs, bonnies, limited]);
     idle::look(&setting, &mut record).await?;
+    swaps::look(&setting, &mut record).await?;
     let mut rig = Rig::raise(&setting).await?;
     for run in 0..runs {
         let hot = hot_read_us(&rig.image(Way::Swapped))?;
@@ -207,6 +209,7 @@ fn checks(record: &Record) -> Vec<Check> {
         checks.push(Check::worst(&claim, Bound::Within(0.97, 1.03), &shares));
     }
     checks.extend(idle::checks(record));
+    checks.extend(swaps::checks(record));
     checks
 }
 
