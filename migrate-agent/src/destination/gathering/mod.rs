@@ -506,7 +506,6 @@ impl Driver {
             stores.fetch_pack(*pack);
         }
         self.pace.asks(self.began.elapsed(), &batch);
-        self.waits.batch_begins();
         self.ask_batch(&batch).await;
         self.batches.push_back(batch);
     }

@@ -23,23 +23,23 @@ pub(in crate::destination) struct Waited {
     pub(in crate::destination) p50_us: u64,
     /// What 99 % of them waited at most.
     pub(in crate::destination) p99_us: u64,
-    /// The most batches of the background that began behind a page and came before it.
+    /// The most batches of the background that ended while a page was waited for, the one that was under
+    /// way when it was asked for among them.
     pub(in crate::destination) overtaken: u64,
 }
 
 /// A page that the guest waits for.
 struct Waiting {
     since: Instant,
-    /// Batches that had begun by then.
-    begun: u64,
+    /// Batches that had ended by then.
+    ended: u64,
 }
 
 /// The waits of one guest.
 pub(super) struct Waits {
     waiting: BTreeMap<PageAt, Waiting>,
     counts: Vec<u64>,
-    /// Batches of the background that have begun, and that have ended.
-    begun: u64,
+    /// Batches of the background that have ended.
     ended: u64,
     waited: Waited,
 }
@@ -49,7 +49,6 @@ impl Default for Waits {
         Self {
             waiting: BTreeMap::new(),
             counts: vec![0; STEPS_MOST],
-            begun: 0,
             ended: 0,
             waited: Waited::default(),
         }
@@ -59,16 +58,11 @@ impl Default for Waits {
 impl Waits {
     /// The guest waits for this page. It may say so more than once.
     pub(super) fn asked(&mut self, at: PageAt, now: Instant) {
-        let begun = self.begun;
-        self.waiting.entry(at).or_insert(Waiting { since: now, begun });
+        let ended = self.ended;
+        self.waiting.entry(at).or_insert(Waiting { since: now, ended });
     }
 
-    /// A batch of the background begins.
-    pub(super) fn batch_begins(&mut self) {
-        self.begun += 1;
-    }
-
-    /// The one that began first has ended, whether it came or not.
+    /// A batch of the background has ended, whether it came or not.
     pub(super) fn batch_ends(&mut self) {
         self.ended += 1;
     }
@@ -80,10 +74,10 @@ impl Waits {
 
     /// This page has been written to QEMU.
     pub(super) fn written(&mut self, at: PageAt, now: Instant) {
-        let Some(Waiting { since, begun }) = self.waiting.remove(&at) else { return };
+        let Some(Waiting { since, ended }) = self.waiting.remove(&at) else { return };
         self.counts[step(now.saturating_duration_since(since))] += 1;
         self.waited.served += 1;
-        self.waited.overtaken = self.waited.overtaken.max(self.ended.saturating_sub(begun));
+        self.waited.overtaken = self.waited.overtaken.max(self.ended.saturating_sub(ended));
     }
 
     /// What was seen so far.
@@ -150,19 +144,22 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_was_under_way_has_overtaken_nobody() {
+    fn every_batch_that_ends_while_a_page_is_waited_for_stands_before_it() {
         let (mut waits, now) = (Waits::default(), crate::clock::now());
-        waits.batch_begins();
-        waits.asked(at(1), now);
         waits.batch_ends();
+        waits.asked(at(1), now);
         waits.written(at(1), now);
         assert_eq!(waits.waited().overtaken, 0);
+        // One that was under way when the page was asked for.
         waits.asked(at(2), now);
-        for _ in 0..2 {
-            waits.batch_begins();
-            waits.batch_ends();
-        }
+        waits.batch_ends();
         waits.written(at(2), now);
+        assert_eq!(waits.waited().overtaken, 1);
+        // That one, and one that began afterwards.
+        waits.asked(at(3), now);
+        waits.batch_ends();
+        waits.batch_ends();
+        waits.written(at(3), now);
         assert_eq!(waits.waited().overtaken, 2);
     }
 }
