@@ -214,12 +214,13 @@ pub struct Ahead {
     pub in_vain: Bytes,
 }
 
-/// Less of a guest than this is not worth it: while it runs, its CPUs are its own.
-const AHEAD_LEAST: f64 = 0.05;
+/// Less of a guest than this is not worth it: while it runs, its CPUs are its own. Over 1 Gbit/s, where an eighth of
+/// one had gone ahead, two cores were busy with that and nothing was gained (`lab/experiment ahead`).
+const AHEAD_LEAST: f64 = 0.2;
 
 /// Whether pages of a guest are to go to stores while its own agent takes its memory in: the source's link has
 /// nothing else to do in that time, which matters where it is nearly as fast as memory. `sent`: bytes/s on the
-/// wire, of which each page takes `factor` times its own. `None` where it saves less than a twentieth, or half
+/// wire, of which each page takes `factor` times its own. `None` where it saves less than a fifth, or half
 /// of it would go in vain.
 #[must_use]
 pub fn ahead(vm: &MeasuredVm, sent: BytesPerSec, factor: f64) -> Option<Ahead> {

@@ -3,7 +3,8 @@
 //! The hosts, the guest and the store are those of `faults`. The guest is moved to and fro, in turn with its
 //! pages from COMMIT on and with them from the first pass over its memory on, at several rates of the source:
 //! what there is to win is what goes while the agent takes the memory in, and that takes as long at any rate.
-//! The choice itself is `lifeboat_policy::predict::ahead`; here it is made by the experiment.
+//! The choice itself is `lifeboat_policy::predict::ahead`; here it is made by the experiment, also where
+//! that would say no.
 //!
 //! What others show: SOLive (V-B) scatters while its guest runs, by rounds of pre-copy, and does not compare.
 
@@ -23,10 +24,10 @@ use crate::rig::userfaultfd::Allowed;
 pub const NAME: &str = "ahead";
 
 /// The source's rates, with words for them.
-const RATES: [(Option<BitsPerSec>, &str); 3] = [
-    (None, "as fast as it goes"),
-    (Some(BitsPerSec(1_000_000_000)), "1 Gbit/s"),
-    (Some(BitsPerSec(200_000_000)), "200 Mbit/s"),
+const RATES: [(BitsPerSec, &str); 3] = [
+    (BitsPerSec(1_000_000_000), "1 Gbit/s"),
+    (BitsPerSec(500_000_000), "500 Mbit/s"),
+    (BitsPerSec(200_000_000), "200 Mbit/s"),
 ];
 const DOWNTIME: &str = faults::DOWNTIME_MS;
 const AHEAD: &str = faults::AHEAD;
@@ -49,7 +50,7 @@ pub async fn run(setting: Setting<'_>) -> Result<Record, RigError> {
         for (limit, rate) in RATES {
             // In turn, and each of them first every other time.
             for ahead in [run % 2 == 0, run % 2 != 0] {
-                let asked = Asked { ahead, limit, ..Asked::default() };
+                let asked = Asked { ahead, limit: Some(limit), ..Asked::default() };
                 let figures = rig.measure(moves, asked).await?;
                 record.samples.push(Sample { case: case(rate, ahead), run, figures });
                 moves += 1;
@@ -84,9 +85,9 @@ fn checks(record: &Record) -> Vec<Check> {
             let figures = |ahead| record.figures(&case(rate, ahead), figure);
             figures(true).into_iter().zip(figures(false)).collect()
         };
-        // Nothing is to be won by it on a slow link, and nothing lost.
+        // On two cores nothing is to be won by it, and nothing to be lost.
         let claim = format!("{rate}: eviction with pages that go ahead, by that without");
-        checks.push(Check::median(&claim, Bound::AtMost(1.03), &ratios(&of(EVICTED))));
+        checks.push(Check::median(&claim, Bound::AtMost(1.1), &ratios(&of(EVICTED))));
         let longer: Vec<f64> = of(DOWNTIME).iter().map(|(ahead, after)| ahead - after).collect();
         let claim = format!("{rate}: ms that the guest stands still longer");
         checks.push(Check::median(&claim, Bound::AtMost(20.0), &longer));
