@@ -46,6 +46,9 @@ use ownership::{Ownership, OwnershipRefusal};
 pub use running::MonitorError;
 use running::Running;
 
+/// Whether a hand-over is settled that an autostart waits for is looked at so often.
+const SETTLED_EVERY: Duration = Duration::from_secs(1);
+
 /// What the VMs of a host need of it.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -362,16 +365,30 @@ impl Vms {
     /// Starts every VM that is marked so, once after each boot of the host. One that cannot be
     /// started does not keep the others from it.
     pub async fn autostart(&self) {
-        let wanted: Vec<VmId> = {
+        let mut waiting: Vec<VmId> = {
             let inventory = self.inventory();
             let marked = inventory.known.iter().filter(|(_, known)| known.definition.autostart);
             marked.map(|(vm, _)| vm.clone()).collect()
         };
-        for vm in wanted {
-            match self.start(&vm).await {
-                Ok(_) | Err(VmError::Runs { .. }) => (),
-                Err(error) => tracing::error!(%vm, error = chain(&error), "not autostarted"),
+        loop {
+            let mut unsettled = vec![];
+            for vm in waiting {
+                match self.start(&vm).await {
+                    Ok(_) | Err(VmError::Runs { .. }) => (),
+                    // Its hand-over is being taken up again: the power went while it was leaving, and
+                    // it may stay.
+                    Err(VmError::Ownership(OwnershipRefusal::Unsettled { .. })) => {
+                        tracing::debug!(%vm, "not autostarted before its hand-over is settled");
+                        unsettled.push(vm);
+                    }
+                    Err(error) => tracing::error!(%vm, error = chain(&error), "not autostarted"),
+                }
             }
+            if unsettled.is_empty() {
+                return;
+            }
+            waiting = unsettled;
+            tokio::time::sleep(SETTLED_EVERY).await;
         }
     }
 

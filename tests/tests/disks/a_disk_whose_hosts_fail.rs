@@ -173,3 +173,31 @@ fn a_destination_that_never_ran_its_guest_gives_it_back_with_all_of_its_disk_aft
         assert_arrives(world, owned, Blow::BothAgents);
     });
 }
+
+#[test]
+#[ignore = "takes long: tests/full"]
+fn a_source_that_loses_power_boots_its_guest_from_its_own_disk_and_nothing_is_left_elsewhere() {
+    let name =
+        "a_source_that_loses_power_boots_its_guest_from_its_own_disk_and_nothing_is_left_elsewhere";
+    in_a_world(name, 49, |world| {
+        let id = begin(world, Moment::Bulk);
+        world.agents[0].lose_power().unwrap();
+        clock::rest(Duration::from_millis(300));
+        // It is started with its host, as after any power cut.
+        world.witness.forget();
+        world.agents[0].start(None).unwrap();
+        await_over(world, &id);
+        let status = world.control.status(&id).unwrap();
+        assert_eq!(status["migrations"][0]["phase"], "left-behind", "{status}");
+        world.await_guest(0).unwrap();
+        await_no_mover(world, 0);
+        let cleared = || files(world, 1).is_empty().then_some(());
+        assert!(clock::wait_for(PATIENCE, cleared).is_some(), "{:?}", files(world, 1));
+        assert_eq!(files(world, 0), ["disk"]);
+        assert_has_still(&world.agents[0].disk());
+        guest::assert_at(world, 0, FEW);
+        world.control.await_sight(0).unwrap();
+        let id = world.control.detached(MOVE).unwrap();
+        assert_arrived(world, &id);
+    });
+}
