@@ -169,6 +169,8 @@ pub struct SourceTask {
     scattering: Option<Scattering>,
     /// Of disks that go on to an intermediary: who sends them there.
     going_on: Option<storing::GoingOn>,
+    /// Since when the destination, past COMMIT, has not answered.
+    silent_since: Option<std::time::Instant>,
     /// An agent before this one began it.
     taken_up: bool,
 }
@@ -222,6 +224,7 @@ impl SourceTask {
             stores: None,
             scattering: None,
             going_on: None,
+            silent_since: None,
             taken_up: false,
         }
     }

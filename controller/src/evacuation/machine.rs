@@ -427,6 +427,8 @@ impl Evacuation {
                 if before != Some(phase) {
                     actions.push(follow(record));
                 }
+                // A destination that is silent, and what to do.
+                record.reason = reason;
                 commit_seen(record)
             }
             Phase::Unspecified

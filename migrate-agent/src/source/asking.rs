@@ -7,6 +7,7 @@ use lifeboat_scatter_gather::link::frame::TOKEN_BYTES;
 use lifeboat_scatter_gather::link::{Frame, Hello, Purpose, Standing};
 
 use super::{Input, SourceTask};
+use crate::clock;
 use crate::handover::source::{Event, State};
 use crate::link::{FrameReader, FrameWriter, LinkError};
 
@@ -14,6 +15,8 @@ use crate::link::{FrameReader, FrameWriter, LinkError};
 const ASK_EVERY: Duration = Duration::from_millis(300);
 /// An answer has this long.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// A destination that has the guest, and is silent for so long, is spoken of.
+const SPOKEN_OF_AFTER: Duration = Duration::from_secs(5);
 
 impl SourceTask {
     /// One question, or one input, whichever comes first.
@@ -47,9 +50,13 @@ impl SourceTask {
 
     async fn ask_now(&mut self) {
         let event = match self.question().await {
-            Ok(event) => event,
+            Ok(event) => {
+                self.has_answered();
+                event
+            }
             Err(error) => {
                 tracing::debug!(%error, "the destination does not answer");
+                self.say_silent();
                 Event::NoWord
             }
         };
@@ -114,6 +121,32 @@ impl SourceTask {
         };
         writer.send(&Frame::Hello(hello)).await?;
         Ok((reader, writer))
+    }
+
+    /// The guest is at the destination, as far as is known, and part of it is here.
+    fn is_elsewhere(&self) -> bool {
+        let phase = self.progress.now().phase();
+        matches!(phase, Phase::PostCopy | Phase::Gather | Phase::DiskRest)
+    }
+
+    fn has_answered(&mut self) {
+        if self.silent_since.take().is_some() && self.is_elsewhere() {
+            self.progress.update(|progress| progress.reason.clear());
+        }
+    }
+
+    fn say_silent(&mut self) {
+        let since = *self.silent_since.get_or_insert_with(clock::now);
+        if !self.is_elsewhere() || since.elapsed() < SPOKEN_OF_AFTER {
+            return;
+        }
+        let (vm, destination) = (self.order.vm.clone(), self.order.destination.clone());
+        let seconds = since.elapsed().as_secs();
+        self.progress.update(|progress| {
+            progress.reason = format!(
+                "{destination} has {vm} and has not answered for {seconds} s; it is asked on, and what it wants is kept here.                  If {destination} is known to be off or fenced: `lifeboat claim {vm} --fenced` resumes {vm} here as it was                  at the switchover"
+            );
+        });
     }
 
     fn say_died(&mut self) {
