@@ -217,8 +217,9 @@ impl DestinationTask {
                 outcome
             }
             End::Died => {
-                // What is elsewhere is of no use to anybody but a source that takes its guest back.
-                if let Err(error) = self.context.store.end_gathering(&self.vm) {
+                let (source, _) = self.machine.source();
+                let generation = self.machine.generation();
+                if let Err(error) = self.context.store.end_dead(&self.vm, generation, source) {
                     tracing::error!(%error, "what was remembered of a guest that died stays");
                 }
                 Outcome::Died

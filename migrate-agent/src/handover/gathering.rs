@@ -9,9 +9,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use lifeboat_protocol::agent::PageStore;
-use lifeboat_protocol::ids::{MigrationId, VmId};
+use lifeboat_protocol::ids::{Generation, HostId, MigrationId, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::Record;
 use super::store::{Store, StoreError};
 
 /// A RAM block of the guest.
@@ -149,6 +150,25 @@ impl Store {
         let _ = fs::remove_file(self.journal_path(vm));
         self.forget(&self.gathering_path(vm))
     }
+
+    /// The VM's guest has died here. While `source` still has all of it, it is that host's to bring back: until an
+    /// operator says which of both, it is not started here, as one that vanished before it was seen to run.
+    /// What is elsewhere is of no use to anybody else.
+    ///
+    /// # Errors
+    /// As [`Self::end_gathering`], and [`Store::write`].
+    pub fn end_dead(
+        &self,
+        vm: &VmId,
+        generation: Generation,
+        source: &HostId,
+    ) -> Result<(), StoreError> {
+        if let Some(kept) = self.gathering(vm)?.filter(|kept| !kept.released) {
+            let (via, from) = (Some(kept.migration), Some(source.clone()));
+            self.write(vm, &Record::Owner { generation, via, from, resumed: false })?;
+        }
+        self.end_gathering(vm)
+    }
 }
 
 #[cfg(test)]
@@ -179,5 +199,32 @@ mod tests {
         store.end_gathering(&vm).unwrap();
         store.end_gathering(&vm).unwrap();
         assert_eq!(store.gathering(&vm).unwrap(), None);
+    }
+
+    #[test]
+    fn one_that_dies_is_started_here_only_once_its_source_has_nothing_of_it() {
+        use crate::vms::ownership::Ownership;
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let (vm, source) = (VmId::new("web").unwrap(), HostId::new("h1").unwrap());
+        let migration = MigrationId::new("m1").unwrap();
+        for released in [false, true] {
+            let (generation, via) = (Generation(2), Some(migration.clone()));
+            let from = Some(source.clone());
+            store.write(&vm, &Record::Owner { generation, via, from, resumed: true }).unwrap();
+            let gathering = Gathering {
+                migration: migration.clone(),
+                layout: vec![],
+                ram: 0,
+                scattered: None,
+                released,
+            };
+            store.write_gathering(&vm, &gathering).unwrap();
+            store.end_dead(&vm, generation, &source).unwrap();
+            assert_eq!(store.gathering(&vm).unwrap(), None);
+            let may = store.may_start(&vm).map_err(|refusal| refusal.to_string());
+            assert_eq!(may.is_ok(), released, "{may:?}");
+            assert!(released || may.unwrap_err().contains("claim web --fenced --host h1"));
+        }
     }
 }

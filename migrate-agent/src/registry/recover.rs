@@ -17,6 +17,7 @@ use crate::handover::Record;
 use crate::handover::destination::Destination;
 use crate::handover::gathering::Gathering;
 use crate::handover::source::Source;
+use crate::handover::store::StoreError;
 use crate::progress::Progress;
 use crate::source::disk::bring_home;
 use crate::source::{Order, SourceTask};
@@ -159,11 +160,18 @@ impl Registry {
                 let machine = Destination::running(*generation, via.clone(), from.clone());
                 self.take_up_destination(vm, machine, None);
             }
-            _ => {
-                if let Err(error) = self.context.store.end_gathering(&vm) {
-                    tracing::error!(%vm, %error, "what was remembered of a guest that went stays");
-                }
+            Record::Owner { generation, via: Some(via), from: Some(from), resumed: true }
+                if *via == kept.migration =>
+            {
+                self.say_if_kept(&vm, self.context.store.end_dead(&vm, *generation, from));
             }
+            _ => self.say_if_kept(&vm, self.context.store.end_gathering(&vm)),
+        }
+    }
+
+    fn say_if_kept(&self, vm: &VmId, ended: Result<(), StoreError>) {
+        if let Err(error) = ended {
+            tracing::error!(%vm, %error, "what was remembered of a guest that went stays");
         }
     }
 

@@ -12,6 +12,7 @@
 //! a change and not by chance, and points that an operator's claim ends are left to `tests/full`.
 
 mod cases;
+mod elsewhere;
 mod play;
 
 use std::path::{Path, PathBuf};
