@@ -1,6 +1,6 @@
 //! A guest moves on and on by post-copy and scatter-gather while everything around it is killed: its
-//! memory is whole, it runs once, and it is lost only where docs/elsewhere.md says so (which is not
-//! played here).
+//! memory is whole, it runs once, and it is lost only where docs/elsewhere.md says so, and where that was
+//! said at the time (which `tests/run` does not play).
 //!
 //! Real QEMU, redis-server, agents and controller in network namespaces; needs root and
 //! `lab/image`'s guest. `tests/run` plays each blow once, by one seed; `tests/soak` goes
@@ -21,7 +21,7 @@ use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
 use lifeboat_tests::rig::userfaultfd::Allowed;
 use lifeboat_tests::world::{Disk, World, inside};
-use turn::Case;
+use turn::{Case, End};
 
 /// The seed of `tests/run`.
 const SEED: u64 = 1_795_711_264_001;
@@ -88,9 +88,12 @@ fn play(number: usize, seed: u64, end: Option<Instant>) -> (usize, Vec<String>) 
         let played = turn::play(&mut here, case, &mut chance);
         let took = began.elapsed().as_secs_f64();
         match played {
-            Ok(said) => {
+            Ok(End::Lives(said)) => {
                 println!("{number}.{turns:03} {took:5.1} s  {case}: {said}");
                 world = Some(here);
+            }
+            Ok(End::Lost(said)) => {
+                println!("{number}.{turns:03} {took:5.1} s  {case}: lost, and said so: {said}");
             }
             Err(failure) => {
                 println!("{number}.{turns:03} {took:5.1} s  {case}: FAILED: {failure}");

@@ -1,7 +1,10 @@
 //! One migration with one thing that breaks: begun, struck, repaired, and looked at.
 //!
 //! What breaks does so at a moment that chance decides within the phase where the docs promise that
-//! nothing is lost. Before COMMIT that promise is that the guest runs on where it was.
+//! nothing is lost. Before COMMIT that promise is that the guest runs on where it was. What may be lost
+//! in some cases has to be said to be at the time ([`lost`]).
+
+mod lost;
 
 use std::fmt;
 use std::time::Duration;
@@ -36,6 +39,19 @@ pub(crate) enum Way {
     PostCopy,
     Parity,
     Mirror,
+    /// Over one store, which holds the only copy.
+    Alone,
+}
+
+impl Way {
+    /// How many stores it uses.
+    const fn stores(self) -> usize {
+        match self {
+            Self::PostCopy | Self::Parity => 3,
+            Self::Mirror => 2,
+            Self::Alone => 1,
+        }
+    }
 }
 
 /// What breaks.
@@ -48,11 +64,17 @@ pub(crate) enum Blow {
     SourcePower,
     /// One store, at any moment.
     Store,
+    /// Two stores at once, at any moment. Once the source has gone what both held is lost, and has to be said
+    /// to be.
+    TwoStores,
     /// The destination's agent, at any moment.
     DestinationAgent,
     /// The destination's agent while the guest begins to run there: a device may hold QEMU's main loop
     /// at a page that is not there yet.
     StartingAgent,
+    /// The destination's QEMU, while pages are elsewhere. The guest is lost, and has to be said to be; as it was
+    /// at the switchover it is brought back by a claim while its source still has it.
+    DestinationQemu,
     /// The link between source and destination, for five seconds.
     Link,
     /// The link between the destination and a store.
@@ -88,10 +110,25 @@ impl Case {
             let blows = anywhere.into_iter().chain(with_stores);
             all.extend(blows.map(|blow| Self { way, blow }));
         }
+        let alone = anywhere.into_iter().chain([SourcePower, StoreLink]);
+        all.extend(alone.map(|blow| Self { way: Way::Alone, blow }));
         all
     }
 
-    /// One for each blow.
+    /// Those in which the guest may be lost, as docs/elsewhere.md says; each once.
+    fn losing() -> Vec<Self> {
+        let two = [Way::Parity, Way::Mirror].map(|way| Self { way, blow: Blow::TwoStores });
+        let ways = [Way::PostCopy, Way::Parity, Way::Mirror, Way::Alone];
+        let died = ways.map(|way| Self { way, blow: Blow::DestinationQemu });
+        two.into_iter().chain(died).collect()
+    }
+
+    /// Whether the guest may be lost in it.
+    pub(crate) fn may_lose(self) -> bool {
+        matches!(self.blow, Blow::TwoStores | Blow::DestinationQemu)
+    }
+
+    /// One for each blow that may lose nothing.
     pub(crate) fn few(chance: &mut Chance) -> Vec<Self> {
         let mut all = Self::all();
         chance.shuffle(&mut all);
@@ -107,6 +144,7 @@ impl Case {
     /// One of those whose name has `part` in it; of all where none has.
     pub(crate) fn by(chance: &mut Chance, part: &str) -> Self {
         let mut all = Self::all();
+        all.extend(Self::losing());
         if all.iter().any(|case| case.to_string().contains(part)) {
             all.retain(|case| case.to_string().contains(part));
         }
@@ -135,8 +173,16 @@ struct Roles {
     stores: Vec<Host>,
 }
 
+/// How a turn ended as it may.
+pub(crate) enum End {
+    /// The guest lives where it is said to live.
+    Lives(String),
+    /// It is lost, and that was said in these words: its world has ended.
+    Lost(String),
+}
+
 /// Plays `case` and says how it ended.
-pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result<String, Failure> {
+pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result<End, Failure> {
     let source = world.running()?;
     world.control.await_sight(source)?;
     let mut others: Vec<Host> = (0..HOSTS_WITH_STORES).filter(|&host| host != source).collect();
@@ -151,6 +197,11 @@ pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result
     }
     let id = world.control.detached(&order(&roles, case.way))?;
     strike(world, case, &roles, &id, chance)?;
+    if case.may_lose()
+        && let Some(said) = lost::of(world, case, &id)?
+    {
+        return Ok(End::Lost(said));
+    }
     repair(world, &roles, chance)?;
     let status = ended(world, &id)?;
     let at = world.at_rest(REST_LIMIT)?;
@@ -163,7 +214,8 @@ pub(crate) fn play(world: &mut World, case: Case, chance: &mut Chance) -> Result
         return Err(Failure::Untrue { at: host_name(at), said: status.to_string() });
     }
     emptied(world)?;
-    Ok(format!("{} -> {}, {}", host_name(source), host_name(destination), outcome(&status)))
+    let said = format!("{} -> {}, {}", host_name(source), host_name(destination), outcome(&status));
+    Ok(End::Lives(said))
 }
 
 fn outcome(status: &Value) -> String {
@@ -189,6 +241,7 @@ fn order(roles: &Roles, way: Way) -> String {
         Way::PostCopy => format!("{line} --mode post-copy"),
         Way::Parity => scatter(3, "parity"),
         Way::Mirror => scatter(2, "mirror"),
+        Way::Alone => scatter(1, "none"),
     }
 }
 
@@ -222,16 +275,33 @@ fn strike(
         world.agents[roles.source].lose_power()?;
         return Ok(());
     }
+    if case.blow == Blow::DestinationQemu {
+        // Nothing of its pages leaves its source before it runs there.
+        let share = |vm: &Value| vm["pages_total"].as_u64().filter(|pages| *pages > 0);
+        await_moment(world, id, "pages there", |vm| {
+            share(vm).is_some_and(|pages| vm["bytes_sent"].as_u64() > Some(pages * 4096 / 10))
+        })?;
+        // One that has everything is not between two hosts any more.
+        if migration(world, id).is_some_and(|vm| vm["phase"] != "moved") {
+            world.agents[roles.destination].kill_qemu();
+        }
+        return Ok(());
+    }
     await_moment(world, id, "pages", |vm| vm["bytes_sent"].as_u64() > Some(0))?;
     clock::rest(chance.up_to(COPY));
     let (source, destination) = (roles.source, roles.destination);
-    let used = if case.way == Way::Mirror { 2 } else { 3 };
-    let store = roles.stores[chance.below(used.min(roles.stores.len()))];
+    let used = case.way.stores();
+    let first = chance.below(used.min(roles.stores.len()).max(1));
+    let store = roles.stores[first];
     match case.blow {
-        Blow::Nothing | Blow::SourcePower | Blow::StartingAgent => {}
+        Blow::Nothing | Blow::SourcePower | Blow::StartingAgent | Blow::DestinationQemu => {}
         Blow::SourceAgent => world.agents[source].kill(),
         Blow::DestinationAgent => world.agents[destination].kill(),
         Blow::Store => world.agents[store].kill_stores(),
+        Blow::TwoStores => {
+            world.agents[store].kill_stores();
+            world.agents[roles.stores[(first + 1) % used]].kill_stores();
+        }
         Blow::Controller => world.control.kill(),
         Blow::Link => cut(world, source, destination),
         Blow::StoreLink => cut(world, destination, store),
