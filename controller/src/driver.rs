@@ -44,7 +44,7 @@ const INPUTS: usize = 1024;
 #[derive(Debug)]
 pub enum Input {
     /// Something happened to an evacuation.
-    Event(EvacuationId, Event),
+    Event(EvacuationId, Box<Event>),
     /// A new evacuation with the records of its plan.
     Begin {
         /// The evacuation, in Planning.
@@ -110,7 +110,7 @@ impl Driver {
     /// # Errors
     /// When the driver has stopped.
     pub async fn tell(&self, evacuation: EvacuationId, event: Event) -> Result<(), Stopped> {
-        self.inputs.send(Input::Event(evacuation, event)).await.map_err(|_| Stopped)
+        self.inputs.send(Input::Event(evacuation, Box::new(event))).await.map_err(|_| Stopped)
     }
 
     /// Changes whenever something worth showing did.
@@ -124,7 +124,7 @@ async fn restart(inputs: mpsc::Sender<Input>, unfinished: Vec<EvacuationId>) {
     for id in unfinished {
         tracing::info!(evacuation = %id, "going on after a restart");
         // The loop is gone only when the controller is.
-        let _ = inputs.send(Input::Event(id, Event::Restarted)).await;
+        let _ = inputs.send(Input::Event(id, Box::new(Event::Restarted))).await;
     }
 }
 
@@ -148,7 +148,7 @@ impl Loop {
             tokio::select! {
                 _ = tick.tick() => self.tick().await,
                 input = inbox.recv() => match input {
-                    Some(Input::Event(id, event)) => self.event(&id, event).await,
+                    Some(Input::Event(id, event)) => self.event(&id, *event).await,
                     Some(Input::Begin { evacuation, records, reply }) => {
                         let begun = self.begin(*evacuation, records).await;
                         // An operator who has gone away can ask for the status later.
@@ -255,5 +255,5 @@ fn log_changes(evacuation: &Evacuation, before: &Phases) {
 
 /// Sends an action's outcome back; a loop that is gone means that the controller is, too.
 async fn report(inputs: &mpsc::Sender<Input>, id: &EvacuationId, event: Event) {
-    let _ = inputs.send(Input::Event(id.clone(), event)).await;
+    let _ = inputs.send(Input::Event(id.clone(), Box::new(event))).await;
 }

@@ -108,12 +108,15 @@ pub(super) struct Ways {
     memory: Arc<Vec<u8>>,
     /// Of [`Way::Straight`] and [`Way::ThroughStore`].
     lanes: [(FrameReader, FrameWriter); 2],
-    serving: Vec<JoinHandle<Result<Result<(), RigError>, RigError>>>,
+    serving: Vec<Serving>,
     packs: Arc<Vec<Pack>>,
     /// The source's, to start scattering with.
     source: Source,
     asked: usize,
 }
+
+/// A thread of the source's side: whether it got into its namespace, and what became of its work.
+type Serving = JoinHandle<Result<Result<(), RigError>, RigError>>;
 
 /// What the source's side is made of.
 #[derive(Clone)]
@@ -126,10 +129,7 @@ struct Source {
 
 impl Source {
     /// Does `work` on a thread of its own at the source, until it ends.
-    fn starts<F>(
-        &self,
-        work: impl FnOnce(Self) -> F + Send + 'static,
-    ) -> Result<JoinHandle<Result<Result<(), RigError>, RigError>>, RigError>
+    fn starts<F>(&self, work: impl FnOnce(Self) -> F + Send + 'static) -> Result<Serving, RigError>
     where
         F: Future<Output = Result<(), RigError>>,
     {
@@ -282,7 +282,7 @@ impl Ways {
     }
 }
 
-fn ended(thread: JoinHandle<Result<Result<(), RigError>, RigError>>) -> Result<(), RigError> {
+fn ended(thread: Serving) -> Result<(), RigError> {
     match thread.join() {
         Ok(done) => done?,
         Err(panic) => std::panic::resume_unwind(panic),
@@ -384,7 +384,7 @@ async fn serve_through(
 /// The source puts packs into the store until this is ended, several under way.
 struct Scattering {
     enough: Arc<AtomicBool>,
-    thread: JoinHandle<Result<Result<(), RigError>, RigError>>,
+    thread: Serving,
 }
 
 impl Scattering {
