@@ -303,7 +303,7 @@ mod tests {
             checks: vec![],
         };
         let checks = checks(&record);
-        assert_eq!(checks.len(), LOADS.len() + 2 + BLOCKS.len() + LIMITS.len() + 5);
+        assert_eq!(checks.len(), LOADS.len() + 2 + BLOCKS.len() + LIMITS.len() + 7);
         assert!(checks.iter().all(|check| !check.holds));
     }
 }
