@@ -18,6 +18,10 @@ const PING_EVERY: Duration = Duration::from_millis(500);
 const LET_GO_LIMIT: Duration = Duration::from_secs(10);
 /// QEMU has this long to end a migration that it was told to cancel.
 const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+/// QEMU has this long to let a guest run that it was told to resume.
+const RUN_LIMIT: Duration = Duration::from_secs(2);
+/// A guest that could not be resumed is tried again, for so long: a QEMU that is busy answers later.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 
 impl SourceTask {
     /// Cold migration: power down, and only stop where the guest does not listen. Its memory is
@@ -77,8 +81,31 @@ impl SourceTask {
         }
     }
 
+    /// Has the guest run here again, as soon as its QEMU does what it is told: nobody else would.
+    pub(super) async fn bring_guest_back(&mut self) -> Result<(), Failure> {
+        let (began, reason) = (clock::now(), self.progress.now().reason);
+        loop {
+            let Err(failure) = self.resume_guest().await else {
+                self.progress.update(|progress| progress.reason = reason);
+                return Ok(());
+            };
+            let lives = self.context.guests.lives(&self.order.vm);
+            if !lives || began.elapsed() > AGAIN.1 {
+                return Err(failure);
+            }
+            let line = failure.line();
+            tracing::error!(vm = %self.order.vm, error = line, "the guest cannot be resumed yet");
+            self.progress.update(|progress| {
+                progress.reason = format!(
+                    "its guest stands still and cannot be resumed yet ({line}); it is tried on"
+                );
+            });
+            tokio::time::sleep(AGAIN.0).await;
+        }
+    }
+
     /// Whatever QEMU was doing for the migration ends, and the guest runs again.
-    pub(super) async fn resume_guest(&mut self) -> Result<(), Failure> {
+    async fn resume_guest(&mut self) -> Result<(), Failure> {
         let vm = self.order.vm.clone();
         // Before it runs: what was sealed would fail its writes.
         self.free_disks().await;
@@ -101,6 +128,7 @@ impl SourceTask {
             }
             _ => self.cont(&qmp).await?,
         }
+        runs(&qmp).await?;
         // The destination may have announced the guest's addresses while it was loading.
         if let Err(error) = qmp.announce_self().await {
             tracing::warn!(%error, "the guest runs, but could not be announced");
@@ -108,6 +136,18 @@ impl SourceTask {
         tracing::info!("guest runs at the source again");
         Ok(())
     }
+}
+
+/// A QEMU that stops its guest just when its migration ends resumes it by itself, a moment later.
+async fn runs(qmp: &Qmp) -> Result<(), Failure> {
+    let deadline = clock::now() + RUN_LIMIT;
+    while qmp.query_status().await?.status != RunState::Running {
+        if clock::now() > deadline {
+            return Err(Failure::Slow { what: "let the guest run again", limit: RUN_LIMIT });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
 }
 
 /// Ends a migration that is under way in QEMU; nothing where there is none.

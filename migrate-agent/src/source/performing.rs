@@ -78,7 +78,7 @@ impl SourceTask {
                         writer.close().await;
                     }
                 }
-                Action::ResumeGuest => self.resume_guest().await?,
+                Action::ResumeGuest => self.bring_guest_back().await?,
                 Action::QuitGuest => {
                     self.context.guests.end(&self.order.vm, true).await?;
                     let elapsed = self.progress.elapsed_ms();
