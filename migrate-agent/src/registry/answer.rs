@@ -74,11 +74,13 @@ impl Registry {
         }))
     }
 
-    /// Whether the migration's guest is known to run elsewhere, and its pages are here.
+    /// Whether the migration's guest is known to run elsewhere, and its pages are here. Of a destination that is
+    /// silent nobody knows.
     fn serves(&self, migration: &MigrationId) -> bool {
         let entries = self.entries();
         entries.by_id.get(migration).is_some_and(|entry| {
             entry.is_open()
+                && entry.progress.borrow().silent_ms == 0
                 && matches!(entry.phase(), Phase::PostCopy | Phase::Gather | Phase::DiskRest)
         })
     }

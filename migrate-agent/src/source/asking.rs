@@ -15,7 +15,8 @@ use crate::link::{FrameReader, FrameWriter, LinkError};
 const ASK_EVERY: Duration = Duration::from_millis(300);
 /// An answer has this long.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// A destination that has the guest, and is silent for so long, is spoken of.
+/// A destination that has the guest, and is silent for so long, is spoken of: then nobody knows whether it runs,
+/// and an operator's claim is taken.
 const SPOKEN_OF_AFTER: Duration = Duration::from_secs(5);
 
 impl SourceTask {
@@ -131,7 +132,10 @@ impl SourceTask {
 
     fn has_answered(&mut self) {
         if self.silent_since.take().is_some() && self.is_elsewhere() {
-            self.progress.update(|progress| progress.reason.clear());
+            self.progress.update(|progress| {
+                progress.reason.clear();
+                progress.silent_ms = 0;
+            });
         }
     }
 
@@ -143,6 +147,7 @@ impl SourceTask {
         let (vm, destination) = (self.order.vm.clone(), self.order.destination.clone());
         let seconds = since.elapsed().as_secs();
         self.progress.update(|progress| {
+            progress.silent_ms = seconds * 1000;
             progress.reason = format!(
                 "{destination} has {vm} and has not answered for {seconds} s; it is asked on, and what it wants is kept here.                  If {destination} is known to be off or fenced: `lifeboat claim {vm} --fenced` resumes {vm} here as it was                  at the switchover"
             );
