@@ -2,6 +2,9 @@
 //! who owns it. Written before LOADED and removed when the last page is here; its presence is what
 //! "gathering" means. Used by `destination.rs` and by the answer to the source's question.
 //!
+//! Where its guest dies before the source has nothing of it any more, that it died is written down first
+//! (docs/decisions/0054).
+//!
 //! It holds what opens the pages in stores, so its file is the agent's alone. Which page is where is
 //! not in it: QEMU knows what it has, and the gather's journal keeps what the source has told of the rest.
 

@@ -5,7 +5,7 @@
 //!                                                   '-- acknowledged --> told to the destination
 //! ```
 //!
-//! Begun after COMMIT, at the migration's pace; where it pays (`policy::ahead`) part of it while the guest
+//! Begun after COMMIT, at the migration's pace; where it pays (`policy::predict::ahead`) part of it while the guest
 //! still runs here ([`ahead`]). Every page that is not zero goes into a pack, also one
 //! that the guest has asked for meanwhile: what is in stores is then all of the guest, whatever becomes
 //! of the destination's agent. Where stores fail so that redundancy cannot help, the destination is told

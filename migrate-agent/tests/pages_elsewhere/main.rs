@@ -204,6 +204,13 @@ async fn half_way() -> World {
     world
 }
 
+/// Its agent is killed, and the next one comes after a while.
+async fn agent_again(host: &mut Host) {
+    host.kill_agent();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    host.start_agent().await;
+}
+
 /// One in `part` of the pages is here.
 async fn some_have_come(world: &World, part: u64) {
     world.phase_at(&world.h1, Phase::PostCopy).await;
@@ -217,9 +224,7 @@ async fn some_have_come(world: &World, part: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_sources_agent_may_be_killed_while_pages_are_at_the_source() {
     let mut world = half_way().await;
-    world.h1.kill_agent();
-    tokio::time::sleep(Duration::from_millis(700)).await;
-    world.h1.start_agent().await;
+    agent_again(&mut world.h1).await;
     evicted(&world).await;
     arrived_whole(&world).await;
 }
@@ -227,9 +232,7 @@ async fn the_sources_agent_may_be_killed_while_pages_are_at_the_source() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_destinations_agent_may_be_killed_while_pages_are_at_the_source() {
     let mut world = half_way().await;
-    world.h2.kill_agent();
-    tokio::time::sleep(Duration::from_millis(700)).await;
-    world.h2.start_agent().await;
+    agent_again(&mut world.h2).await;
     arrived_whole(&world).await;
     evicted(&world).await;
 }

@@ -10,7 +10,7 @@ use lifeboat_protocol::agent::{Mode, Phase, Redundancy, StartMigrationRequest};
 use super::intermediary::Intermediary;
 use super::relay::Relay;
 use super::two_hosts::{World, vm, world};
-use super::{arrived_whole, evicted, half_way, scattering, stores_for, until};
+use super::{agent_again, arrived_whole, evicted, half_way, scattering, stores_for, until};
 
 /// What a source sends to stores, bit/s: about three seconds of it.
 const SLOW: u64 = 60_000_000;
@@ -21,9 +21,7 @@ async fn the_sources_agent_may_be_killed_while_it_scatters() {
     let _hosts = stores_for(&mut world, 3, Redundancy::Parity, 80_000_000).await;
     let request = world.prepare(Mode::ScatterGather).await;
     scattering(&world, request, SLOW).await;
-    world.h1.kill_agent();
-    tokio::time::sleep(Duration::from_millis(700)).await;
-    world.h1.start_agent().await;
+    agent_again(&mut world.h1).await;
     evicted(&world).await;
     arrived_whole(&world).await;
 }

@@ -4,12 +4,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use lifeboat_tests::rig::private;
-use lifeboat_tests::rig::userfaultfd::Allowed;
-use lifeboat_tests::world::inside;
-
 use super::definition;
-use super::site::{Begin, Site, images};
+use super::site::{Begin, Place, Site, images};
 
 const BROKEN: &str = "#!/bin/sh\n\
                       case \"$1\" in --version|-v) exec redis-server --version ;; esac\n\
@@ -18,13 +14,7 @@ const BROKEN: &str = "#!/bin/sh\n\
 #[test]
 fn an_intermediary_that_fails_is_left_out_of_the_next_attempt() {
     let name = "left_out::an_intermediary_that_fails_is_left_out_of_the_next_attempt";
-    if !inside::is_inside() {
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let _allowed = Allowed::now().unwrap();
-    let folder = tempfile::tempdir().unwrap();
+    let Some(Place { folder, .. }) = &Place::of(name) else { return };
     let broken = folder.path().join("broken-redis");
     fs::write(&broken, BROKEN).unwrap();
     fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();

@@ -1,6 +1,6 @@
 //! A host is emptied by post-copy, and another by scatter-gather over three intermediaries, through
 //! the operator's command; the guest goes on and finds its memory whole. ([`racks`]) A rack is emptied, and what
-//! keeps its pages is in another one. And ([`refused`]) those that cannot move in this way are refused by a plan.
+//! keeps its pages is in another one; ([`left_out`]) an intermediary fails, and is left out. And ([`refused`]) those that cannot move in this way are refused by a plan.
 //!
 //! Real QEMU, redis-server, agents and controller as processes, in one network namespace; needs root
 //! and `lab/image`'s guest. QEMU's user needs userfaultfd: the machine's setting is put back.
@@ -10,10 +10,7 @@ mod racks;
 mod refused;
 mod site;
 
-use lifeboat_tests::rig::private;
-use lifeboat_tests::rig::userfaultfd::Allowed;
-use lifeboat_tests::world::inside;
-use site::{Begin, Site, images};
+use site::{Begin, Place, Site, images};
 
 fn definition() -> String {
     format!(
@@ -28,13 +25,7 @@ fn definition() -> String {
 #[test]
 fn hosts_are_emptied_by_post_copy_and_by_scatter_gather() {
     let name = "hosts_are_emptied_by_post_copy_and_by_scatter_gather";
-    if !inside::is_inside() {
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let _allowed = Allowed::now().unwrap();
-    let folder = tempfile::tempdir().unwrap();
+    let Some(Place { folder, .. }) = &Place::of(name) else { return };
     let vms = [("vm", definition())];
     let begin = Begin::of(5, &vms);
     let mut site = Site::start(folder.path(), &images(), &begin);

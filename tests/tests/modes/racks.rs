@@ -1,12 +1,9 @@
 //! Where the pages of a host's VMs wait when it leaves alone, and when its whole rack does; and what a plan
 //! says of the loss of such a store.
 
-use lifeboat_tests::rig::private;
-use lifeboat_tests::rig::userfaultfd::Allowed;
-use lifeboat_tests::world::inside;
 use serde_json::Value;
 
-use super::site::{Begin, Site, images};
+use super::site::{Begin, Place, Site, images};
 
 const RACKS: [&str; 6] = ["left", "left", "right", "right", "right", "far"];
 
@@ -33,13 +30,7 @@ fn plan(site: &Site, line: &str) -> Value {
 #[ignore = "takes long: tests/full"]
 fn pages_of_a_rack_that_is_emptied_wait_in_the_destinations_rack() {
     let name = "racks::pages_of_a_rack_that_is_emptied_wait_in_the_destinations_rack";
-    if !inside::is_inside() {
-        assert!(inside::run_inside(name).unwrap().success(), "see above");
-        return;
-    }
-    private::settle().unwrap();
-    let _allowed = Allowed::now().unwrap();
-    let folder = tempfile::tempdir().unwrap();
+    let Some(Place { folder, .. }) = &Place::of(name) else { return };
     let vms = [("vm", super::definition())];
     let begin = Begin { racks: &RACKS, ..Begin::of(6, &vms) };
     let site = Site::start(folder.path(), &images(), &begin);

@@ -9,7 +9,10 @@ use std::time::Duration;
 use lifeboat_agent::qemu::run_dir::RunDir;
 use lifeboat_tests::clock;
 use lifeboat_tests::rig::private;
+use lifeboat_tests::rig::userfaultfd::Allowed;
+use lifeboat_tests::world::inside;
 use serde_json::Value;
+use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -21,6 +24,24 @@ impl Drop for Process {
         // It may have ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// Where a test's processes live: a folder, in namespaces that end with the test.
+pub(crate) struct Place {
+    pub(crate) folder: TempDir,
+    _allowed: Allowed,
+}
+
+impl Place {
+    /// `None` outside: the test of this name has just been run inside, and has passed.
+    pub(crate) fn of(name: &str) -> Option<Self> {
+        if !inside::is_inside() {
+            assert!(inside::run_inside(name).unwrap().success(), "see above");
+            return None;
+        }
+        private::settle().unwrap();
+        Some(Self { folder: tempfile::tempdir().unwrap(), _allowed: Allowed::now().unwrap() })
     }
 }
 

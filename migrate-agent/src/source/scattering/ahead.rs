@@ -9,7 +9,7 @@
 //!
 //! What a page holds when its guest stands still decides, and no record of writes: under TCG such a record has
 //! gaps (docs/decisions/0006). What QEMU sends again is not even compared. When it pays is decided by
-//! `policy::ahead`; docs/decisions/0055 says what it brings.
+//! `policy::predict::ahead`; docs/decisions/0055 says what it brings.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
