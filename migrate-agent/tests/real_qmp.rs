@@ -69,6 +69,32 @@ async fn a_migration_to_nobody_fails_in_qemus_words_and_the_guest_stays() {
     assert!(matches!(status, MigrationStatus::Failed | MigrationStatus::Setup), "{status:?}");
 }
 
+/// The moment at which QEMU forgets to wake what it cancels (`qemu::qmp::cancel`).
+#[tokio::test]
+async fn a_migration_that_is_cancelled_just_as_it_stops_its_guest_ends_and_the_guest_runs_on() {
+    let qemu = BareQemu::start(&[]);
+    let qmp = qemu.connect().await;
+    let mut events = qmp.events();
+    qmp.cont().await.unwrap();
+    qmp.migrate_set_capabilities(&[("events", true), ("pause-before-switchover", true)])
+        .await
+        .unwrap();
+    // It stops as soon as it can.
+    let at_once =
+        MigrateParameters { downtime_limit_ms: Some(2_000_000), max_bandwidth_bytes: None };
+    qmp.migrate_set_parameters(at_once).await.unwrap();
+    for round in 0..100 {
+        qmp.migrate("exec:cat >/dev/null").await.unwrap();
+        while events.recv().await.unwrap().name != "STOP" {}
+        // Not asked first how far it is, so that QEMU hears it while it holds its lock.
+        qmp.migrate_cancel().await.unwrap();
+        assert!(qmp.migrate_end(Duration::from_secs(5)).await.unwrap(), "round {round}");
+        while events.recv().await.unwrap().name != "RESUME" {}
+        let status = qmp.query_migrate().await.unwrap().status;
+        assert_eq!(status, MigrationStatus::Cancelled, "round {round}");
+    }
+}
+
 /// QEMU serves one client of a monitor at a time: the second waits for a greeting.
 #[tokio::test]
 async fn a_monitor_that_is_taken_is_said_to_be_taken() {

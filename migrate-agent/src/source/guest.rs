@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Failure, SourceTask};
 use crate::clock;
-use crate::qemu::qmp::{MigrationStatus, Qmp, RunState};
+use crate::qemu::qmp::{Qmp, RunState};
 
 /// A guest that hears the power button has this long to shut down by itself.
 const POWER_DOWN_GRACE: Duration = Duration::from_secs(10);
@@ -118,7 +118,9 @@ impl SourceTask {
             return Err(Failure::GuestGone);
         }
         let qmp = self.context.guests.qmp(&vm).await?;
-        cancel(&qmp).await?;
+        if !qmp.migrate_end(CANCEL_LIMIT).await? {
+            return Err(Failure::Slow { what: "cancel the migration", limit: CANCEL_LIMIT });
+        }
         match qmp.query_status().await?.status {
             RunState::Running => {}
             // Powered down for a cold migration that failed: it boots again.
@@ -148,29 +150,4 @@ async fn runs(qmp: &Qmp) -> Result<(), Failure> {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(())
-}
-
-/// Ends a migration that is under way in QEMU; nothing where there is none.
-async fn cancel(qmp: &Qmp) -> Result<(), Failure> {
-    let deadline = clock::now() + CANCEL_LIMIT;
-    let mut asked = false;
-    loop {
-        match qmp.query_migrate().await?.status {
-            MigrationStatus::Setup
-            | MigrationStatus::Active
-            | MigrationStatus::PreSwitchover
-            | MigrationStatus::Device => {
-                if !asked {
-                    qmp.migrate_cancel().await?;
-                    asked = true;
-                }
-            }
-            MigrationStatus::Cancelling => {}
-            _ => return Ok(()),
-        }
-        if clock::now() > deadline {
-            return Err(Failure::Slow { what: "cancel the migration", limit: CANCEL_LIMIT });
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }

@@ -321,13 +321,14 @@ impl Driver {
         fail: mpsc::Sender<Failure>,
     ) {
         let before = self.go_ahead(&mut stage).await;
-        quiet.send_replace(true);
         let failed = before.err().map(|failure| {
             let reason = failure.line();
             // Nobody asks any more once the guest has left.
             let _ = fail.try_send(failure);
             reason
         });
+        // Not before: who sees it quiet has the guest leave.
+        quiet.send_replace(true);
         let (absorbed, teller) = match stage.wait_for(|now| matches!(now, Stage::Left(..))).await {
             Ok(now) => match &*now {
                 Stage::Left(absorbed, teller) => (Arc::clone(absorbed), teller.clone()),

@@ -517,18 +517,30 @@ impl World {
     pub(crate) async fn phase_at(&self, host: &Host, phase: Phase) -> MigrationProgress {
         let mut progress = host.registry.progress("m1").unwrap();
         let reached = progress.wait_for(|progress| progress.phase() == phase);
-        let reached = tokio::time::timeout(Duration::from_secs(30), reached).await;
-        reached.expect("it does not come so far").unwrap().clone()
+        match tokio::time::timeout(Duration::from_secs(30), reached).await {
+            Ok(reached) => reached.unwrap().clone(),
+            Err(_) => panic!("it does not come to {phase:?}: {}", self.so_far()),
+        }
+    }
+
+    /// How far it is on both hosts, for whoever has to find out why it came no further.
+    fn so_far(&self) -> String {
+        let of = |host: &Host| match host.registry.progress("m1") {
+            Ok(progress) => {
+                format!("{:?} `{}`", progress.borrow().phase(), progress.borrow().reason)
+            }
+            Err(error) => error.to_string(),
+        };
+        format!("at the source {}, at the destination {}", of(&self.h1), of(&self.h2))
     }
 
     pub(crate) async fn end_of(&self, host: &Host) -> MigrationProgress {
         let mut progress = host.registry.progress("m1").unwrap();
         let ended = progress.wait_for(|progress| progress.phase().is_final());
-        tokio::time::timeout(Duration::from_secs(60), ended)
-            .await
-            .expect("the migration does not end")
-            .unwrap()
-            .clone()
+        match tokio::time::timeout(Duration::from_secs(60), ended).await {
+            Ok(ended) => ended.unwrap().clone(),
+            Err(_) => panic!("it does not end: {}", self.so_far()),
+        }
     }
 
     /// Its QEMU has ended, or is about to.

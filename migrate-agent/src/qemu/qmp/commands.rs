@@ -211,6 +211,11 @@ impl Qmp {
         self.order("migrate-continue", json!({"state": "pre-switchover"})).await
     }
 
+    /// Wakes a cancelled migration that waits all the same (`cancel`).
+    pub(super) async fn migrate_wake_cancelled(&self) -> Result<(), QmpError> {
+        self.order("migrate-continue", json!({"state": "cancelling"})).await
+    }
+
     /// Cancels: the guest stays.
     pub async fn migrate_cancel(&self) -> Result<(), QmpError> {
         self.order("migrate_cancel", Value::Null).await

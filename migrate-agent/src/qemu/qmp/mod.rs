@@ -9,6 +9,7 @@
 //! main loop, and a `stop` that waits for a disk which does not answer never returns. A command
 //! whose deadline has passed may still be carried out later.
 
+mod cancel;
 mod codec;
 mod commands;
 mod io;
