@@ -174,8 +174,9 @@ fn refusal(one: &Candidate, wish: &Wish) -> Option<String> {
 
 /// What each of so many stores has to take.
 fn memory_of_each(wish: &Wish, redundancy: Redundancy, count: usize) -> Bytes {
-    // One alone is filled with just what there is.
-    let uneven = if count > 1 { UNEVEN } else { 1.0 };
+    // One alone is filled with just what there is, and so is each of two that have the same.
+    let exact = count == 1 || (count == 2 && redundancy == Redundancy::Mirror);
+    let uneven = if exact { 1.0 } else { UNEVEN };
     let share = wish.pages.scale(redundancy.factor(count) * uneven / count as f64);
     share.max(ROOM_LEAST)
 }
@@ -247,6 +248,8 @@ mod tests {
         let few = &all[..2];
         let chosen = choose(few, &wish()).unwrap();
         assert_eq!((chosen.stores.len(), chosen.redundancy), (2, Redundancy::Mirror));
+        // Each has all of it.
+        assert_eq!(chosen.stores[0].memory, Bytes::from_mib(300));
         assert_eq!(choose(&all[..1], &wish()).unwrap().redundancy, Redundancy::None);
     }
 
