@@ -400,6 +400,24 @@ async fn a_block_that_cannot_be_read_ends_the_transfer_by_name_and_the_guest_run
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_opened_to_be_overwritten_is_emptied_on_both_sides() {
+    let world = World::new();
+    let way = world.connect(world.outgoing(|_| {}));
+    world.until(Phase::Synchronous).await;
+    let path = world.mount.through("a.raw");
+    let write = move || {
+        let image = File::create(&path).unwrap();
+        assert_eq!(image.metadata().unwrap().len(), 0);
+        image.write_all_at(&[9; 3 * 4096], 4 * MIB).unwrap();
+    };
+    tasks::blocking(write).await;
+    way.seal().await;
+    assert_eq!(std::fs::metadata(&world.arrived).unwrap().len(), 4 * MIB + 3 * 4096);
+    world.assert_same();
+    way.cede().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_is_resized_on_the_way_arrives_with_its_last_length() {
     let world = World::new();
     world.rate.send_replace(Some(BytesPerSec(20_000_000)));

@@ -31,13 +31,12 @@ pub const FOPEN_DIRECT_IO: u32 = 1;
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 
 const ASYNC_READ: u32 = 1;
-const ATOMIC_O_TRUNC: u32 = 1 << 3;
 const BIG_WRITES: u32 = 1 << 5;
 const ASYNC_DIO: u32 = 1 << 15;
 const PARALLEL_DIROPS: u32 = 1 << 18;
 const MAX_PAGES: u32 = 1 << 22;
-const WANTED: u32 =
-    ASYNC_READ | ATOMIC_O_TRUNC | BIG_WRITES | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES;
+// Not ATOMIC_O_TRUNC: the kernel empties a file that is opened so by a change of its length, which hooks hear of.
+const WANTED: u32 = ASYNC_READ | BIG_WRITES | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES;
 
 /// What about a request from the kernel cannot be understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

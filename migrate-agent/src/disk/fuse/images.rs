@@ -306,7 +306,8 @@ impl Images {
     /// Prepares `image` for being opened with `flags` of open(2).
     ///
     /// # Errors
-    /// `BUSY` when it is open natively, `ROFS` when it may not be written.
+    /// `BUSY` when it is open natively, `ROFS` when it may not be written, `STALE` where it would be emptied past
+    /// the hook.
     pub(crate) fn admit(&self, image: &Image, flags: u32) -> Result<(), Errno> {
         let writes = flags.cast_signed() & libc::O_ACCMODE != libc::O_RDONLY;
         if writes && !image.writable {
@@ -315,10 +316,11 @@ impl Images {
         if !self.is_swapping(&image.name) {
             image.guard(if writes { Use::Write } else { Use::Read })?;
         }
-        if flags.cast_signed() & libc::O_TRUNC != 0 {
-            image.resize(0)?;
+        match flags.cast_signed() & libc::O_TRUNC != 0 && image.length()? > 0 {
+            // Created by somebody else just now. The kernel looks again, and changes the length by itself.
+            true => Err(Errno::STALE),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Nobody has `node` open any more: its locks are given back. It is closed, too, unless a
