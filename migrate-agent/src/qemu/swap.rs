@@ -14,8 +14,8 @@
 //! options of the format node have to be repeated; what is left out gets its default.
 //!
 //! An agent may die between two of these commands. QEMU has both file nodes then, and does not say
-//! in 7.2 which of them the format node uses, so a swap asks what there is and leaves out what has
-//! been done: it may be begun again from any point, in either direction.
+//! in 7.2 which of them the format node uses, so a swap does again what has not been done, and only that: it
+//! may be begun again from any point, in either direction.
 //!
 //! Deliberately not here: the mount and its locks. Whoever swaps tells the server before and after
 //! (`disk::fuse::Server::begin_swap`), because for a moment QEMU has both paths open.
@@ -137,6 +137,10 @@ impl DiskNodes {
         }
     }
 
+    async fn has(&self, qmp: &Qmp, side: Side) -> Result<bool, QmpError> {
+        Ok(nodes(qmp).await?.contains(&self.file_node(side)))
+    }
+
     /// Where the disk is; `None` in the middle of a swap, which an agent before us may have begun.
     ///
     /// # Errors
@@ -164,10 +168,15 @@ impl DiskNodes {
         let (disk, shown) = (self.number, path.display().to_string());
         let refused = |source| SwapError::Refused { disk, path: shown.clone(), source };
         let execute = |command, options| qmp.execute(command, options, DEADLINE);
-        let added = !nodes(qmp).await.map_err(refused)?.contains(&self.file_node(to));
-        if added {
-            execute("blockdev-add", self.file_options(to, &shown)).await.map_err(refused)?;
-        }
+        // A QEMU that is busy with its disks takes milliseconds to answer each: what there is already is asked only
+        // where it objects.
+        let added = match execute("blockdev-add", self.file_options(to, &shown)).await {
+            Ok(_) => true,
+            Err(source) => match self.has(qmp, to).await.map_err(refused)? {
+                true => false,
+                false => return Err(refused(source)),
+            },
+        };
         if let Err(source) = execute("blockdev-reopen", self.reopen_options(to)).await {
             if !matches!(source, QmpError::Refused { .. }) {
                 return Err(SwapError::Unknown { disk, path: shown, source });
@@ -179,12 +188,11 @@ impl DiskNodes {
             return Err(refused(source));
         }
         let old = json!({"node-name": self.file_node(from)});
-        let deleted = match nodes(qmp).await {
-            Ok(nodes) if !nodes.contains(&self.file_node(from)) => Ok(()),
-            Ok(_) => execute("blockdev-del", old).await.map(drop),
-            Err(source) => Err(source),
-        };
-        deleted.map_err(|source| SwapError::StillOpen { disk, path: shown, source })?;
+        if let Err(source) = execute("blockdev-del", old).await
+            && self.has(qmp, from).await.unwrap_or(true)
+        {
+            return Err(SwapError::StillOpen { disk, path: shown, source });
+        }
         Ok(begin.elapsed())
     }
 
