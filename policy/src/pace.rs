@@ -38,6 +38,18 @@ pub fn beside_writes(limit: BytesPerSec, writes: BytesPerSec) -> BytesPerSec {
     left.max(BytesPerSec(limit.0 / MEMORY_SHARE_LEAST))
 }
 
+/// How fast a guest may change its disks while they are in step, where the migration may send `limit` and the
+/// guest is held to `disk`: each change goes over the link at once. A rate that the link can bear is somebody's
+/// promise and counts as it is; else memory, or the blocks that are left, find [`beside_writes`]'s least.
+#[must_use]
+pub fn writes_in_step(limit: BytesPerSec, disk: Option<BytesPerSec>) -> BytesPerSec {
+    let most = limit.scale(MEMORY_SHARE_MOST);
+    match disk {
+        Some(disk) if disk <= most => disk,
+        _ => most - BytesPerSec(limit.0 / MEMORY_SHARE_LEAST),
+    }
+}
+
 /// What a migration may send: the smaller of the path's reservation and the broker's allowance;
 /// `None` sets no limit on its side.
 #[must_use]
@@ -147,6 +159,17 @@ mod tests {
         assert_eq!(beside_writes(limit, BytesPerSec(0)), BytesPerSec(96));
         assert_eq!(beside_writes(limit, BytesPerSec(30)), BytesPerSec(66));
         assert_eq!(beside_writes(limit, BytesPerSec(500)), BytesPerSec(25));
+    }
+
+    #[test]
+    fn writes_in_step_leave_memory_its_least_unless_a_rate_is_promised_that_fits() {
+        let limit = BytesPerSec(100);
+        let writes = writes_in_step(limit, None);
+        assert_eq!(writes, BytesPerSec(71));
+        assert!(writes + beside_writes(limit, writes) <= limit);
+        assert_eq!(writes_in_step(limit, Some(BytesPerSec(200))), writes);
+        assert_eq!(writes_in_step(limit, Some(BytesPerSec(30))), BytesPerSec(30));
+        assert_eq!(writes_in_step(limit, Some(BytesPerSec(90))), BytesPerSec(90));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use lifeboat_agent::disk::sync::phases::{Goal, Phase, Veto};
 use lifeboat_agent::disk::sync::rank::{Strategy, Weights};
 use lifeboat_agent::disk::sync::receive::{ReceiveError, Received, receive};
 use lifeboat_agent::disk::sync::send::{Choice, Command, Outgoing, Progress, SendError};
+use lifeboat_agent::disk::sync::within::Within;
 use lifeboat_agent::disk::track::{BlockSize, SegmentSize};
 use lifeboat_agent::{clock, tasks};
 use lifeboat_protocol::units::BytesPerSec;
@@ -118,11 +119,13 @@ impl World {
             destinations.push(tasks::spawn("receive", receive(received, there.into_split())));
         }
         let (bulk, control) = (ends.pop().unwrap(), ends.pop().unwrap());
+        let rate_of_now = self.rate.subscribe();
+        let within = Within::keep(self.mount.server.limit(), &self.mirror, rate_of_now);
         let source = tasks::spawn("send", async move {
             let outcome = outgoing.run(control, bulk, rate, &mut orders, &progress).await;
             (outgoing, outcome)
         });
-        Way { commands, source, destinations }
+        Way { commands, source, destinations, _within: within }
     }
 
     pub(super) async fn until(&self, phase: Phase) {
@@ -160,6 +163,7 @@ pub(super) struct Way {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) source: tokio::task::JoinHandle<(Outgoing, Result<(), SendError>)>,
     pub(super) destinations: Vec<tokio::task::JoinHandle<Result<(), ReceiveError>>>,
+    _within: Within,
 }
 
 impl Way {

@@ -12,14 +12,17 @@
 //! writes at once is let go. Without a limit at all it would take the link from the memory that the
 //! pause waits for.
 //!
-//! Deliberately not here: which rate is right (policy), and the network's limit (the sync driver's).
+//! While changes go over a link at once it also keeps them within what the link takes
+//! ([`DiskLimit::keep_within`]).
+//!
+//! Deliberately not here: which rate is right (policy), and when changes go over a link (`sync::within`).
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lifeboat_policy::pace::Pacer;
+use lifeboat_policy::pace::{Pacer, writes_in_step};
 use lifeboat_protocol::units::{Bytes, BytesPerSec};
 
 use super::later::Later;
@@ -38,7 +41,27 @@ const COST_WITHOUT_DATA: Bytes = Bytes(4096);
 /// Threads that let go what was held back, and do it.
 const THREADS: usize = 2;
 
+/// What holds changes down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Rates {
+    /// What the VM may change.
+    disk: Option<BytesPerSec>,
+    /// What the link takes over which every change goes at once.
+    network: Option<BytesPerSec>,
+}
+
+impl Rates {
+    fn in_force(self) -> Option<BytesPerSec> {
+        let rate = match self.network {
+            Some(network) => Some(writes_in_step(network, self.disk)),
+            None => self.disk,
+        };
+        rate.map(|rate| rate.max(SLOWEST))
+    }
+}
+
 struct Waiting {
+    rates: Rates,
     pacer: Option<Pacer>,
     /// Nothing waits longer than this.
     longest: Option<Duration>,
@@ -72,7 +95,17 @@ impl DiskLimit {
 
     /// How fast images may be changed, together, at least [`SLOWEST`]; `None` for no limit.
     pub fn set(&self, rate: Option<BytesPerSec>) {
-        self.0.set(rate).into_iter().for_each(Request::hand_on);
+        self.change(|rates| rates.disk = rate);
+    }
+
+    /// Whatever [`DiskLimit::set`] says, changes are no more than a migration can bear that may send `network`:
+    /// each goes over its link at once. `None`: none does, or nothing limits it.
+    pub fn keep_within(&self, network: Option<BytesPerSec>) {
+        self.change(|rates| rates.network = network);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Rates)) {
+        self.0.change(change).into_iter().for_each(Request::hand_on);
         self.pump();
     }
 
@@ -124,7 +157,9 @@ impl Drop for Limit {
 impl Limit {
     fn new(later: Later) -> Self {
         let (queue, awaited) = Default::default();
-        let waiting = Waiting { pacer: None, longest: None, queue, first_due: None, awaited };
+        let rates = Rates::default();
+        let waiting =
+            Waiting { rates, pacer: None, longest: None, queue, first_due: None, awaited };
         Self { origin: clock::now(), later, waiting: Mutex::new(waiting) }
     }
 
@@ -136,12 +171,17 @@ impl Limit {
         clock::now().saturating_duration_since(self.origin)
     }
 
-    /// Sets the rate at which changes pass, at least [`SLOWEST`]; `None` for no limit. Returns what
-    /// may go at once, to be handed on.
-    fn set(&self, rate: Option<BytesPerSec>) -> Vec<Request> {
+    /// Changes the rate at which changes pass, at least [`SLOWEST`]. Returns what may go at once, to be handed on.
+    fn change(&self, change: impl FnOnce(&mut Rates)) -> Vec<Request> {
         let now = self.elapsed();
         let mut waiting = self.waiting();
-        match (rate.map(|rate| rate.max(SLOWEST)), &mut waiting.pacer) {
+        let before = waiting.rates.in_force();
+        change(&mut waiting.rates);
+        let rate = waiting.rates.in_force();
+        if rate == before {
+            return Vec::new();
+        }
+        match (rate, &mut waiting.pacer) {
             (Some(rate), Some(pacer)) => pacer.set_rate(now, rate),
             (Some(rate), none) => *none = Some(Pacer::bursting(rate, BURST)),
             (None, pacer) => *pacer = None,

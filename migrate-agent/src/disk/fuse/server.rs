@@ -225,6 +225,12 @@ impl Server {
         Ok(())
     }
 
+    /// What holds changes of the images down, for whoever sets it.
+    #[must_use]
+    pub fn limit(&self) -> DiskLimit {
+        self.shared.limit.clone()
+    }
+
     /// Sets how fast the images may be changed, together; `None` for no limit (MigrateFS Table 1,
     /// "Set Disk Limit").
     pub fn set_disk_limit(&self, rate: Option<BytesPerSec>) {

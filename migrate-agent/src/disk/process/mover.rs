@@ -31,6 +31,7 @@ use crate::disk::sync::mirror::{DEADLINE, Mirror};
 use crate::disk::sync::phases::Goal;
 use crate::disk::sync::rank::Strategy;
 use crate::disk::sync::send::{Choice, Command, Outgoing, Progress};
+use crate::disk::sync::within::Within;
 use crate::disk::track::Traffic;
 use crate::tasks;
 use crate::tls::{TlsError, TlsIdentity};
@@ -94,6 +95,7 @@ struct Begun {
     commands: mpsc::Sender<Command>,
     seen: Seen,
     task: tokio::task::JoinHandle<()>,
+    _within: Within,
 }
 
 /// Everything that requests act on.
@@ -186,7 +188,9 @@ impl Mover {
             counts,
         };
         let task = tasks::spawn("disks", transfer.run());
-        *begun = Some(Begun { commands, seen, task });
+        let limit = self.mounts.limit().clone();
+        let within = Within::keep(limit, &self.mirror, self.network.subscribe());
+        *begun = Some(Begun { commands, seen, task, _within: within });
         Ok(())
     }
 

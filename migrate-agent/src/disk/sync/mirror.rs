@@ -69,6 +69,8 @@ enum Mode {
 pub struct Mirror {
     disks: Vec<Disk>,
     mode: RwLock<Mode>,
+    /// Whether it is mirroring, for whoever has to do something then.
+    mirroring: watch::Sender<bool>,
     landing: Landing,
     ledger: Arc<Ledger<Request>>,
     deadline: Duration,
@@ -98,6 +100,7 @@ impl Mirror {
         Self {
             disks: disks.iter().map(disk).collect(),
             mode: RwLock::new(Mode::Marking),
+            mirroring: watch::Sender::new(false),
             landing: Landing::default(),
             ledger: Arc::default(),
             deadline,
@@ -159,6 +162,12 @@ impl Mirror {
         matches!(*mode, Mode::Mirroring(_))
     }
 
+    /// The same, as it changes.
+    #[must_use]
+    pub fn mirroring(&self) -> watch::Receiver<bool> {
+        self.mirroring.subscribe()
+    }
+
     /// From now on changes are marked only.
     pub fn disarm(&self) {
         self.set(Mode::Marking);
@@ -176,6 +185,7 @@ impl Mirror {
         let in_step = matches!(*mode, Mode::Mirroring(_));
         if in_step {
             *mode = Mode::Sealed;
+            self.mirroring.send_replace(false);
         }
         in_step
     }
@@ -191,6 +201,7 @@ impl Mirror {
         let mut now = self.mode.write().unwrap_or_else(PoisonError::into_inner);
         // Looked at under the lock: who was late sees it, or is overwritten by `retire`.
         *now = if self.retired.load(Ordering::SeqCst) { Mode::Marking } else { mode };
+        self.mirroring.send_replace(matches!(*now, Mode::Mirroring(_)));
     }
 
     /// Everything that is on its way counts as dirty again, and is answered.

@@ -14,6 +14,7 @@
 //! | `frame` | the frames between the two: pure |
 //! | `ledger` | what is on its way |
 //! | `mirror` | the hook in the FUSE layer: marks, or sends and waits |
+//! | `within` | keeps a guest within the link while every change goes over it at once |
 //! | `send` with `connection`, `passes` and `blocks` | the source's driver |
 //! | `receive` | the destination's |
 //! | `kept` | what outlives it, of disks that may follow their VM |
@@ -37,3 +38,4 @@ pub mod receive;
 pub mod send;
 pub mod stream;
 pub mod versions;
+pub mod within;
