@@ -54,8 +54,13 @@ async fn a_page_that_is_not_as_it_was_is_said_to_be_lost_and_never_placed() {
     let said = "are lost: what stores held of them is gone (i0)";
     let told = until(&world.h2, said, |now| now.reason.contains(said)).await;
     assert_eq!(told.phase(), Phase::Gather, "{told:?}");
+    // Of one pack, and everything else that the same store holds comes.
+    assert!(lost(&told) <= u64::from(Batch::default().pages()), "{}", told.reason);
+    until(&world.h2, "all others come", |now| now.pages_arrived + lost(now) == now.pages_total)
+        .await;
     let seen = world.known_at(&world.h2).await;
     assert!(seen.wrong == 0 && seen.missing > 0 && seen.right > 0, "{seen:?}");
+    assert!(seen.missing as u64 <= lost(&told), "{seen:?}, {}", told.reason);
 }
 
 /// The number at the beginning of what is said of pages that are lost; 0 where nothing is.

@@ -1,14 +1,14 @@
-//! Where packs are, and how to read them when stores are lost. Used by the destination, which fills
-//! it from the source's control records; pure.
+//! Where packs are, and how to read them when stores, or single values in them, are lost. Used by the
+//! destination, which fills it from the source's control records; pure.
 //!
 //! ```text
-//!  its store is there ................ read it
+//!  its store has it ................ read it
 //!  lost, mirrored, other is there .... read the other
 //!  lost, in a stripe, rest is there .. read the same bytes of the rest and of the parity, XOR
 //!  otherwise ......................... lost: ask the source, if it is still there
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use thiserror::Error;
 
@@ -70,6 +70,8 @@ struct StripePlace {
 pub struct Directory {
     packs: HashMap<PackId, (StoreId, Protection)>,
     stripes: HashMap<u64, StripePlace>,
+    /// What a store gave for these is not what was put there.
+    spoiled: HashSet<(PackId, StoreId)>,
 }
 
 impl Directory {
@@ -111,17 +113,34 @@ impl Directory {
         }
     }
 
+    /// What this store gives for a pack is not what was put there: it is not read there again. How many there are
+    /// in that store by now.
+    pub fn spoil(&mut self, pack: PackId, store: StoreId) -> usize {
+        self.spoiled.insert((pack, store));
+        self.spoiled.iter().filter(|(_, at)| *at == store).count()
+    }
+
+    /// Whether this store gave something that was not what was put there.
+    #[must_use]
+    pub fn has_spoiled(&self, store: StoreId) -> bool {
+        self.spoiled.iter().any(|(_, at)| *at == store)
+    }
+
+    fn has(&self, pack: PackId, store: StoreId, lost: StoreSet) -> bool {
+        !lost.has(store) && !self.spoiled.contains(&(pack, store))
+    }
+
     /// How to read a pack with these stores lost.
     ///
     /// # Errors
     /// [`DirectoryError::Unknown`].
     pub fn way(&self, pack: PackId, lost: StoreSet) -> Result<Way, DirectoryError> {
         let (store, protection) = *self.packs.get(&pack).ok_or(DirectoryError::Unknown(pack))?;
-        if !lost.has(store) {
+        if self.has(pack, store, lost) {
             return Ok(Way::From(store));
         }
         Ok(match protection {
-            Protection::Mirror(other) if !lost.has(other) => Way::From(other),
+            Protection::Mirror(other) if self.has(pack, other, lost) => Way::From(other),
             Protection::Stripe(stripe) => self.rebuild(pack, stripe, lost),
             Protection::None | Protection::Mirror(_) => Way::Lost,
         })
@@ -134,9 +153,9 @@ impl Directory {
         let others: Vec<_> = others
             .filter_map(|other| self.packs.get(other).map(|(store, _)| (*other, *store)))
             .collect();
-        match others.iter().any(|(_, store)| lost.has(*store)) {
-            true => Way::Lost,
-            false => Way::Rebuild { stripe, parity, others },
+        match others.iter().all(|(other, store)| self.has(*other, *store, lost)) {
+            true => Way::Rebuild { stripe, parity, others },
+            false => Way::Lost,
         }
     }
 
@@ -194,6 +213,28 @@ mod tests {
         assert_eq!(way(2, &[0, 1]), Way::Lost);
         assert_eq!(way(3, &[2]), Way::Lost);
         assert_eq!(way(4, &[0]), Way::Lost, "its parity is not acknowledged yet");
+    }
+
+    #[test]
+    fn one_value_that_is_not_as_it_was_costs_no_other() {
+        let mut all = directory();
+        assert_eq!(all.spoil(PackId(0), StoreId(0)), 1);
+        let others = vec![(PackId(1), StoreId(1))];
+        let rebuild = Way::Rebuild { stripe: 7, parity: StoreId(2), others };
+        let none = StoreSet::default();
+        assert_eq!(all.way(PackId(0), none), Ok(rebuild));
+        // Of the same store and of the same stripe.
+        assert_eq!(all.way(PackId(2), none), Ok(Way::From(StoreId(0))));
+        assert_eq!(all.way(PackId(1), none), Ok(Way::From(StoreId(1))));
+        assert_eq!(all.way(PackId(1), set(&[1])), Ok(Way::Lost), "two of its stripe");
+        // A copy, then the other copy.
+        assert_eq!(all.spoil(PackId(2), StoreId(0)), 2);
+        assert_eq!(all.spoil(PackId(2), StoreId(0)), 2, "said again");
+        assert_eq!(all.way(PackId(2), none), Ok(Way::From(StoreId(1))));
+        assert!(all.has_spoiled(StoreId(0)) && !all.has_spoiled(StoreId(1)));
+        assert_eq!(all.spoil(PackId(2), StoreId(1)), 1);
+        assert_eq!(all.spoil(PackId(3), StoreId(2)), 1);
+        assert_eq!(all.unreadable(none), [PackId(2), PackId(3)]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Each store is reached by two connections, one for demands and one for the background, so that a
 //! demand never waits behind a pack. A store that fails is passed over at once, and tried again in the
 //! background: its run tells whether it still holds what was put there. One that gave back something
-//! else than was put there is not asked again.
+//! else than was put there is not asked for that pack again; one that does so again and again for nothing any more.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -32,6 +32,8 @@ use crate::stores::StoreLinkError;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// A store that failed is tried again this often.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// A store that gave so many packs as they never were is broken, or an enemy's: every one of them costs a guest's wait.
+const SPOILED_MOST: usize = 16;
 
 /// What has come of a question to stores.
 pub(super) enum Fetched {
@@ -72,6 +74,8 @@ impl CamePack {
 #[error("{error}")]
 pub(super) struct Trouble {
     store: Option<StoreId>,
+    /// What it gave for this is not what was put there.
+    spoiled: Option<PackId>,
     error: TroubleError,
 }
 
@@ -135,13 +139,15 @@ impl Stores {
         if !self.complete {
             return WithoutWay::default();
         }
-        let of = |stores: &[bool]| {
-            let named = self.reachable.places.iter().zip(stores).filter(|(_, is)| **is);
-            let hosts = named.map(|(at, _)| at.host.as_str()).collect::<Vec<_>>().join(", ");
-            (self.directory.unreadable(set_of(stores)).into_iter().collect(), hosts)
+        let packs = |stores| self.directory.unreadable(set_of(stores)).into_iter().collect();
+        let hosts = |is: &dyn Fn(StoreId) -> bool| {
+            let named = (0_u8..).zip(&self.reachable.places).filter(|(at, _)| is(StoreId(*at)));
+            named.map(|(_, at)| at.host.as_str()).collect::<Vec<_>>().join(", ")
         };
-        let (waiting, away) = of(&self.lost);
-        let (lost, emptied) = of(&self.for_ever);
+        let (away, for_ever) = (self.lost(), set_of(&self.for_ever));
+        let (waiting, lost) = (packs(&self.lost), packs(&self.for_ever));
+        let away = hosts(&|store| away.has(store));
+        let emptied = hosts(&|store| for_ever.has(store) || self.directory.has_spoiled(store));
         WithoutWay { waiting, away, lost, emptied }
     }
 
@@ -158,7 +164,7 @@ impl Stores {
         crate::tasks::spawn("page from a store", async move {
             let page = match way {
                 Ok(way) => page(way, pack, (slot, width), at, &reading).await,
-                Err(error) => Err(Trouble { store: None, error }),
+                Err(error) => Err(Trouble::nobodys(error)),
             };
             // A gather that has ended needs no page.
             let _ = results.send(Fetched::Page(at, page)).await;
@@ -172,10 +178,19 @@ impl Stores {
         crate::tasks::spawn("pack from a store", async move {
             let came = match way {
                 Ok(way) => whole(way, pack, &reading).await.map(|came| CamePack::of(pack, came)),
-                Err(error) => Err(Trouble { store: None, error }),
+                Err(error) => Err(Trouble::nobodys(error)),
             };
             let _ = results.send(Fetched::Pack(came)).await;
         });
+    }
+
+    /// What a store gave for a pack is not what was put there.
+    fn distrust(&mut self, store: StoreId, pack: PackId, error: &TroubleError) {
+        if self.directory.spoil(pack, store) >= SPOILED_MOST {
+            return self.lose(store, error);
+        }
+        let host = self.reachable.places.get(usize::from(store.0)).map(|at| at.host.as_str());
+        tracing::error!(store = store.0, host, %pack, %error, "a pack is not as it was put there");
     }
 
     /// Passes a store over, and tries it again unless it lied.
@@ -232,8 +247,19 @@ struct WithoutWay {
     emptied: String,
 }
 
+impl Trouble {
+    fn nobodys(error: impl Into<TroubleError>) -> Self {
+        Self { store: None, spoiled: None, error: error.into() }
+    }
+
+    /// What was read does not open: the fault of the store that gave it, if it is one's alone.
+    fn does_not_open(from: Option<StoreId>, pack: PackId, error: PackError) -> Self {
+        Self { store: from, spoiled: from.map(|_| pack), error: error.into() }
+    }
+}
+
 fn trouble<E: Into<TroubleError>>(store: StoreId) -> impl Fn(E) -> Trouble {
-    move |error| Trouble { store: Some(store), error: error.into() }
+    move |error| Trouble { store: Some(store), spoiled: None, error: error.into() }
 }
 
 /// Some bytes of a value. What lies behind the end of a shorter member of a stripe counts as zeroes.
@@ -277,7 +303,7 @@ async fn page(
         }
     };
     let opened = reading.slot(0, (slot, width), at, bytes);
-    opened.map(|page| page.data).map_err(|error| Trouble { store: from, error: error.into() })
+    opened.map(|page| page.data).map_err(|error| Trouble::does_not_open(from, pack, error))
 }
 
 /// Fetches a pack and opens it; what it took on its way, bytes.
@@ -300,12 +326,12 @@ pub(super) async fn whole(
             }
             let parity = Parity::decode(stripe, &parity).map_err(trouble(store))?;
             let made = parity.rebuild(stripe, pack, &packs);
-            (None, made.map_err(|error| Trouble { store: None, error: error.into() })?)
+            (None, made.map_err(Trouble::nobodys)?)
         }
     };
     let wire = bytes.len() as u64;
     let contents = reading.pack(pack, bytes);
-    let contents = contents.map_err(|error| Trouble { store: from, error: error.into() })?;
+    let contents = contents.map_err(|error| Trouble::does_not_open(from, pack, error))?;
     Ok((contents, wire))
 }
 
@@ -423,7 +449,10 @@ impl Driver {
     /// Whether no way is left.
     fn note_trouble(&mut self, trouble: &Trouble) -> bool {
         if let (Some(stores), Some(store)) = (&mut self.stores, trouble.store) {
-            stores.lose(store, &trouble.error);
+            match trouble.spoiled {
+                Some(pack) => stores.distrust(store, pack, &trouble.error),
+                None => stores.lose(store, &trouble.error),
+            }
             self.show_what_is_missing();
         } else {
             tracing::debug!(error = %trouble.error, "a page did not come");
