@@ -290,6 +290,8 @@ struct InPack {
     hashes: Vec<u64>,
     /// How many of those did.
     ahead: u64,
+    /// Its part of what is shown; none before it is told.
+    shown: Stored,
 }
 
 struct Driver {
@@ -488,15 +490,18 @@ impl Driver {
 
     /// Tells that a pack is acknowledged, once what is in it is known to count.
     fn announce(&mut self, pack: PackId, store: StoreId, protection: Protection) {
-        let Some(InPack { width, pages, hashes, ahead }) = self.packs.get(&pack) else { return };
-        if !hashes.is_empty() {
+        let Some(told) = self.packs.get_mut(&pack) else { return };
+        if !told.hashes.is_empty() {
             return self.ahead.wait_for_comparison(pack, store, protection);
         }
-        let note = PackNote { pack, width: *width, store, protection, pages: pages.clone() };
-        let (counting, ahead) = (note.pages.iter().flatten().count() as u64, *ahead);
+        let (width, pages) = (told.width, told.pages.clone());
+        let note = PackNote { pack, width, store, protection, pages };
+        let pages = note.pages.iter().flatten().count() as u64;
+        let shown = Stored { pages, ahead: told.ahead };
+        told.shown = shown;
         self.show.send_modify(|stored| {
-            stored.pages += counting;
-            stored.ahead += ahead;
+            stored.pages += shown.pages;
+            stored.ahead += shown.ahead;
         });
         self.tell(Frame::Pack(note));
     }
@@ -509,8 +514,13 @@ impl Driver {
     }
 
     fn resend(&mut self, pack: PackId) {
-        let pages = self.packs.get(&pack).into_iter().flat_map(|pack| &pack.pages).flatten();
-        let pages: Vec<PageAt> = pages.copied().collect();
+        let Some(again) = self.packs.get_mut(&pack) else { return };
+        let pages: Vec<PageAt> = again.pages.iter().flatten().copied().collect();
+        let shown = std::mem::take(&mut again.shown);
+        self.show.send_modify(|stored| {
+            stored.pages -= shown.pages;
+            stored.ahead -= shown.ahead;
+        });
         // Before the guest has left they only count as not read.
         let again = self.ahead.give_back(pages);
         self.pages.extend(again.into_iter().map(|at| (at, false)));

@@ -159,6 +159,12 @@ impl Directory {
         }
     }
 
+    /// The packs of this stripe that were announced.
+    #[must_use]
+    pub fn in_stripe(&self, stripe: u64) -> &[PackId] {
+        self.stripes.get(&stripe).map_or(&[], |place| &place.packs)
+    }
+
     /// Is the pack a member of this stripe?
     #[must_use]
     pub fn is_in(&self, pack: PackId, stripe: u64) -> bool {

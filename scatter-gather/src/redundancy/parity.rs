@@ -48,6 +48,16 @@ pub enum ParityError {
         /// The pack.
         pack: PackId,
     },
+    /// Some of the others are nowhere: the source gave the stripe up, and sent all of it again.
+    #[error("of the {members} packs of stripe {stripe} only {known} others are known")]
+    GivenUp {
+        /// The stripe.
+        stripe: u64,
+        /// Its packs.
+        members: usize,
+        /// Those that there are, without the one that is wanted.
+        known: usize,
+    },
 }
 
 /// One pack of a stripe.
@@ -181,7 +191,7 @@ impl Parity {
     /// The pack `lost`, from all others of its stripe.
     ///
     /// # Errors
-    /// [`ParityError::NoMember`] for a pack that is not in the stripe. Whether the result is what
+    /// [`ParityError::NoMember`] for a pack that is not in the stripe, [`ParityError::GivenUp`]. Whether the result is what
     /// was lost is for the pack's own checks to say.
     pub fn rebuild(
         &self,
@@ -191,6 +201,10 @@ impl Parity {
     ) -> Result<BytesMut, ParityError> {
         let member = self.members.iter().find(|member| member.pack == lost);
         let member = member.ok_or(ParityError::NoMember { stripe, pack: lost })?;
+        let (members, known) = (self.members.len(), others.len());
+        if known + 1 != members {
+            return Err(ParityError::GivenUp { stripe, members, known });
+        }
         let mut bytes = restore(&self.body, others);
         bytes.truncate(member.length as usize);
         Ok(bytes)

@@ -10,8 +10,9 @@
 //! A store that is full takes nothing more; one that is lost has taken everything with it. What is
 //! under way there goes to a store that its stripe does not use yet. Where there is none, what was on
 //! its way to a lost store counts as acknowledged and lost at once: the rest of its stripe mends it, as
-//! it would a moment later. What redundancy can't mend is sent again: until Evict the source still has
-//! every page. After Evict nothing is done here any more.
+//! it would a moment later. What was on its way to a full one leaves its stripe without a member, so all of that
+//! stripe is sent again in narrower ones, as is whatever redundancy can't mend: until Evict the source still
+//! has every page. After Evict nothing is done here any more.
 
 #[cfg(test)]
 mod tests;
@@ -208,7 +209,7 @@ impl Scatter {
             Event::Full(store, object) => {
                 self.placer.fill(store);
                 if self.under_way.get(&object).is_some_and(|under_way| under_way.store == store) {
-                    self.elsewhere(object, actions)?;
+                    self.elsewhere_or_lost(object, actions)?;
                 }
             }
             Event::Lost(store) => self.lose(store, actions)?,
@@ -299,20 +300,52 @@ impl Scatter {
         }
     }
 
-    /// Finds another store for an object whose store is lost; where there is none, it counts as
-    /// acknowledged and lost there.
+    /// Finds another store for an object whose store is lost or full. Where there is none, it counts as
+    /// acknowledged and lost there, or its stripe is given up.
     fn elsewhere_or_lost(
         &mut self,
         object: Object,
         actions: &mut Vec<Action>,
     ) -> Result<(), ScatterError> {
-        let store = self.under_way.get(&object).map(|under_way| under_way.store);
-        let store = store.filter(|store| self.lost.has(*store));
-        match (self.elsewhere(object, actions), store) {
-            (Err(ScatterError::NoPlace(_)), Some(store)) if self.redundancy != Redundancy::None => {
+        let Some(UnderWay { store, stripe, .. }) = self.under_way.get(&object) else {
+            return Ok(());
+        };
+        let (store, stripe) = (*store, *stripe);
+        match (self.elsewhere(object, actions), self.redundancy) {
+            (Err(ScatterError::NoPlace(_)), Redundancy::Mirror | Redundancy::Parity)
+                if self.lost.has(store) =>
+            {
                 self.acked(store, object, actions)
             }
+            (Err(ScatterError::NoPlace(_)), Redundancy::Parity) => {
+                self.give_up(stripe, actions);
+                Ok(())
+            }
             (other, _) => other,
+        }
+    }
+
+    /// One of this stripe has no place, and without it nothing mends the others: all of them are sent again.
+    fn give_up(&mut self, stripe: u64, actions: &mut Vec<Action>) {
+        let of_stripe = |(object, under_way): (&Object, &UnderWay)| match object {
+            Object::Pack(pack) if under_way.stripe == stripe => Some(*pack),
+            _ => None,
+        };
+        let mut packs: Vec<PackId> = self.under_way.iter().filter_map(of_stripe).collect();
+        packs.extend(self.directory.in_stripe(stripe));
+        self.under_way.retain(|_, under_way| under_way.stripe != stripe);
+        self.stripes.remove(&stripe);
+        self.filling = self.filling.filter(|filling| *filling != stripe);
+        self.send_again(packs, actions);
+    }
+
+    fn send_again(&mut self, packs: Vec<PackId>, actions: &mut Vec<Action>) {
+        for pack in packs {
+            if !self.resent.contains(&pack) && self.missing.insert(pack) {
+                // Its pages come in packs of their own, and then the end again.
+                self.ended = false;
+                actions.push(Action::Resend(pack));
+            }
         }
     }
 
@@ -410,16 +443,10 @@ impl Scatter {
     /// Packs that no store has any more. A stripe whose parity is still to come is not judged yet:
     /// its parity mends it.
     fn resend_what_is_gone(&mut self, actions: &mut Vec<Action>) {
-        for pack in self.directory.unreadable(self.lost) {
-            let mends = self.stripes.keys().any(|stripe| self.directory.is_in(pack, *stripe));
-            let known = self.resent.contains(&pack) || self.missing.contains(&pack);
-            if !mends && !known {
-                self.missing.insert(pack);
-                // Its pages come in packs of their own, and then the end again.
-                self.ended = false;
-                actions.push(Action::Resend(pack));
-            }
-        }
+        let mut gone = self.directory.unreadable(self.lost);
+        let mends = |pack, stripe: &u64| self.directory.is_in(pack, *stripe);
+        gone.retain(|pack| !self.stripes.keys().any(|stripe| mends(*pack, stripe)));
+        self.send_again(gone, actions);
     }
 
     fn evict_when_all_is_safe(&mut self, actions: &mut Vec<Action>) {

@@ -151,7 +151,8 @@ impl World {
                     });
                     let others: Vec<Bytes> = others.collect();
                     let parity = Parity::decode(stripe, &parity).unwrap();
-                    Some(parity.rebuild(stripe, *pack, &others).unwrap().freeze())
+                    // Not of a stripe that was given up: one of its members is nowhere.
+                    parity.rebuild(stripe, *pack, &others).ok().map(|bytes| bytes.freeze())
                 }
                 _ => None,
             };
@@ -240,6 +241,34 @@ proptest! {
             (0..world.puts.len()).for_each(|_| world.answer(0));
         }
         prop_assert!(!world.failed, "one store less is no reason to give up");
+        prop_assert_eq!(world.readable(world.lost()), (0..pages).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn with_parity_one_store_may_fill_up_and_another_be_lost_after_the_source_has_gone(
+        stores in 3_usize..6,
+        small in any::<usize>(),
+        room in 0_usize..30,
+        pages in 0_u64..40,
+        steps in steps(),
+        victim in any::<usize>(),
+    ) {
+        let mut rooms = vec![1000; stores];
+        rooms[small % stores] = room;
+        let mut world = World::new(stores, Redundancy::Parity, rooms, pages);
+        for step in steps {
+            match step {
+                Step::Send if !world.evicted => world.send(),
+                Step::Answer(which) => world.answer(which),
+                _ => {}
+            }
+        }
+        while !world.evicted && !world.failed {
+            world.send();
+            (0..world.puts.len()).for_each(|_| world.answer(0));
+        }
+        prop_assert!(!world.failed, "one store less is no reason to give up");
+        world.lose(victim);
         prop_assert_eq!(world.readable(world.lost()), (0..pages).collect::<Vec<_>>());
     }
 
