@@ -54,7 +54,7 @@ fn definition(machine: &str) -> String {
     format!(
         "name = \"db\"\nmemory = \"128 MiB\"\nvcpus = 1\nmachine = \"{machine}\"\n\
          cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-         kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+         kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off \
          lb.name=db lb.role=idle lb.region={} lb.dirty=100 lb.check=2000\"\n",
         48 << 20
     )

@@ -54,7 +54,7 @@ impl Guest {
         let folder = tempfile::tempdir().expect("a folder");
         let (control, serial) = (folder.path().join("qmp"), folder.path().join("serial"));
         let append = format!(
-            "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off lb.name=bench \
+            "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off lb.name=bench \
              lb.role=idle lb.region={REGION} lb.dirty=2000 lb.check=500"
         );
         let process = Command::new("qemu-system-x86_64")

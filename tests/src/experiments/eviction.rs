@@ -61,7 +61,7 @@ const ADDRESSES: [Ipv4Addr; 5] = [
 const PORTS: [&str; 5] = ["to-h1", "to-h2", "to-i1", "to-i2", "to-i3"];
 const MEMORY: Bytes = Bytes::from_mib(192);
 const ROOM: Bytes = Bytes::from_mib(320);
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off \
                                 lb.role=M lb.region=96MiB lb.dirty=500 lb.check=1000";
 const LINK: u64 = 200_000_000;
 const TWINS: Twins = Twins { memory: MEMORY, kernel_arguments: KERNEL_ARGUMENTS };

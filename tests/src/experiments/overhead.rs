@@ -49,7 +49,7 @@ const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 
 const HOSTS: [&str; 2] = ["h1", "h2"];
 const PORTS: [&str; 2] = ["to-h1", "to-h2"];
 const MEMORY: Bytes = Bytes::from_mib(256);
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off \
                                 lb.role=M lb.region=160MiB lb.dirty=500 lb.check=1000";
 const TWINS: Twins = Twins { memory: MEMORY, kernel_arguments: KERNEL_ARGUMENTS };
 /// So often a guest says that it lives before that is believed.

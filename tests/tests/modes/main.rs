@@ -16,7 +16,7 @@ fn definition() -> String {
     format!(
         "name = \"vm\"\nmemory = \"128 MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
          cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\nautostart = true\n\
-         kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+         kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off \
          lb.name=vm lb.role=idle lb.region={} lb.dirty=100 lb.check=500\"\n",
         24 << 20
     )

@@ -72,7 +72,7 @@ impl Hosts {
 
     fn kernel_arguments(&self, case: &Case) -> String {
         format!(
-            "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off lb.name=vm lb.role=idle \
+            "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off lb.name=vm lb.role=idle \
              lb.region=24MiB lb.dirty=100 lb.check=500 lb.disk={} lb.disk_block={BLOCK} \
              lb.disk_rate={} lb.disk_check=25",
             self.image,

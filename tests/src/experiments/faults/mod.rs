@@ -62,7 +62,7 @@ const VM: &str = "guest";
 const MEMORY: Bytes = Bytes::from_mib(192);
 const ROOM: Bytes = Bytes::from_mib(320);
 /// It looks at all of its memory again and again, page by page.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off \
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off \
                                 lb.name=guest lb.role=M lb.region=96MiB lb.dirty=200 lb.check=3000";
 /// The background's pace: much less than what the guest asks for.
 const GATHER: BitsPerSec = BitsPerSec(40_000_000);

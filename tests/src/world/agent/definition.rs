@@ -167,7 +167,7 @@ impl Agent {
         let definition = format!(
             "name = \"{vm}\"\nmemory = \"{memory} MiB\"\nvcpus = 1\nmachine = \"pc-i440fx-7.2\"\n\
              cpu_model = \"max\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-             kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable \
+             kernel_arguments = \"console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check \
              mitigations=off lb.name={vm} lb.role=idle lb.region={} lb.dirty=100 lb.check=500{writes}\"\n\
              autostart = true\n{keys}",
             24 << 20

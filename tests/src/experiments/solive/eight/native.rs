@@ -24,7 +24,8 @@ use crate::rig::direct::{Direct, Leaving, Place};
 use crate::rig::network::Namespace;
 
 /// As the lab's own guests.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable mitigations=off";
+const KERNEL_WORDS: &str =
+    "console=ttyS0 quiet panic=-1 nokaslr tsc=unstable no_timer_check mitigations=off";
 /// It boots and fills its memory.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// So often a guest says that it lives before that is believed.
