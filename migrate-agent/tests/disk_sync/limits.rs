@@ -86,7 +86,7 @@ async fn a_guest_that_writes_more_than_the_link_takes_is_held_and_blocks_pass_be
     println!("{wrote} bytes written and {gone} of blocks gone, of {all} that the link takes");
     assert!(world.mirror.is_mirroring(), "one was not answered within {DEADLINE:?}");
     assert!(wrote < all * 3 / 4, "{wrote} bytes of {all}");
-    assert!(wrote > all / 2, "{wrote} bytes of {all}");
+    assert!(wrote > all / 4, "{wrote} bytes of {all}");
     assert!(gone > all / 8, "{gone} bytes of blocks, of {all}");
     arrives_whole(&world, way).await;
     assert_eq!(world.mount.server.disk_limit(), None, "nothing holds it any more");
