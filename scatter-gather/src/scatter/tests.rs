@@ -128,6 +128,24 @@ impl World {
         self.apply(Event::Lost(StoreId(at as u8)));
     }
 
+    /// One step, unless it comes too late.
+    fn go(&mut self, step: &Step) {
+        match *step {
+            Step::Send if !self.evicted => self.send(),
+            Step::Answer(which) => self.answer(which),
+            Step::Lose(which) if !self.evicted => self.lose(which),
+            Step::Send | Step::Lose(_) => {}
+        }
+    }
+
+    /// Everything is sent and answered, in order.
+    fn end(&mut self) {
+        while !self.evicted && !self.failed {
+            self.send();
+            (0..self.puts.len()).for_each(|_| self.answer(0));
+        }
+    }
+
     fn lost(&self) -> StoreSet {
         let mut set = StoreSet::default();
         let gone = (0..self.alive.len()).filter(|at| !self.alive[*at]);
@@ -198,12 +216,7 @@ proptest! {
     ) {
         let mut world = World::new(stores, redundancy, rooms, pages);
         for step in steps {
-            match step {
-                Step::Send if !world.evicted => world.send(),
-                Step::Answer(which) => world.answer(which),
-                Step::Lose(which) if !world.evicted => world.lose(which),
-                _ => {}
-            }
+            world.go(&step);
             if world.failed {
                 return Ok(());
             }
@@ -230,16 +243,9 @@ proptest! {
             if number == at && !world.evicted {
                 world.lose(victim);
             }
-            match step {
-                Step::Send if !world.evicted => world.send(),
-                Step::Answer(which) => world.answer(which),
-                _ => {}
-            }
+            world.go(&step);
         }
-        while !world.evicted && !world.failed {
-            world.send();
-            (0..world.puts.len()).for_each(|_| world.answer(0));
-        }
+        world.end();
         prop_assert!(!world.failed, "one store less is no reason to give up");
         prop_assert_eq!(world.readable(world.lost()), (0..pages).collect::<Vec<_>>());
     }
@@ -256,17 +262,9 @@ proptest! {
         let mut rooms = vec![1000; stores];
         rooms[small % stores] = room;
         let mut world = World::new(stores, Redundancy::Parity, rooms, pages);
-        for step in steps {
-            match step {
-                Step::Send if !world.evicted => world.send(),
-                Step::Answer(which) => world.answer(which),
-                _ => {}
-            }
-        }
-        while !world.evicted && !world.failed {
-            world.send();
-            (0..world.puts.len()).for_each(|_| world.answer(0));
-        }
+        let moves = steps.iter().filter(|step| !matches!(step, Step::Lose(_)));
+        moves.for_each(|step| world.go(step));
+        world.end();
         prop_assert!(!world.failed, "one store less is no reason to give up");
         world.lose(victim);
         prop_assert_eq!(world.readable(world.lost()), (0..pages).collect::<Vec<_>>());
