@@ -150,8 +150,8 @@ unittest_results() {
          END { ok = ran - bad - skipped; print (ok > 0 ? ok : 0), bad + 0 }' "$1"
 }
 
-# Test programs with migrating guests, which mostly wait: they run one after the other, beside those that have none.
-# Not beside each other: on a saturated machine QEMU's TCG itself loses writes of guests (docs/decisions/0006).
+# Test programs with migrating guests: they run one after the other, and beside none that is busy, because on a
+# saturated machine QEMU's TCG itself loses writes of guests (docs/decisions/0006).
 # Whatever allows userfaultfd on this machine is among them, and no test that wants it refused.
 worlds=(disks handover_on_qemu kill_points modes pages_elsewhere real_elsewhere soak storage)
 # These compare rates and times, or wait no longer than a guest would, and have the machine to themselves.
@@ -181,11 +181,22 @@ begin_cargo_tests() {
     begin "$name" cargo test --workspace --no-fail-fast "$@" -- "${test_options[@]}"
 }
 
+# begin_gated NAME: the test programs in the list of that name. They go through cargo now, and run when there is
+# a file $logs/NAME.gate.
+begin_gated() {
+    local gate=$logs/$1.gate
+    local -n programs=$1
+    rm -f "$gate"
+    # shellcheck disable=SC2046
+    begin_cargo_tests "$1" --config "target.'cfg(all())'.runner = ['$PWD/tests/when', '$(realpath "$gate")']" \
+        $(named --test "${programs[@]}")
+}
+
 # One build serves the tests and the binaries that they start: with all of these targets in one command,
 # cargo settles the features of each dependency once. Benchmarks are looked at by clippy alone, which takes
 # its time while tests wait: it begins when all of them have been through cargo, whose lock it keeps.
 all_checks() {
-    local gate=$logs/gate name rest
+    local name rest
     step install lab/install || true
     step fmt cargo fmt --all --check || true
     if ! step build cargo build --workspace --lib --bins --tests; then
@@ -199,23 +210,19 @@ all_checks() {
         echo "    which test programs there are cannot be told, and counts as one failure"
         failed=$((failed + 1))
     fi
-    rm -f "$gate"
     # shellcheck disable=SC2046,SC2086
-    {
-        begin_cargo_tests others --lib --bins $(named --test $rest)
-        begin_cargo_tests worlds $(named --test "${worlds[@]}")
-        # Through cargo now, and run when the gate is there.
-        begin_cargo_tests alone --config "target.'cfg(all())'.runner = ['$PWD/tests/when', '$(realpath "$gate")']" \
-            $(named --test "${alone[@]}")
-    }
+    begin_cargo_tests others --lib --bins $(named --test $rest)
+    begin_gated worlds
+    begin_gated alone
     for name in others worlds alone; do
         until grep -qs '^ *Running ' "$logs/$name.log" || ! kill -0 "${group[$name]}" 2>/dev/null; do sleep 1; done
     done
     begin clippy nice -n 19 chrt --idle 0 cargo clippy --workspace --all-targets -- -D warnings
     end_tests others cargo_results || true
-    end_tests worlds cargo_results || true
-    : >"$gate"
-    end_tests alone cargo_results || true
+    for name in worlds alone; do
+        : >"$logs/$name.gate"
+        end_tests "$name" cargo_results || true
+    done
     tests mininet unittest_results \
         /usr/bin/python3 -m unittest discover -v -s tests/mininet -p '*_test.py' || true
     end_step clippy || true

@@ -131,7 +131,6 @@ impl Outline {
 
 /// The world. Everything in it ends when it is dropped; QEMUs end with the process's namespace.
 pub struct World {
-    folder: tempfile::TempDir,
     /// By host.
     pub agents: Vec<Agent>,
     /// The controller and its commands.
@@ -139,6 +138,8 @@ pub struct World {
     /// Who runs, and what the guest says.
     pub witness: Witness,
     relays: Vec<Relay>,
+    /// Goes last: where QEMUs run, and who they are, stands in it.
+    folder: tempfile::TempDir,
 }
 
 impl World {
@@ -315,10 +316,8 @@ impl World {
             story.push_str(&format!("== the end of {}\n{end}\n", log.display()));
         }
         for life in self.witness.look().lives() {
-            let said = life.said();
-            let end: Vec<_> = said.lines().rev().take(5).collect();
             story.push_str(&format!("== the guest at {}\n", host_name(life.host)));
-            end.iter().rev().for_each(|line| story.push_str(&format!("{line}\n")));
+            life.told().iter().for_each(|line| story.push_str(&format!("{line}\n")));
         }
         story
     }

@@ -20,6 +20,8 @@ use crate::clock;
 
 /// A QEMU is found within this time; its guest is resumed much later.
 const LOOK: Duration = Duration::from_millis(5);
+/// So many of the lines that a guest said last are told.
+const NEWEST: usize = 5;
 
 /// Where a host's QEMU is seen.
 #[derive(Debug, Clone)]
@@ -48,6 +50,19 @@ impl Life {
     #[must_use]
     pub fn said(&self) -> &str {
         &self.text
+    }
+
+    /// What its guest said around its first bad line, if it said one, and its newest lines.
+    #[must_use]
+    pub fn told(&self) -> Vec<&str> {
+        let lines: Vec<_> = self.text.lines().collect();
+        let newest = lines.len().saturating_sub(NEWEST);
+        let Some(bad) = lines.iter().position(|line| is_bad(line)) else {
+            return lines[newest..].to_vec();
+        };
+        // A kernel says what has happened just before, and where in the forty lines that follow.
+        let (from, to) = (bad.saturating_sub(NEWEST), (bad + 40).min(lines.len()));
+        lines[from..to].iter().chain(&lines[newest.max(to)..]).copied().collect()
     }
 
     /// Whether its guest runs now.
@@ -128,10 +143,7 @@ impl Seen {
             offences.push("the guest counted a second twice: there were two of it".to_owned());
         }
         for life in self.lives() {
-            let bad = |line: &&str| {
-                line.contains("CORRUPT") || line.contains("Kernel panic") || line.contains("Oops")
-            };
-            let said = life.text.lines().find(bad);
+            let said = life.text.lines().find(|line| is_bad(line));
             offences.extend(said.map(|line| format!("at host {}: {line}", life.host + 1)));
         }
         let boots = self.lives().iter().map(|life| life.text.matches("LIFEBOAT-READY").count());
@@ -141,6 +153,11 @@ impl Seen {
         }
         offences
     }
+}
+
+/// What no guest may ever say.
+fn is_bad(line: &str) -> bool {
+    line.contains("CORRUPT") || line.contains("Kernel panic") || line.contains("Oops")
 }
 
 fn twice(lives: &[Life]) -> Vec<String> {
@@ -304,5 +321,21 @@ mod tests {
         assert!(offences(vec![life(2, &[], wrong)])[0].starts_with("at host 3: LIFEBOAT-CORRUPT"));
         let booted = vec![life(0, &[], ready), life(1, &[], ready)];
         assert_eq!(offences(booted), ["the guest was booted 2 times"]);
+    }
+    #[test]
+    fn what_a_guest_said_around_its_first_bad_line_is_told_before_the_newest() {
+        let counted = |seconds: std::ops::Range<u32>| {
+            seconds.map(|second| format!("TICK {second}\n")).collect::<String>()
+        };
+        let calm = life(0, &[], &counted(0..9));
+        assert_eq!(calm.told(), ["TICK 4", "TICK 5", "TICK 6", "TICK 7", "TICK 8"]);
+        let oops = life(0, &[], &format!("{}[6.9] Oops: 0010\n{}", counted(0..9), counted(9..99)));
+        let told = oops.told();
+        assert_eq!(
+            told[..7],
+            ["TICK 4", "TICK 5", "TICK 6", "TICK 7", "TICK 8", "[6.9] Oops: 0010", "TICK 9"]
+        );
+        assert_eq!(told.len(), 5 + 40 + 5);
+        assert_eq!(told[49], "TICK 98");
     }
 }

@@ -2,7 +2,7 @@
 //! count of writes moves with its memory. Vetoed, it runs on where it was. Processes are killed, links
 //! fall silent. Or its disk follows it ([`a_disk_that_follows`], [`a_disk_by_way_of_another`]), its hosts fail
 //! ([`a_disk_whose_hosts_fail`]), it has two disks or is one of two VMs ([`several_disks`]).
-//! What else was agreed: [`agreements`].
+//! What else was agreed: [`agreements`]. Again and again, and nothing breaks: [`to_and_fro`].
 //!
 //! Real QEMU, FUSE, agents and controller (`lifeboat_tests::world`); needs root and `lab/image`'s
 //! guest.
@@ -13,6 +13,7 @@ mod a_disk_that_follows;
 mod a_disk_whose_hosts_fail;
 mod agreements;
 mod several_disks;
+mod to_and_fro;
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
