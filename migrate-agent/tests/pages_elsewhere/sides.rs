@@ -4,7 +4,6 @@
 use std::time::Duration;
 
 use lifeboat_agent::guests::Guests;
-use lifeboat_agent::qemu::qmp::{MigrationStatus, Qmp};
 use lifeboat_protocol::agent::{Mode, Phase, Redundancy, StartMigrationRequest};
 
 use super::intermediary::Intermediary;
@@ -124,30 +123,14 @@ async fn a_guest_whose_destination_has_gone_is_brought_back_by_a_claim_as_it_was
     }
 }
 
-/// Switches a capability of QEMU's on again and again, by another monitor than the agent's, until its
-/// migration has begun with it.
-async fn insist(qmp: &Qmp, capability: &str) {
-    loop {
-        // Not any more once it sends.
-        let _ = qmp.migrate_set_capabilities(&[(capability, true)]).await;
-        let status = qmp.query_migrate().await.unwrap().status;
-        if !matches!(status, MigrationStatus::None) {
-            let all = qmp.query_migrate_capabilities().await.unwrap();
-            let on = all.iter().any(|(name, on)| name == capability && *on);
-            assert!(on, "it began without {capability}");
-            return;
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes long: tests/full"]
 async fn a_stream_that_cannot_be_carried_page_by_page_leaves_the_guest_where_it_is() {
     for capability in ["x-ignore-shared", "dirty-bitmaps"] {
         let world = world().await;
         let request = world.prepare(Mode::PostCopy).await;
-        let qmp = world.h1.guests.watch().await;
-        tokio::join!(world.start(&request), insist(&qmp, capability));
+        world.h1.guests.interfere(capability);
+        world.start(&request).await;
         let source = world.end_of(&world.h1).await;
         assert_eq!(source.phase(), Phase::Failed, "{capability}: {source:?}");
         assert!(source.reason.contains(capability), "{capability}: {}", source.reason);

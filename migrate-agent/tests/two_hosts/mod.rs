@@ -32,7 +32,8 @@ use lifeboat_protocol::agent::{
 use lifeboat_protocol::ids::{Generation, HostId, VmId};
 use lifeboat_protocol::units::Bytes;
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
+use tokio::task::block_in_place;
 
 use qemus::Qemus;
 
@@ -94,7 +95,10 @@ pub(crate) struct Bare {
     program: PathBuf,
     machine: &'static str,
     does: Does,
-    running: Mutex<HashMap<VmId, Child>>,
+    /// What somebody else switches on when a migration has been prepared and has not begun.
+    interferes: Mutex<Option<&'static str>>,
+    /// `None` once the host has gone: then nothing is started any more.
+    running: Mutex<Option<HashMap<VmId, Child>>>,
 }
 
 impl Bare {
@@ -108,7 +112,20 @@ impl Bare {
         std::fs::create_dir_all(directory).unwrap();
         std::fs::write(directory.join("boot"), sector).unwrap();
         let (directory, program) = (directory.to_owned(), program.to_owned());
-        Self { directory, program, machine, does, running: Mutex::default() }
+        Self {
+            directory,
+            program,
+            machine,
+            does,
+            interferes: Mutex::default(),
+            running: Mutex::new(Some(HashMap::new())),
+        }
+    }
+
+    /// From now on a migration begins with this capability, by another monitor than the agent's: in the moment
+    /// between the agent's choice of capabilities and its order to migrate.
+    pub(crate) fn interfere(&self, capability: &'static str) {
+        *self.interferes.lock().unwrap() = Some(capability);
     }
 
     /// Another way to its QEMU than the agent's.
@@ -117,6 +134,8 @@ impl Bare {
     }
 
     pub(crate) fn start(&self, vm: &VmId, extra: &[&str]) {
+        let mut running = self.running.lock().unwrap();
+        let Some(running) = running.as_mut() else { return };
         let path = |name: &str| self.directory.join(name).display().to_string();
         for monitor in ["qmp", "watch"] {
             let _ = std::fs::remove_file(path(monitor));
@@ -132,7 +151,7 @@ impl Bare {
             .stdout(Stdio::null())
             .spawn()
             .expect("qemu-system-x86_64 must be installed (lab/install)");
-        self.running.lock().unwrap().insert(vm.clone(), child);
+        running.insert(vm.clone(), child);
     }
 
     pub(crate) fn ticks(&self) -> usize {
@@ -140,16 +159,16 @@ impl Bare {
     }
 
     pub(crate) fn kill(&self, vm: &VmId) {
-        if let Some(mut child) = self.running.lock().unwrap().remove(vm) {
+        let child = self.running.lock().unwrap().as_mut().and_then(|running| running.remove(vm));
+        if let Some(mut child) = child {
             child.kill().unwrap();
             child.wait().unwrap();
         }
     }
-}
 
-impl Drop for Bare {
-    fn drop(&mut self) {
-        for (_, mut child) in self.running.lock().unwrap().drain() {
+    /// Ends every guest, and none begins any more.
+    fn close(&self) {
+        for (_, mut child) in self.running.lock().unwrap().take().into_iter().flatten() {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -179,7 +198,8 @@ impl Guests for Bare {
 
     fn lives(&self, vm: &VmId) -> bool {
         let mut running = self.running.lock().unwrap();
-        running.get_mut(vm).is_some_and(|child| child.try_wait().unwrap().is_none())
+        let child = running.as_mut().and_then(|running| running.get_mut(vm));
+        child.is_some_and(|child| child.try_wait().unwrap().is_none())
     }
 
     fn socket_path(&self, _: &VmId, name: &str) -> Result<PathBuf, GuestError> {
@@ -187,6 +207,14 @@ impl Guests for Bare {
     }
 
     fn grant(&self, _: &VmId, _: &Path) -> Result<(), GuestError> {
+        let capability = *self.interferes.lock().unwrap();
+        if let Some(capability) = capability {
+            let switch_on = async {
+                let qmp = self.watch().await;
+                qmp.migrate_set_capabilities(&[(capability, true)]).await.unwrap();
+            };
+            block_in_place(|| Handle::current().block_on(switch_on));
+        }
         Ok(())
     }
 
@@ -208,7 +236,8 @@ impl Guests for Bare {
     }
 
     fn memory(&self, vm: &VmId) -> Result<Ram, GuestError> {
-        let pid = self.running.lock().unwrap().get(vm).map_or(0, Child::id);
+        let running = self.running.lock().unwrap();
+        let pid = running.as_ref().and_then(|running| running.get(vm)).map_or(0, Child::id);
         let size = Bytes::from_mib(128);
         let failed = |source| GuestError {
             vm: vm.clone(),
@@ -243,7 +272,7 @@ impl Guests for Bare {
     }
 
     fn present(&self) -> Vec<VmId> {
-        self.running.lock().unwrap().keys().cloned().collect()
+        self.running.lock().unwrap().iter().flat_map(HashMap::keys).cloned().collect()
     }
 
     fn start_again<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Qmp, GuestError>> {
@@ -315,6 +344,8 @@ impl Drop for Host {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+        // What the agent did may outlive this test program, and would keep them: nobody else ends them then.
+        self.guests.close();
     }
 }
 
