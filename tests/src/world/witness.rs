@@ -41,6 +41,8 @@ pub struct Life {
     pub ran: Vec<(u64, Option<u64>)>,
     /// Whether it is still there.
     pub lives: bool,
+    /// Its process.
+    pid: i32,
     serial: Option<File>,
     text: String,
 }
@@ -103,6 +105,12 @@ impl Seen {
     #[must_use]
     pub fn lives(&self) -> &[Life] {
         self.lives.get(self.first..).unwrap_or_default()
+    }
+
+    /// The newest life of this host, if it is that of this process.
+    fn same_life(&self, host: Host, pid: i32) -> Option<usize> {
+        let newest = self.lives.iter().rposition(|life| life.host == host)?;
+        (pid != 0 && self.lives[newest].pid == pid).then_some(newest)
     }
 
     /// Where the guest runs now: by all that is right, at one host or at none.
@@ -234,15 +242,26 @@ fn watch_host(host: Host, watched: &Watched, seen: &Mutex<Seen>) {
     }
 }
 
+/// Whose life it is: a QEMU that ends closes its connections before it stops listening, and then it is the
+/// same one that answers once more.
+fn life_of(pid: i32, host: Host, watched: &Watched, seen: &Mutex<Seen>) -> usize {
+    let known = lock(seen).same_life(host, pid);
+    if let Some(number) = known {
+        return number;
+    }
+    let serial = clock::wait_for(Duration::from_secs(1), || File::open(&watched.serial).ok());
+    let mut seen = lock(seen);
+    let (ran, text) = (vec![], String::new());
+    seen.lives.push(Life { host, ran, lives: true, pid, serial, text });
+    seen.lives.len() - 1
+}
+
 /// One QEMU, to its end.
 fn watch_qemu(host: Host, watched: &Watched, mut socket: UnixStream, seen: &Mutex<Seen>) {
-    let serial = clock::wait_for(Duration::from_secs(1), || File::open(&watched.serial).ok());
-    let number = {
-        let mut seen = lock(seen);
-        let life = Life { host, ran: vec![], lives: true, serial, text: String::new() };
-        seen.lives.push(life);
-        seen.lives.len() - 1
-    };
+    // Where that cannot be told it is another one.
+    let peer = rustix::net::sockopt::socket_peercred(&socket);
+    let pid = peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get());
+    let number = life_of(pid, host, watched, seen);
     let asked = socket.write_all(
         b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\",\"id\":\"status\"}\n",
     );
@@ -291,7 +310,8 @@ mod tests {
     use super::*;
 
     fn life(host: Host, ran: &[(u64, Option<u64>)], text: &str) -> Life {
-        Life { host, ran: ran.to_vec(), lives: true, serial: None, text: text.to_owned() }
+        let (ran, text) = (ran.to_vec(), text.to_owned());
+        Life { host, ran, lives: true, pid: 0, serial: None, text }
     }
 
     fn offences(lives: Vec<Life>) -> Vec<String> {
@@ -306,6 +326,18 @@ mod tests {
         assert_eq!(offences(both), ["it ran at hosts 1 and 2 at once, 1 us"]);
         let for_ever = vec![life(0, &[(10, None)], ""), life(1, &[(20, Some(30))], "")];
         assert_eq!(offences(for_ever), ["it ran at hosts 1 and 2 at once, on and on"]);
+    }
+
+    #[test]
+    fn a_qemu_that_answers_again_while_it_ends_is_not_another_one() {
+        let of = |host, pid| Life { pid, ..life(host, &[], "") };
+        let seen = Seen { lives: vec![of(0, 7), of(1, 8), of(0, 9), of(1, 0)], first: 0 };
+        assert_eq!(seen.same_life(0, 9), Some(2));
+        assert_eq!(seen.same_life(0, 7), None, "there has been another one since");
+        assert_eq!(
+            (seen.same_life(1, 8), seen.same_life(1, 0), seen.same_life(2, 9)),
+            (None, None, None)
+        );
     }
 
     #[test]
