@@ -151,17 +151,17 @@ fn a_limit_is_kept_can_be_changed_and_be_lifted() {
         (blocks * 65536) as f64 / begin.elapsed().as_secs_f64()
     };
     for (rate, blocks) in [(1_000_000, 20), (20_000_000, 400)] {
-        mount.server.set_disk_limit(Some(BytesPerSec(rate)));
+        mount.server.limit().set(Some(BytesPerSec(rate)));
         let measured = time(blocks) / rate as f64;
         assert!((0.9..1.1).contains(&measured), "{rate}: {measured}");
     }
-    mount.server.set_disk_limit(Some(BytesPerSec(20_000)));
-    assert_eq!(mount.server.disk_limit(), Some(BytesPerSec(20_000)));
+    mount.server.limit().set(Some(BytesPerSec(20_000)));
+    assert_eq!(mount.server.limit().rate(), Some(BytesPerSec(20_000)));
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| time(4));
         clock::pause_thread(Duration::from_millis(100));
         assert!(!writer.is_finished());
-        mount.server.set_disk_limit(None);
+        mount.server.limit().set(None);
         assert!(writer.join().unwrap() > 1e6);
     });
 }
@@ -177,21 +177,21 @@ fn before_a_pause_nothing_is_held_for_long_and_a_small_writer_keeps_its_rate() {
     };
     let longest = Duration::from_millis(15);
     // Three seconds a write. One is waiting when the pause comes near.
-    mount.server.set_disk_limit(Some(BytesPerSec(20_000)));
+    mount.server.limit().set(Some(BytesPerSec(20_000)));
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| time(2));
         clock::pause_thread(Duration::from_millis(100));
         assert!(!writer.is_finished());
-        mount.server.hold_at_most(Some(longest));
+        mount.server.limit().hold_at_most(Some(longest));
         assert!(writer.join().unwrap() < Duration::from_secs(1));
     });
     let took = time(10);
     assert!(took >= longest * 9 && took < Duration::from_secs(2), "{took:?}");
     // What went too early is not paid for later.
-    mount.server.hold_at_most(None);
-    mount.server.set_disk_limit(Some(BytesPerSec(20_000_000)));
+    mount.server.limit().hold_at_most(None);
+    mount.server.limit().set(Some(BytesPerSec(20_000_000)));
     for held in [None, Some(longest)] {
-        mount.server.hold_at_most(held);
+        mount.server.limit().hold_at_most(held);
         let measured = 400.0 * 65536.0 / time(400).as_secs_f64() / 20e6;
         assert!((0.9..1.1).contains(&measured), "{held:?}: {measured}");
     }

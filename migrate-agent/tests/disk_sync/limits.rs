@@ -89,7 +89,7 @@ async fn a_guest_that_writes_more_than_the_link_takes_is_held_and_blocks_pass_be
     assert!(wrote > all / 4, "{wrote} bytes of {all}");
     assert!(gone > all / 8, "{gone} bytes of blocks, of {all}");
     arrives_whole(&world, way).await;
-    assert_eq!(world.mount.server.disk_limit(), None, "nothing holds it any more");
+    assert_eq!(world.mount.server.limit().rate(), None, "nothing holds it any more");
 }
 
 #[tokio::test(flavor = "multi_thread")]

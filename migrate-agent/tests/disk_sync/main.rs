@@ -34,14 +34,14 @@ use world::{Guest, LENGTH, MIB, Way, World};
 #[tokio::test(flavor = "multi_thread")]
 async fn three_phases_bring_an_image_that_is_written_all_the_while() {
     let world = World::new();
-    world.mount.server.set_disk_limit(Some(BytesPerSec(10_000_000)));
+    world.mount.server.limit().set(Some(BytesPerSec(10_000_000)));
     let guest = Guest::start(&world, 1);
     let way = world.connect(world.outgoing(|_| {}));
     world.until(Phase::Synchronous).await;
     let before = guest.writes.load(Ordering::Relaxed);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(guest.writes.load(Ordering::Relaxed) > before + 20, "writes go on in step");
-    world.mount.server.set_disk_limit(None);
+    world.mount.server.limit().set(None);
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(world.progress.borrow().phase, Phase::Synchronous);
     let writes = tasks::blocking(move || guest.stop()).await;
@@ -63,7 +63,7 @@ async fn three_phases_bring_an_image_that_is_written_all_the_while() {
 async fn an_image_arrives_in_blocks_of_whatever_size_its_source_says() {
     for (block, transfer) in [(16 << 10, 32 << 10), (MIB, MIB)] {
         let world = World::in_blocks_of(block);
-        world.mount.server.set_disk_limit(Some(BytesPerSec(10_000_000)));
+        world.mount.server.limit().set(Some(BytesPerSec(10_000_000)));
         let guest = Guest::start(&world, block);
         let way = world.connect(world.outgoing(|choice| choice.transfer = transfer));
         world.until(Phase::Synchronous).await;
@@ -80,7 +80,7 @@ async fn an_image_arrives_in_blocks_of_whatever_size_its_source_says() {
 async fn writes_go_to_both_sides_at_once_where_somebody_is_in_a_hurry() {
     let world = World::new();
     world.rate.send_replace(Some(BytesPerSec(4_000_000)));
-    world.mount.server.set_disk_limit(Some(BytesPerSec(2_000_000)));
+    world.mount.server.limit().set(Some(BytesPerSec(2_000_000)));
     let guest = Guest::start(&world, 7);
     let way = world.connect(world.outgoing(|_| {}));
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -96,7 +96,7 @@ async fn writes_go_to_both_sides_at_once_where_somebody_is_in_a_hurry() {
     assert!(left() < then, "{then} {}", left());
     assert!(guest.writes.load(Ordering::Relaxed) > writes + 10);
     world.rate.send_replace(None);
-    world.mount.server.set_disk_limit(None);
+    world.mount.server.limit().set(None);
     let drained = async {
         while left() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -215,7 +215,7 @@ async fn what_a_guest_overwrites_at_its_destination_is_not_sent() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_are_cut_in_any_phase_cost_the_guest_nothing() {
     let world = World::new();
-    world.mount.server.set_disk_limit(Some(BytesPerSec(5_000_000)));
+    world.mount.server.limit().set(Some(BytesPerSec(5_000_000)));
     world.rate.send_replace(Some(BytesPerSec(40_000_000)));
     let guest = Guest::start(&world, 2);
     let mut way = world.connect(world.outgoing(|_| {}));

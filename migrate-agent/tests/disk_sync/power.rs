@@ -314,7 +314,7 @@ async fn goes(seed: u64) {
     here.has(SOURCE, image.clone());
     let arrived = std::path::PathBuf::from(disks[1].through(DESTINATION));
     let world = World { received: Received::new(vec![arrived.clone()]), arrived, ..world };
-    world.mount.server.set_disk_limit(Some(BytesPerSec(12_000_000)));
+    world.mount.server.limit().set(Some(BytesPerSec(12_000_000)));
     world.rate.send_replace(Some(BytesPerSec(100_000_000)));
     let writers = Writers::start(&world, &image, seed);
     let way = world.connect(world.outgoing(|_| {}));

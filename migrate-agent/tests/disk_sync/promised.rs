@@ -139,7 +139,7 @@ async fn moves(seed: u64) {
     println!("seed {seed}: {format}{}", if early { ", on demand" } else { "" });
     let mut model = Model::new();
     let world = World::holding(|path| prepare(path, format, &mut model, &mut random));
-    world.mount.server.set_disk_limit(Some(BytesPerSec(3_000_000 + random.below(20_000_000))));
+    world.mount.server.limit().set(Some(BytesPerSec(3_000_000 + random.below(20_000_000))));
     world.rate.send_replace(Some(BytesPerSec(20 * MIB)));
     let disk = QemuIo::open(&world.mount.through("a.raw"), format);
     let guest = Working::start(model, disk, seed ^ 1);
@@ -153,7 +153,7 @@ async fn moves(seed: u64) {
     run.world.rate.send_replace(None);
     run.world.until(Phase::Synchronous).await;
     // As before a VM pauses; then QEMU writes what it had kept back and lets go of the image.
-    run.world.mount.server.set_disk_limit(None);
+    run.world.mount.server.limit().set(None);
     let (model, disk) = guest.end().await;
     tasks::blocking(move || disk.close()).await;
     way.seal().await;

@@ -93,7 +93,8 @@ impl DiskLimit {
         Ok(Self(Arc::new(Limit::new(Later::start(THREADS)?))))
     }
 
-    /// How fast images may be changed, together, at least [`SLOWEST`]; `None` for no limit.
+    /// How fast images may be changed, together, at least [`SLOWEST`]; `None` for no limit (MigrateFS Table 1,
+    /// "Set Disk Limit").
     pub fn set(&self, rate: Option<BytesPerSec>) {
         self.change(|rates| rates.disk = rate);
     }

@@ -17,9 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use lifeboat_protocol::units::BytesPerSec;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -229,24 +227,6 @@ impl Server {
     #[must_use]
     pub fn limit(&self) -> DiskLimit {
         self.shared.limit.clone()
-    }
-
-    /// Sets how fast the images may be changed, together; `None` for no limit (MigrateFS Table 1,
-    /// "Set Disk Limit").
-    pub fn set_disk_limit(&self, rate: Option<BytesPerSec>) {
-        self.shared.limit.set(rate);
-    }
-
-    /// Nothing is held back longer than `longest` by the limit, for as long as this holds: QEMU is about to
-    /// pause its guest, which waits for every request.
-    pub fn hold_at_most(&self, longest: Option<Duration>) {
-        self.shared.limit.hold_at_most(longest);
-    }
-
-    /// The limit in force.
-    #[must_use]
-    pub fn disk_limit(&self) -> Option<BytesPerSec> {
-        self.shared.limit.rate()
     }
 
     /// Unmounts, once nobody has an image open, and ends the threads.

@@ -158,8 +158,7 @@ impl Mirror {
     /// Whether changes are sent.
     #[must_use]
     pub fn is_mirroring(&self) -> bool {
-        let mode = self.mode.read().unwrap_or_else(PoisonError::into_inner);
-        matches!(*mode, Mode::Mirroring(_))
+        *self.mirroring.borrow()
     }
 
     /// The same, as it changes.
