@@ -150,8 +150,8 @@ unittest_results() {
          END { ok = ran - bad - skipped; print (ok > 0 ? ok : 0), bad + 0 }' "$1"
 }
 
-# Test programs with migrating guests: they run one after the other, and beside none that is busy, because on a
-# saturated machine QEMU's TCG itself loses writes of guests (docs/decisions/0006).
+# Test programs with migrating guests: they run one after the other, beside nothing but clippy, which takes what they leave:
+# on a saturated machine QEMU's TCG itself loses writes of guests (docs/decisions/0006).
 # Whatever allows userfaultfd on this machine is among them, and no test that wants it refused.
 worlds=(disks handover_on_qemu kill_points modes pages_elsewhere real_elsewhere soak storage)
 # These compare rates and times, or wait no longer than a guest would, and have the machine to themselves.

@@ -4,7 +4,7 @@
 //! line, and needs no kernel parameter of the machine's.
 
 use std::env;
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use crate::rig::RigError;
 use crate::rig::program::words;
@@ -17,13 +17,20 @@ pub fn is_inside() -> bool {
     env::var_os(INSIDE).is_some()
 }
 
-/// Runs the test `name` of this program again, inside, and returns how it ended. Its output is
-/// this program's.
+/// Runs the test `name` of this program, with its modules before it, again, inside, and returns how it ended.
+/// Its output is this program's.
 ///
 /// # Errors
-/// When that needs rights or programs that are not there.
+/// When that needs rights or programs that are not there, or this program has no such test: it would run
+/// none, and call that success.
 pub fn run_inside(name: &str) -> Result<ExitStatus, RigError> {
     let program = env::current_exe().map_err(RigError::io("cannot find this program"))?;
+    let mut list = Command::new(&program);
+    let listed = list.args(["--exact", name, "--include-ignored", "--list"]).output();
+    let listed = listed.map_err(RigError::io("cannot list the tests"))?.stdout;
+    if !String::from_utf8_lossy(&listed).lines().any(|line| line == format!("{name}: test")) {
+        return Err(RigError::refused("a test")(format!("this program has none called {name}")));
+    }
     let mut command = words(
         "setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc --",
     );
@@ -36,4 +43,18 @@ pub fn run_inside(name: &str) -> Result<ExitStatus, RigError> {
         .env(INSIDE, "yes")
         .stdin(Stdio::null());
     command.status().map_err(|source| RigError::Start { program: "unshare".to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_test_that_is_not_there_is_no_success() {
+        let error = run_inside("world::inside::tests::nobody").unwrap_err();
+        let why = error.source().map(ToString::to_string).unwrap_or_default();
+        assert!(why.contains("none called world::inside::tests::nobody"), "{error}: {why}");
+    }
 }

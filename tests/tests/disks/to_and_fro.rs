@@ -15,7 +15,7 @@ const CHECKS: u64 = 200;
 #[test]
 #[ignore = "takes long: tests/full"]
 fn a_guest_goes_to_and_fro_and_nothing_of_it_changes() {
-    let name = "a_guest_goes_to_and_fro_and_nothing_of_it_changes";
+    let name = "to_and_fro::a_guest_goes_to_and_fro_and_nothing_of_it_changes";
     in_a_world(name, 14, Disk::Overlay, |world| {
         let told = std::env::var("LIFEBOAT_LEGS").ok().and_then(|text| text.parse().ok());
         let mut at: Host = 0;
